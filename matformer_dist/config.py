@@ -1,0 +1,334 @@
+"""One tree of validated settings per run: read from YAML, overridden by section.key=value.
+
+Every check that needs nothing but the settings themselves is made here, before a process group
+or a file is touched, so that a mistake costs a second and one message.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import omegaconf
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from matformer_dist.errors import UserError
+from matformer_dist.nesting import Nesting
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    dir: Path  # everything the run writes
+
+
+class ModelConfig(Section):
+    d_model: Positive
+    n_layers: Positive
+    n_heads: Positive
+    n_kv_heads: Positive | None = None  # None: as many as n_heads
+    d_ff: Positive  # neurons of the widest granularity
+    ffn: Literal["swiglu", "gelu"] = "swiglu"
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    tied_embeddings: bool = False
+    vocab_size: Positive | None = None  # None: the tokenizer's
+    max_seq_len: Positive = 2048
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.d_model % self.n_heads or self.head_dim % 2:
+            raise ValueError(
+                f"model.d_model {self.d_model} over model.n_heads {self.n_heads} must be a whole, "
+                "even head size (rotary embeddings turn pairs)"
+            )
+        if self.n_heads % self.kv_heads:
+            raise ValueError(
+                f"model.n_heads {self.n_heads} must be a multiple of model.n_kv_heads "
+                f"{self.kv_heads}: every key-value head serves the same number of query heads"
+            )
+        return self
+
+
+class NestingConfig(Section):
+    fractions: list[float | str] | None = None  # of d_ff; default 1/8, 1/4, 1/2, 1
+    widths: list[Positive] | None = None  # or explicit widths, the last equal to d_ff
+    names: list[str] | None = None
+
+    def build(self, d_ff: int) -> Nesting:
+        if self.fractions is not None and self.widths is not None:
+            raise UserError("nesting.fractions and nesting.widths are both set; keep one")
+        if self.widths is None:
+            return Nesting.from_fractions(
+                d_ff, self.fractions or ["1/8", "1/4", "1/2", 1], self.names
+            )
+        if self.widths[-1:] != [d_ff]:
+            raise UserError(
+                f"nesting.widths {self.widths} must end with model.d_ff, which is {d_ff}"
+            )
+        return Nesting.from_widths(self.widths, self.names)
+
+
+class ObjectiveConfig(Section):
+    """How a step's sequences are spread over granularities; see training/objective.py."""
+
+    kind: Literal["joint", "per_sequence", "sampled", "sandwich"] = "per_sequence"
+    weights: dict[str, NonNegative] | None = None  # joint: lambda per granularity name
+    probabilities: dict[str, NonNegative] | None = None  # per_sequence, sampled, sandwich's middle
+    z_loss: NonNegative = 0.0
+    distillation: NonNegative = 0.0  # KL to XL, relative to the cross-entropy's weight
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _check(self) -> ObjectiveConfig:
+        shared = self.kind in ("joint", "sandwich")
+        if self.distillation and not shared:
+            raise ValueError(
+                f"objective.distillation {self.distillation:g} needs XL to see the same tokens as "
+                f"the smaller granularities; objective.kind {self.kind} does not do that, joint "
+                "and sandwich do"
+            )
+        if self.weights is not None and not shared:
+            raise ValueError(
+                f"objective.weights are for joint and sandwich; with objective.kind {self.kind} "
+                "set objective.probabilities"
+            )
+        if self.probabilities is not None and self.kind == "joint":
+            raise ValueError(
+                "objective.probabilities have no meaning with objective.kind joint, which trains "
+                "every granularity on every token; set objective.weights"
+            )
+        return self
+
+
+class ParallelConfig(Section):
+    tensor: Positive = 1
+
+
+class DataConfig(Section):
+    train: list[tuple[Annotated[float, Field(gt=0)], str]] = Field(min_length=1)
+    validation: list[tuple[Annotated[float, Field(gt=0)], str]] | None = None
+    split: tuple[NonNegative, NonNegative] = (99.0, 1.0)  # of train, where validation is not set
+    tokenizer: Path
+    seed: int = 1234
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.95,
+    )
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: NonNegative = 0.1
+    grad_clip: NonNegative = 1.0  # 0: no clipping
+
+
+class ScheduleConfig(Section):
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1  # wsd: share of steps at the end
+    min_lr: NonNegative = 0.0
+
+
+class TrainingConfig(Section):
+    steps: Positive | None = None
+    tokens: Positive | None = None
+    seq_len: Positive
+    micro_batch_size: Positive  # sequences per rank and forward pass
+    global_batch_size: Positive  # sequences per step, over all ranks
+    precision: Literal["fp32", "bf16"] = "bf16"
+    seed: int = 1234
+    activation_checkpointing: Literal["none", "full"] = "none"
+    compile: bool = False
+
+    @property
+    def total_steps(self) -> int:
+        if self.steps is not None:
+            return self.steps
+        assert self.tokens is not None
+        return -(-self.tokens // (self.global_batch_size * self.seq_len))
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("set exactly one of training.steps and training.tokens")
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"training.global_batch_size {self.global_batch_size} must be a multiple of "
+                f"training.micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+
+class EvaluationConfig(Section):
+    every: Annotated[int, Field(ge=0)] = 0  # steps; 0: only at the end
+    batches: Positive = 16  # micro-batches per data-parallel rank
+    submodels: list[str] = []  # Mix'n'Match submodels beside the uniform ones
+
+
+class CheckpointConfig(Section):
+    every: Annotated[int, Field(ge=0)] = 0  # steps; 0: only at the end
+    keep_last: Positive = 2
+    keep_every: Positive | None = None  # steps: these are never deleted
+    resume: str = "auto"  # auto, never, or the path of a checkpoint
+
+
+class LoggingConfig(Section):
+    every: Positive = 10  # steps between lines of metrics.jsonl
+    tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: str = "matformer"
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None  # of one device, for MFU
+
+
+class Config(Section):
+    run: RunConfig
+    model: ModelConfig
+    nesting: NestingConfig = NestingConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    deepspeed: dict[str, Any] = {}  # merged over the dictionary that is derived from the rest
+
+    @property
+    def granularities(self) -> Nesting:
+        return self.nesting.build(self.model.d_ff)
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        tensor = self.parallel.tensor
+        nesting = self.granularities
+        for name, value in (("n_heads", self.model.n_heads), ("n_kv_heads", self.model.kv_heads)):
+            if value % tensor:
+                raise ValueError(
+                    f"model.{name} {value} does not divide over parallel.tensor {tensor} ranks; "
+                    f"use a parallel.tensor that divides {value}, or change the heads"
+                )
+        if self.model.d_ff % tensor:
+            raise ValueError(
+                f"model.d_ff {self.model.d_ff} does not divide over parallel.tensor {tensor} "
+                f"ranks; the nearest that does is {round(self.model.d_ff / tensor) * tensor}"
+            )
+        nesting.check_dealable(tensor)
+        if self.training.seq_len > self.model.max_seq_len:
+            raise ValueError(
+                f"training.seq_len {self.training.seq_len} is longer than model.max_seq_len "
+                f"{self.model.max_seq_len}"
+            )
+        for field in ("weights", "probabilities"):
+            _check_shares(f"objective.{field}", getattr(self.objective, field), nesting)
+        for notation in self.evaluation.submodels:
+            nesting.parse(notation, self.model.n_layers)
+        return self
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _check_shares(key: str, shares: dict[str, float] | None, nesting: Nesting) -> None:
+    if shares is None:
+        return
+    if set(shares) != set(nesting.names):
+        raise ValueError(
+            f"{key} names {', '.join(shares) or 'nothing'}; it must name every granularity once: "
+            f"{', '.join(nesting.names)}"
+        )
+    if abs(sum(shares.values()) - 1) > 1e-6:
+        raise ValueError(f"{key} sum to {sum(shares.values()):g}; they must sum to 1")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides, validate; UserError on any mistake."""
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise UserError(f"cannot read the config file {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"the config file {path} is not text; it must be YAML") from None
+    try:
+        loaded = omegaconf.OmegaConf.create(text)
+        if not isinstance(loaded, omegaconf.DictConfig) or not all(
+            isinstance(loaded.get(key), omegaconf.DictConfig) for key in loaded
+        ):
+            raise UserError(
+                f"the config file {path} must hold sections ({', '.join(Config.model_fields)}), "
+                "each with its keys"
+            )
+        loaded = omegaconf.OmegaConf.merge(loaded, _parse_overrides(overrides))
+        tree = omegaconf.OmegaConf.to_container(loaded, resolve=True)
+    except yaml.YAMLError as error:
+        raise UserError(f"the config file {path} is not valid YAML: {error}") from None
+    except omegaconf.errors.OmegaConfBaseException as error:
+        raise UserError(f"the config file {path}: {error}".split("\n")[0]) from None
+    return validate_config(tree, source=str(path))
+
+
+def _parse_overrides(overrides: Sequence[str]) -> omegaconf.DictConfig:
+    for item in overrides:
+        key, equals, _ = item.partition("=")
+        if not equals or "." not in key:
+            raise UserError(
+                f"override {item!r} must be written section.key=value, for example "
+                "training.steps=100"
+            )
+    try:
+        return omegaconf.OmegaConf.from_dotlist(list(overrides))
+    except (omegaconf.errors.OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(f"overrides {list(overrides)}: {error}".split("\n")[0]) from None
+
+
+def validate_config(tree: Any, source: str) -> Config:
+    """Build a Config from plain dictionaries; every mistake becomes a line of one UserError."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise UserError("\n".join([f"{source}: {lines[0]}", *lines[1:]])) from None
+
+
+def _explain(item: Any) -> str:
+    """One line for one finding of pydantic, in the words of the config file."""
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        known = _keys_of(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {'.'.join([*location[:-1], close[0]])}?" if close else ""
+        return f"unknown key {key}; {hint or 'known here: ' + ', '.join(known)}"
+    if item["type"] == "missing":
+        return f"{key} is not set, and has no default"
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    return f"{key} is {item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}"
+
+
+def _keys_of(location: Sequence[str]) -> list[str]:
+    section: Any = Config
+    for part in location:
+        section = section.model_fields[part].annotation
+    return list(section.model_fields)

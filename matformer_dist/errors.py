@@ -1,0 +1,14 @@
+"""The one kind of error that is the user's to mend, and the exit codes of every entry point."""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75
+
+
+class UserError(ValueError):
+    """Bad input. The message names the value, what is allowed and what to do.
+
+    Entry points print it without a traceback and exit with `EXIT_USER_ERROR`.
+    """
