@@ -1,0 +1,1 @@
+"""Operators on local tensors. They know granularities as rows and widths, and no process group."""

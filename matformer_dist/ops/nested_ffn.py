@@ -1,0 +1,226 @@
+"""The nested feed-forward of several granularities in one pass (paper sec. 3.1).
+
+Legend: R rows, D d_model, F neurons, k input weights of a neuron (2 for swiglu: gate and up;
+1 for gelu), m width of a segment, P rows that use a ring.
+
+A neuron is a row of every weight, so a granularity is a contiguous prefix of rows of both, and its
+input weights are one GEMM operand [k*m, D] whose outputs are interleaved: gate0, up0, gate1, ...
+
+Rows of x come in segments, widest first. Work is sum_i R_i * m_i, without masks:
+    forward, dX    one GEMM a segment, on a prefix of the weights
+    dW             one GEMM a ring: ring [m_{i-1}, m_i) is used by the first P_i rows
+Both views of the same activations need one row stride. So the saved pre-activations are ragged
+(segment after segment, no gaps), and only the two temporaries of the backward pass that feed dW
+have the widest segment's row stride; what lies right of a narrower segment is never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Activation = Literal["swiglu", "gelu"]
+_INPUTS = {"swiglu": 2, "gelu": 1}
+
+
+def nested_ffn(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    *,
+    rows: Sequence[int],
+    widths: Sequence[int],
+    activation: Activation,
+) -> Tensor:
+    """y [R, D]: for the rows x_i of segment i, y_i = act(x_i w_in[:m_i]^T) w_out[:m_i].
+
+    x [R, D]; w_in [F, k*D], a neuron's gate weights before its up weights; w_out [F, D]. rows[i]
+    neighbouring rows of x run at widths[i] neurons; rows sum to R and may be 0. Under tensor
+    parallelism everything is local: F and the widths are one rank's share, y its partial sum.
+
+    Where gradients are needed the widths must not increase from segment to segment; without, any
+    order works. Weights beyond the widest segment get zero gradient. No double backward.
+
+    Raises ValueError where shapes, dtypes, rows or widths do not fit.
+    """
+    _check(x, w_in, w_out, rows, widths, activation)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w_in, w_out))
+    if needs_grad and any(narrow < wide for narrow, wide in pairwise(widths)):
+        raise ValueError(
+            f"widths {list(widths)} must not increase where gradients are needed: lay the rows "
+            "out widest granularity first, or call under torch.no_grad()"
+        )
+    y: Tensor = _NestedFFN.apply(x, w_in, w_out, tuple(rows), tuple(widths), activation)
+    return y
+
+
+def _check(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    rows: Sequence[int],
+    widths: Sequence[int],
+    activation: str,
+) -> None:
+    if activation not in _INPUTS:
+        raise ValueError(f"activation {activation!r} is unknown; use 'swiglu' or 'gelu'")
+    if x.dim() != 2 or w_in.dim() != 2 or w_out.dim() != 2:
+        raise ValueError(
+            f"x {list(x.shape)}, w_in {list(w_in.shape)} and w_out {list(w_out.shape)} must have "
+            "two dimensions each; flatten x to [rows, d_model]"
+        )
+    neurons, d_model = w_out.shape
+    inputs = _INPUTS[activation]
+    if x.shape[1] != d_model or w_in.shape != (neurons, inputs * d_model):
+        raise ValueError(
+            f"{activation} takes x [R, D], w_in [F, {inputs}*D], w_out [F, D]; got x "
+            f"{list(x.shape)}, w_in {list(w_in.shape)}, w_out {list(w_out.shape)}"
+        )
+    if not x.dtype == w_in.dtype == w_out.dtype:
+        raise ValueError(
+            f"x ({x.dtype}), w_in ({w_in.dtype}) and w_out ({w_out.dtype}) must share a dtype"
+        )
+    if len(rows) != len(widths) or sum(rows) != x.shape[0] or any(r < 0 for r in rows):
+        raise ValueError(
+            f"rows {list(rows)} must be one count for each of the widths {list(widths)} and sum "
+            f"to the {x.shape[0]} rows of x"
+        )
+    if any(not 1 <= width <= neurons for width in widths):
+        raise ValueError(f"widths {list(widths)} must lie in 1 to {neurons}, the rows of w_out")
+
+
+class _Segment(NamedTuple):
+    """Rows [start, stop) at one width; `offset` of its activations in the ragged buffer."""
+
+    start: int
+    stop: int
+    width: int
+    offset: int
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+    def of(self, ragged: Tensor) -> Tensor:
+        """This segment's block of a ragged buffer [sum R_i*m_i, k], as [R_i, k*m_i]."""
+        block = ragged[self.offset : self.offset + self.rows * self.width]
+        return block.view(self.rows, -1)
+
+
+def _segments(rows: Sequence[int], widths: Sequence[int]) -> list[_Segment]:
+    """Segments that hold rows, neighbours of equal width merged."""
+    segments: list[_Segment] = []
+    start = offset = 0
+    for count, width in zip(rows, widths, strict=True):
+        stop = start + count
+        if segments and segments[-1].width == width:
+            segments[-1] = segments[-1]._replace(stop=stop)
+        elif count:
+            segments.append(_Segment(start, stop, width, offset))
+        start, offset = stop, offset + count * width
+    return segments
+
+
+def _rings(segments: Sequence[_Segment]) -> Iterator[tuple[int, int, int]]:
+    """(low, high, P) of each ring of neurons [low, high), which the first P rows use."""
+    low = 0
+    for segment in reversed(segments):
+        yield low, segment.width, segment.stop
+        low = segment.width
+
+
+def _activate(h: Tensor) -> Tensor:
+    """act [n] from pre-activations h [n, k], whatever the segments."""
+    if h.shape[1] == 1:
+        return F.gelu(h[:, 0])
+    gate, up = h.unbind(1)
+    return F.silu(gate.contiguous(), inplace=True).mul_(up)  # contiguous: SIMD; half the time
+
+
+def _activate_backward(h: Tensor, d_act: Tensor, act: Tensor | None, d_h: Tensor | None) -> None:
+    """Write act [R_i, m] (recomputed) and d_h [R_i, k*m] from h [R_i, k*m] and d_act [R_i, m]."""
+    if h.shape == d_act.shape:
+        if act is not None:
+            act.copy_(F.gelu(h))
+        if d_h is not None:
+            d_h.copy_(torch.ops.aten.gelu_backward(d_act, h))
+        return
+    gate, up = h.view(*d_act.shape, 2).unbind(-1)
+    gate = gate.contiguous()
+    silu = F.silu(gate)
+    if act is not None:
+        act.copy_(silu * up)
+    if d_h is not None:
+        d_gate, d_up = d_h.view(*d_act.shape, 2).unbind(-1)
+        d_up.copy_(d_act * silu)
+        d_gate.copy_(torch.ops.aten.silu_backward(d_act * up, gate))
+
+
+class _NestedFFN(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w_in: Tensor,
+        w_out: Tensor,
+        rows: tuple[int, ...],
+        widths: tuple[int, ...],
+        activation: str,
+    ) -> Tensor:
+        d_model, inputs = w_out.shape[1], _INPUTS[activation]
+        segments = _segments(rows, widths)
+        h = x.new_empty(sum(s.rows * s.width for s in segments), inputs)
+        for s in segments:
+            w = w_in[: s.width].view(-1, d_model)
+            torch.mm(x[s.start : s.stop], w.t(), out=s.of(h))
+        act = _activate(h)
+        y = torch.empty_like(x)
+        for s in segments:
+            torch.mm(s.of(act), w_out[: s.width], out=y[s.start : s.stop])
+        # Whole weights, not slices: a saved view would keep ZeRO-3's gathered weights alive.
+        ctx.save_for_backward(x, w_in, w_out, h)
+        ctx.segments = segments
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, w_in, w_out, h = ctx.saved_tensors
+        segments: list[_Segment] = ctx.segments
+        needs_x, needs_in, needs_out = ctx.needs_input_grad[:3]
+        (n_rows, d_model), inputs = x.shape, h.shape[1]
+        widest = segments[0].width if segments else 0
+        act = x.new_empty(n_rows, widest) if needs_out else None
+        d_h = x.new_empty(n_rows, inputs * widest) if needs_x or needs_in else None
+        d_x = torch.empty_like(x) if needs_x else None
+        for s in segments:
+            taken = slice(s.start, s.stop)
+            d_act = d_y[taken] @ w_out[: s.width].t()
+            act_s = None if act is None else act[taken, : s.width]
+            d_h_s = None if d_h is None else d_h[taken, : inputs * s.width]
+            _activate_backward(s.of(h), d_act, act_s, d_h_s)
+            if d_x is not None and d_h_s is not None:
+                torch.mm(d_h_s, w_in[: s.width].view(-1, d_model), out=d_x[taken])
+        d_w_in = _weight_gradient(w_in, d_h, x, segments) if needs_in else None
+        d_w_out = _weight_gradient(w_out, act, d_y, segments) if needs_out else None
+        return d_x, d_w_in, d_w_out, None, None, None
+
+
+def _weight_gradient(
+    w: Tensor, left: Tensor | None, right: Tensor, segments: Sequence[_Segment]
+) -> Tensor:
+    """d w [F, k*D] from left [R, k*widest] and right [R, D]: one GEMM a ring."""
+    assert left is not None
+    d_w = torch.empty_like(w)
+    inputs = w.shape[1] // right.shape[1]
+    for low, high, used in _rings(segments):
+        ring = left[:used, inputs * low : inputs * high]
+        torch.mm(ring.t(), right[:used], out=d_w[low:high].view(-1, right.shape[1]))
+    d_w[segments[0].width if segments else 0 :].zero_()
+    return d_w
