@@ -7,6 +7,7 @@ or a file is touched, so that a mistake costs a second and one message.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,6 +44,12 @@ class ModelConfig(Section):
     vocab_size: Positive | None = None  # None: the tokenizer's
     max_seq_len: Positive = 2048
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    init_std: Annotated[float, Field(gt=0)] = 0.02  # of weights at the start
+
+    @property
+    def output_std(self) -> float:
+        """Std of projections into the residual stream, smaller the more of them add up."""
+        return self.init_std / math.sqrt(2 * self.n_layers)
 
     @property
     def kv_heads(self) -> int:

@@ -1,0 +1,65 @@
+"""Train a MatLM.
+
+    deepspeed launch/train.py --config launch/configs/NAME.yaml [section.key=value ...]
+    python launch/train.py --config launch/configs/NAME.yaml    (one process)
+
+Exit codes: 0 done, 2 the input is wrong (one message says how), anything else a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from matformer_dist.config import Config, load_config
+from matformer_dist.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
+from matformer_dist.parallel.topology import (
+    check_ranks,
+    initialize,
+    launched_world,
+    quiet_libraries,
+    shut_down,
+)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a MatLM.")
+    parser.add_argument("--config", required=True, help="YAML file, see launch/configs")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    return parser.parse_args()
+
+
+def train(config: Config) -> None:
+    _, world_size, _ = launched_world()
+    training = config.training
+    check_ranks(
+        world_size,
+        config.parallel.tensor,
+        training.micro_batch_size,
+        training.global_batch_size,
+    )
+    quiet_libraries()
+    from matformer_dist.training.loop import Run  # imports DeepSpeed, which takes seconds
+
+    topology = initialize(config.parallel.tensor)
+    try:
+        Run(config, topology).train()
+    finally:
+        shut_down()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    rank, _, _ = launched_world()
+    try:
+        train(load_config(arguments.config, arguments.overrides))
+    except UserError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

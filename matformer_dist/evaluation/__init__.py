@@ -1,0 +1,1 @@
+"""Measuring universal models and submodels."""

@@ -1,0 +1,112 @@
+"""Causal self-attention with rotary positions, its heads cut over tensor-parallel ranks.
+
+Legend: B sequences, s positions, D d_model, H query heads, K key-value heads, G = H / K query
+heads per key-value head, h head size, T ranks.
+
+| operand | whole               | local                 |
+|---------|---------------------|-----------------------|
+| w_qkv   | [K * (G + 2) * h, D] | [K/T * (G + 2) * h, D] |
+| w_out   | [D, H * h]          | [D, H/T * h]          |
+
+Rows of w_qkv are grouped by key-value head: its G query heads, its key, its value. So a cut by
+rows gives every rank whole groups, and one product makes all three. Forward all-reduces the
+output, backward the input's gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from matformer_dist.config import ModelConfig
+from matformer_dist.parallel.layers import Initializer, column_linear, row_linear
+from matformer_dist.parallel.layout import COLUMNS, ROWS
+from matformer_dist.parallel.topology import TensorParallel
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Cosines and sines [s, h] of rotary position embedding, in fp32, halves laid out as Llama's."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def of(cls, positions: Tensor, head_dim: int, theta: float) -> Rotation:
+        exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+        angles = positions.float()[:, None] * theta ** (-exponents / head_dim)
+        angles = torch.cat([angles, angles], dim=-1)
+        return cls(angles.cos(), angles.sin())
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Rotate x [B, s, heads, h], in fp32, and return it in its own dtype."""
+        first, second = x.float().chunk(2, dim=-1)
+        turned = torch.cat([-second, first], dim=-1)
+        cos, sin = self.cos[:, None, :], self.sin[:, None, :]
+        return (x.float() * cos + turned * sin).to(x.dtype)
+
+
+@dataclass
+class LayerCache:
+    """Keys and values [B, K/T, capacity, h] of one layer, of which `length` positions are filled."""
+
+    keys: Tensor
+    values: Tensor
+    length: int = 0
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the next positions and return all positions so far, [B, K/T, length, h]."""
+        end = self.length + keys.shape[2]
+        assert end <= self.keys.shape[2], "the caller checks the context length"
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class Attention(nn.Module):
+    def __init__(
+        self, name: str, model: ModelConfig, init: Initializer, tensor: TensorParallel
+    ) -> None:
+        super().__init__()
+        self.tensor = tensor
+        self.head_dim = model.head_dim
+        self.kv_heads = model.kv_heads // tensor.size
+        self.queries_per_kv = model.n_heads // model.kv_heads
+        rows = model.kv_heads * (self.queries_per_kv + 2) * model.head_dim
+        self.w_qkv = init.parameter(
+            f"{name}.w_qkv", (rows, model.d_model), model.init_std, ROWS, tensor
+        )
+        self.w_out = init.parameter(
+            f"{name}.w_out",
+            (model.d_model, model.d_model),
+            model.output_std,
+            COLUMNS,
+            tensor,
+        )
+
+    def forward(self, x: Tensor, rotation: Rotation, cache: LayerCache | None = None) -> Tensor:
+        """x [B, s, D] -> [B, s, D]; with a cache, x holds the positions behind those in it."""
+        B, s, _ = x.shape
+        groups = column_linear(x, self.w_qkv, self.tensor)
+        groups = groups.view(B, s, self.kv_heads, self.queries_per_kv + 2, self.head_dim)
+        q, k, v = groups.split([self.queries_per_kv, 1, 1], dim=3)
+        q = rotation.turn(q.flatten(2, 3)).transpose(1, 2)
+        k = rotation.turn(k.squeeze(3)).transpose(1, 2)
+        v = v.squeeze(3).transpose(1, 2)
+        mask = None
+        if cache is not None:
+            k, v = cache.append(k, v)
+            if s not in (1, k.shape[2]):
+                # Queries stand at the end of the keys; SDPA's own causal mask starts at the first.
+                mask = torch.ones(s, k.shape[2], dtype=torch.bool, device=x.device)
+                mask = mask.tril(k.shape[2] - s)
+        context = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and s > 1,
+            enable_gqa=self.queries_per_kv > 1,
+        )  # fmt: skip
+        context = context.transpose(1, 2).reshape(B, s, -1)
+        return row_linear(context, self.w_out, self.tensor)

@@ -1,0 +1,262 @@
+"""MatLM: a nested decoder-only language model, all granularities of a batch in one pass.
+
+Legend: b sequences of tokens, B sequences in flight, s positions, R = B * s rows, D d_model,
+V vocabulary, n segments.
+
+Rows are ordered segment by segment. Embedding, attention and norms do not see segments; the
+nested FFN does. With `shared_tokens`, every segment holds the same b sequences: they are equal
+until the first FFN, so embedding and the first layer's attention run once, on b sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from matformer_dist.config import ModelConfig
+from matformer_dist.errors import UserError
+from matformer_dist.models.attention import Attention, LayerCache, Rotation
+from matformer_dist.models.nested_feed_forward import NestedFeedForward
+from matformer_dist.nesting import Nesting, Segment, Submodel
+from matformer_dist.ops.multi_granularity_loss import VocabShard, multi_granularity_loss
+from matformer_dist.parallel.layers import (
+    Initializer,
+    VocabParallelEmbedding,
+    column_linear,
+    copy_to_ranks,
+    vocab_shard,
+)
+from matformer_dist.parallel.layout import ROWS
+from matformer_dist.parallel.topology import SINGLE, TensorParallel
+
+IGNORED_TARGET = -100
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass over the model runs and how its losses add up; made by training/objective.py.
+
+    `ce_weights`, `z_weights` and `kl_weights` weigh each segment's mean losses (see
+    ops/multi_granularity_loss.py). With `shared_tokens`, every segment holds the same sequences,
+    widest first, and the first is the teacher.
+    """
+
+    segments: tuple[Segment, ...]
+    shared_tokens: bool
+    ce_weights: tuple[float, ...]
+    z_weights: tuple[float, ...]
+    kl_weights: tuple[float, ...]
+    temperature: float = 1.0
+
+    @classmethod
+    def evaluation(cls, submodels: Sequence[Submodel], sequences: int) -> Pass:
+        """Losses of each submodel on the same sequences; agreement and KL are to the first."""
+        n = len(submodels)
+        segments = tuple(Segment(submodel, sequences) for submodel in submodels)
+        return cls(segments, True, (1.0,) * n, (0.0,) * n, (0.0,) + (1.0,) * (n - 1))
+
+
+def _norm(model: ModelConfig) -> nn.Module:
+    kind = nn.RMSNorm if model.norm == "rmsnorm" else nn.LayerNorm
+    return kind(model.d_model, eps=model.norm_eps)
+
+
+class Block(nn.Module):
+    def __init__(
+        self,
+        name: str,
+        model: ModelConfig,
+        nesting: Nesting,
+        init: Initializer,
+        tensor: TensorParallel,
+    ) -> None:
+        super().__init__()
+        self.attention_norm = _norm(model)
+        self.attention = Attention(f"{name}.attention", model, init, tensor)
+        self.ffn_norm = _norm(model)
+        self.ffn = NestedFeedForward(f"{name}.ffn", model, nesting, init, tensor)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        rows: Sequence[int],
+        widths: Sequence[int],
+        repeat: int = 1,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """x [B, s, D] -> [repeat * B, s, D]; rows are repeated between attention and FFN."""
+        x = x + self.attention(self.attention_norm(x), rotation, cache)
+        x = x.repeat(repeat, 1, 1) if repeat > 1 else x
+        return x + self.ffn(self.ffn_norm(x).flatten(0, 1), rows, widths).view_as(x)
+
+
+class Head(nn.Module):
+    """The output projection and the losses over it, vocabulary cut over ranks.
+
+    Where embeddings are tied, it works on the embedding's weight, which the caller passes in.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        vocab_size: int,
+        init: Initializer,
+        tensor: TensorParallel,
+    ) -> None:
+        super().__init__()
+        self.tensor = tensor
+        first, size = vocab_shard(vocab_size, tensor)
+        if size < 1:
+            raise UserError(
+                f"a vocabulary of {vocab_size} leaves tensor-parallel rank {tensor.rank} of "
+                f"{tensor.size} without a token; use a larger vocabulary or a smaller "
+                "parallel.tensor"
+            )
+        gather = tensor.gather if tensor.size > 1 else None
+        self.shard = VocabShard(offset=first, size=size, gather=gather)
+        self.vocab_size = vocab_size
+        if model.tied_embeddings:
+            self.register_parameter("weight", None)
+        else:
+            self.weight = init.parameter(
+                "head.weight", (vocab_size, model.d_model), model.init_std, ROWS, tensor
+            )
+
+    def forward(
+        self, hidden: Tensor, tied: Tensor | None, targets: Tensor, plan: Pass
+    ) -> tuple[Tensor, Tensor]:
+        """hidden [R, D], targets [b, s] -> total loss and statistics [n, 4]; see MatLM.forward."""
+        weight = self.weight if tied is None else tied
+        s = targets.shape[1]
+        rows = [segment.sequences * s for segment in plan.segments]
+        flat = targets.flatten()
+        valid = (flat != IGNORED_TARGET).sum().clamp(min=1)
+        if plan.shared_tokens:
+            flat = flat.repeat(len(rows))
+        out = multi_granularity_loss(
+            copy_to_ranks(hidden, self.tensor),
+            weight,
+            flat,
+            rows=rows,
+            ce_weights=plan.ce_weights,
+            z_weights=plan.z_weights,
+            kl_weights=plan.kl_weights,
+            scale=valid.reciprocal().to(torch.float32),
+            temperature=plan.temperature,
+            shared_tokens=plan.shared_tokens,
+            ignore_index=IGNORED_TARGET,
+            vocab=self.shard,
+        )
+        counted = (flat != IGNORED_TARGET).to(out.nll.dtype)
+        agrees = counted.new_zeros(flat.shape) if out.agrees is None else out.agrees * counted
+        columns = torch.stack([out.nll, agrees, out.kl, counted], dim=1)
+        sums = [part.sum(dim=0) for part in columns.split(rows)]
+        return out.total, torch.stack(sums)
+
+    def logits(self, hidden: Tensor, tied: Tensor | None) -> Tensor:
+        """hidden [..., D] -> logits [..., V] of the whole vocabulary, on every rank."""
+        weight = self.weight if tied is None else tied
+        local = column_linear(hidden, weight, self.tensor)
+        if self.tensor.size == 1:
+            return local
+        shards = self.tensor.gather(local.flatten(0, -2))  # [T, N, V/T]
+        whole = shards.transpose(0, 1).flatten(1)[:, : self.vocab_size]
+        return whole.view(*hidden.shape[:-1], self.vocab_size)
+
+
+class MatLM(nn.Module):
+    """A nested language model, or any submodel taken out of one.
+
+    `nestings` has one entry a layer: all equal for a universal model; an extracted submodel has
+    the granularities up to its own in each layer, so it is nested still.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        nestings: Sequence[Nesting],
+        vocab_size: int,
+        init: Initializer,
+        tensor: TensorParallel = SINGLE,
+    ) -> None:
+        super().__init__()
+        assert len(nestings) == model.n_layers
+        self.model = model
+        self.vocab_size = vocab_size
+        self.tensor = tensor
+        self.activation_checkpointing = False
+        self.embedding = VocabParallelEmbedding(
+            "embedding", vocab_size, model.d_model, model.init_std, init, tensor
+        )
+        self.layers = nn.ModuleList(
+            Block(f"layers.{i}", model, nesting, init, tensor) for i, nesting in enumerate(nestings)
+        )
+        self.final_norm = _norm(model)
+        self.head = Head(model, vocab_size, init, tensor)
+
+    @property
+    def tied_weight(self) -> Tensor | None:
+        return self.embedding.weight if self.model.tied_embeddings else None
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        segments: Sequence[Segment],
+        shared_tokens: bool = False,
+        cache: Sequence[LayerCache] | None = None,
+    ) -> Tensor:
+        """tokens [b, s] -> final hidden rows [R, D], segment by segment."""
+        s = tokens.shape[1]
+        start = cache[0].length if cache is not None else 0
+        positions = torch.arange(start, start + s, device=tokens.device)
+        rotation = Rotation.of(positions, self.model.head_dim, self.model.rope_theta)
+        rows = [segment.sequences * s for segment in segments]
+        x = self.embedding(tokens)
+        for i, layer in enumerate(self.layers):
+            widths = [segment.submodel.widths[i] for segment in segments]
+            repeat = len(segments) if shared_tokens and i == 0 else 1
+            arguments = (
+                rotation,
+                rows,
+                widths,
+                repeat,
+                cache[i] if cache is not None else None,
+            )
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, *arguments, use_reentrant=False)
+            else:
+                x = layer(x, *arguments)
+        return self.final_norm(x).flatten(0, 1)
+
+    def forward(self, tokens: Tensor, targets: Tensor, plan: Pass) -> tuple[Tensor, Tensor]:
+        """One pass over all segments.
+
+        tokens, targets [b, s]; b is the sum of the segments' sequences, or, with shared tokens,
+        each segment's own. Returns the total loss (0-d) and, per segment, sums over its tokens
+        [n, 4]: negative log-likelihood in nats, agreements with the first segment's top-1,
+        KL from the first segment in nats, and the number of tokens.
+        """
+        hidden = self.hidden(tokens, plan.segments, plan.shared_tokens)
+        return self.head(hidden, self.tied_weight, targets, plan)
+
+    def logits(
+        self,
+        tokens: Tensor,
+        submodel: Submodel,
+        cache: Sequence[LayerCache] | None = None,
+    ) -> Tensor:
+        """tokens [b, s] -> next-token logits [b, s, V] of one submodel."""
+        hidden = self.hidden(tokens, [Segment(submodel, tokens.shape[0])], cache=cache)
+        return self.head.logits(hidden, self.tied_weight).view(*tokens.shape, -1)
+
+    def new_cache(self, sequences: int, capacity: int) -> list[LayerCache]:
+        """Empty key-value caches, one a layer, for `capacity` positions of `sequences`."""
+        weight = self.embedding.weight
+        attention = self.layers[0].attention
+        shape = (sequences, attention.kv_heads, capacity, attention.head_dim)
+        return [LayerCache(weight.new_empty(shape), weight.new_empty(shape)) for _ in self.layers]

@@ -1,0 +1,1 @@
+"""Tensor parallelism: process groups, how weights are cut, and the layers that use them."""

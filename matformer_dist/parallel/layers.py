@@ -1,0 +1,126 @@
+"""Linear maps and lookups over weights that are cut over tensor-parallel ranks.
+
+Legend: T ranks, D d_model, V vocabulary, N rows.  `x -> y` names local shapes.
+
+| function            | weight, local | forward            | who reduces (forward / backward)  |
+|---------------------|---------------|--------------------|-----------------------------------|
+| column_linear       | [out/T, in]   | [N, in] -> [N, out/T] | nobody / dX, overlapped with dW |
+| row_linear          | [out, in/T]   | [N, in/T] -> [N, out] | y / nobody                      |
+| VocabParallelEmbedding | [V/T, D]   | ids [..] -> [.., D]   | y / nobody                      |
+| copy_to_ranks       | -             | [N, in] -> [N, in]    | nobody / dX                     |
+| sum_over_ranks      | -             | [N, out] -> [N, out]  | y / nobody                      |
+
+Every collective is Megatron-Core's. It is imported where it is first needed, because the import
+takes seconds that single-process commands (extract, generate) need not pay.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from matformer_dist.parallel.layout import ROWS, Partition
+from matformer_dist.parallel.topology import TensorParallel
+
+
+def copy_to_ranks(x: Tensor, tensor: TensorParallel) -> Tensor:
+    if tensor.size == 1:
+        return x
+    from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+
+    return copy_to_tensor_model_parallel_region(x, group=tensor.group)
+
+
+def sum_over_ranks(y: Tensor, tensor: TensorParallel) -> Tensor:
+    if tensor.size == 1:
+        return y
+    from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+
+    # Megatron reduces a copy of a non-contiguous input and returns the input itself.
+    return reduce_from_tensor_model_parallel_region(y.contiguous(), group=tensor.group)
+
+
+def column_linear(x: Tensor, weight: Tensor, tensor: TensorParallel) -> Tensor:
+    if tensor.size == 1:
+        return F.linear(x, weight)
+    from megatron.core.tensor_parallel.layers import (
+        linear_with_grad_accumulation_and_async_allreduce,
+    )
+
+    return linear_with_grad_accumulation_and_async_allreduce(
+        x,
+        weight,
+        bias=None,
+        gradient_accumulation_fusion=False,  # needs main_grad, which DeepSpeed does not make
+        allreduce_dgrad=True,
+        sequence_parallel=False,
+        tp_group=tensor.group,
+    )
+
+
+def row_linear(x: Tensor, weight: Tensor, tensor: TensorParallel) -> Tensor:
+    return sum_over_ranks(F.linear(x, weight), tensor)
+
+
+@dataclass(frozen=True)
+class Initializer:
+    """Weights as a pure function of (seed, name): the tensor-parallel size cannot change them.
+
+    Without a seed, parameters are left unset, for weights that are loaded next.
+    """
+
+    seed: int | None
+
+    def parameter(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        std: float,
+        partition: Partition,
+        tensor: TensorParallel,
+    ) -> nn.Parameter:
+        """This rank's piece of the weight `name`, whose whole shape is `shape`."""
+        full = torch.empty(shape)
+        if self.seed is not None:
+            digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            full.normal_(0.0, std, generator=generator)
+        weight = nn.Parameter(partition.deal(full, tensor.rank, tensor.size))
+        # DeepSpeed counts an unmarked weight once per group in its gradient norm.
+        weight.tensor_model_parallel = tensor.size > 1  # type: ignore[attr-defined]
+        weight.partition = partition  # type: ignore[attr-defined]
+        return weight
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Lookup of ids [..] in a table [V, D] cut by rows, as [.., D] summed over ranks.
+
+    V need not divide by T: the last rows of the last ranks are padding, zero and never read.
+    """
+
+    def __init__(
+        self, name: str, vocab_size: int, d_model: int, std: float, init: Initializer,
+        tensor: TensorParallel,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.tensor = tensor
+        self.weight = init.parameter(f"{name}.weight", (vocab_size, d_model), std, ROWS, tensor)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.tensor.size == 1:
+            return F.embedding(ids, self.weight)
+        local = ids - self.tensor.rank * self.weight.shape[0]
+        elsewhere = (local < 0) | (local >= self.weight.shape[0])
+        rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return sum_over_ranks(rows.masked_fill(elsewhere.unsqueeze(-1), 0.0), self.tensor)
+
+
+def vocab_shard(vocab_size: int, tensor: TensorParallel) -> tuple[int, int]:
+    """(first id, number of real ids) of this rank's rows of a vocabulary table."""
+    rows = -(-vocab_size // tensor.size)
+    first = tensor.rank * rows
+    return first, max(0, min(rows, vocab_size - first))

@@ -1,0 +1,64 @@
+"""How a weight is cut over tensor-parallel ranks, and put together again.
+
+Legend: T ranks, F neurons (d_ff), m_i widths. A nested FFN is *dealt*: each ring [m_{i-1}, m_i)
+is cut into T equal pieces, and a rank stores its pieces ring after ring, so its first m_i / T
+rows are its share of granularity i. The order of the whole weight exists only in files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One weight's cut: the dimension, and the sizes of the blocks that are dealt along it.
+
+    `blocks=None` cuts the dimension as one block, padded with zero rows to a multiple of T (only
+    a vocabulary needs the padding; heads and rings are checked to divide). `dim=None` keeps the
+    weight whole on every rank.
+    """
+
+    dim: int | None = None
+    blocks: tuple[int, ...] | None = None
+
+    def deal(self, full: Tensor, rank: int, ranks: int) -> Tensor:
+        """The piece of `full` that `rank` of `ranks` stores, as a tensor of its own."""
+        if self.dim is None or ranks == 1:
+            return full
+        blocks = [full] if self.blocks is None else full.split(self.blocks, self.dim)
+        pieces = []
+        for block in blocks:
+            size = -(-block.shape[self.dim] // ranks)
+            start = min(rank * size, block.shape[self.dim])
+            piece = block.narrow(self.dim, start, min(size, block.shape[self.dim] - start))
+            pieces.append(_pad(piece, self.dim, size))
+        return torch.cat(pieces, self.dim)
+
+    def join(self, shards: Sequence[Tensor], size: int) -> Tensor:
+        """The whole weight from all ranks' pieces; `size` is its true length along `dim`."""
+        if self.dim is None or len(shards) == 1:
+            return shards[0]
+        if self.blocks is None:
+            return torch.cat(tuple(shards), self.dim).narrow(self.dim, 0, size)
+        local = [block // len(shards) for block in self.blocks]
+        split = [shard.split(local, self.dim) for shard in shards]
+        return torch.cat([piece for block in zip(*split, strict=True) for piece in block], self.dim)
+
+
+REPLICATED = Partition()
+ROWS = Partition(dim=0)
+COLUMNS = Partition(dim=1)
+
+
+def _pad(piece: Tensor, dim: int, size: int) -> Tensor:
+    missing = size - piece.shape[dim]
+    if missing == 0:
+        return piece
+    shape = list(piece.shape)
+    shape[dim] = missing
+    return torch.cat([piece, piece.new_zeros(shape)], dim)

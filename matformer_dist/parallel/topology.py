@@ -1,0 +1,187 @@
+"""Process groups: who shares a model (tensor parallel) and who shares a step (data parallel).
+
+Megatron-Core owns the groups; DeepSpeed is shown them through `DeepSpeedView`. This file and
+launch/ are the only places that read environment variables.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from matformer_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """The ranks that hold one copy of the model together; `group` is None for a single one."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    def gather(self, statistics: torch.Tensor) -> torch.Tensor:
+        """All ranks' values of a small tensor [n, k] as [T, n, k], by one all-gather."""
+        if self.size == 1:
+            return statistics.unsqueeze(0)
+        out = statistics.new_empty((self.size * statistics.shape[0], *statistics.shape[1:]))
+        dist.all_gather_into_tensor(out, statistics.contiguous(), group=self.group)
+        return out.view(self.size, *statistics.shape)
+
+
+SINGLE = TensorParallel()
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This process' place in the job."""
+
+    tensor: TensorParallel
+    data_rank: int
+    data_size: int
+    data_group: dist.ProcessGroup
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints, logs and writes the run's own files."""
+        return dist.get_rank() == 0
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor.size * self.data_size
+
+    @contextmanager
+    def agreement(self) -> Iterator[None]:
+        """Turn a UserError of any rank into one of every rank, so that none is left waiting."""
+        mine = None
+        try:
+            yield
+        except UserError as error:
+            mine = str(error)
+        everyone: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        for message in everyone:
+            if message is not None:
+                raise UserError(message)
+
+
+def quiet_libraries() -> None:
+    """Keep third-party notices off the user's screen; call before importing Megatron or DeepSpeed.
+
+    Their warnings name parts we do not use (Transformer Engine, Apex) or repeat what
+    `matformer doctor` says.
+    """
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\..*|deepspeed\..*")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for name in ("DeepSpeed", "megatron.core", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Megatron overlaps the input gradient's all-reduce with the weight gradient only in this order.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def launched_world() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as the launcher set them; (0, 1, 0) for plain `python`."""
+    if "RANK" not in os.environ:
+        return 0, 1, 0
+    return (
+        int(os.environ["RANK"]),
+        int(os.environ["WORLD_SIZE"]),
+        int(os.environ.get("LOCAL_RANK", "0")),
+    )
+
+
+def check_ranks(world_size: int, tensor: int, micro_batch_size: int, global_batch_size: int) -> int:
+    """Data-parallel size, or UserError where the ranks cannot be laid out."""
+    if world_size % tensor:
+        raise UserError(
+            f"{world_size} ranks were started, which parallel.tensor {tensor} does not divide; "
+            f"start a multiple of {tensor} ranks, or change parallel.tensor"
+        )
+    data_size = world_size // tensor
+    sequences = micro_batch_size * data_size
+    if global_batch_size % sequences:
+        raise UserError(
+            f"training.global_batch_size {global_batch_size} does not divide by {sequences} "
+            f"(training.micro_batch_size {micro_batch_size} x {data_size} data-parallel ranks: "
+            f"{world_size} ranks / parallel.tensor {tensor}); start fewer ranks, or set a "
+            f"global batch of {-(-global_batch_size // sequences) * sequences}"
+        )
+    return data_size
+
+
+def initialize(tensor: int, timeout: timedelta = timedelta(minutes=30)) -> Topology:
+    """Join the job's process group (one process alone without a launcher) and form the groups."""
+    from megatron.core import parallel_state
+
+    rank, world_size, local_rank = launched_world()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store = dist.HashStore() if world_size == 1 else None
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+    return Topology(
+        tensor=TensorParallel(
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_tensor_model_parallel_group(),
+        ),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        data_group=parallel_state.get_data_parallel_group(),
+        device=device,
+    )
+
+
+def shut_down() -> None:
+    """Leave all groups; the process may join another layout afterwards."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class DeepSpeedView:
+    """Megatron-Core's groups under the names that `deepspeed.initialize(mpu=...)` asks for.
+
+    It must not offer `initialize_sequence_parallel`: DeepSpeed would then take the
+    model-parallel size as 1.
+    """
+
+    def __init__(self) -> None:
+        from megatron.core import parallel_state as state
+
+        self.get_model_parallel_rank = state.get_tensor_model_parallel_rank
+        self.get_model_parallel_world_size = state.get_tensor_model_parallel_world_size
+        self.get_model_parallel_group = state.get_tensor_model_parallel_group
+        self.get_tensor_model_parallel_rank = state.get_tensor_model_parallel_rank
+        self.get_tensor_model_parallel_world_size = state.get_tensor_model_parallel_world_size
+        self.get_tensor_model_parallel_group = state.get_tensor_model_parallel_group
+        self.get_tensor_model_parallel_src_rank = state.get_tensor_model_parallel_src_rank
+        self.get_data_parallel_rank = state.get_data_parallel_rank
+        self.get_data_parallel_world_size = state.get_data_parallel_world_size
+        self.get_data_parallel_group = state.get_data_parallel_group
+        self.get_pipeline_model_parallel_rank = state.get_pipeline_model_parallel_rank
+        self.get_pipeline_model_parallel_world_size = state.get_pipeline_model_parallel_world_size
+        self.get_pipeline_model_parallel_group = state.get_pipeline_model_parallel_group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self.get_data_parallel_group())

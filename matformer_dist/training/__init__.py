@@ -1,0 +1,1 @@
+"""The training system: objective, DeepSpeed engine, loop, checkpoints, metrics."""

@@ -1,0 +1,192 @@
+"""DeepSpeed around a MatLM: the derived dictionary, the optimizer, the engine.
+
+This is the only file that imports deepspeed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import omegaconf
+import torch
+from torch import Tensor, nn
+
+from matformer_dist.config import Config, OptimizerConfig, ScheduleConfig
+from matformer_dist.errors import UserError
+from matformer_dist.models.matlm import MatLM, Pass
+from matformer_dist.parallel.layers import Initializer
+from matformer_dist.parallel.topology import DeepSpeedView, Topology
+
+_DERIVED_ELSEWHERE = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size",
+    "gradient_clipping": "optimizer.grad_clip",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+}
+
+
+def accumulation_steps(config: Config, data_size: int) -> int:
+    """Micro-batches that each rank runs between two optimizer steps."""
+    return config.training.global_batch_size // (config.training.micro_batch_size * data_size)
+
+
+def deepspeed_dictionary(config: Config, data_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration, derived from ours; `deepspeed:` of the config is merged over it."""
+    for key, ours in _DERIVED_ELSEWHERE.items():
+        if key in config.deepspeed:
+            raise UserError(f"deepspeed.{key} is derived from {ours}; set that instead")
+    logs = {"output_path": str(config.run.dir / "tensorboard"), "job_name": "train"}
+    derived = {
+        "train_batch_size": config.training.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps(config, data_size),
+        "gradient_clipping": config.optimizer.grad_clip,
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+        "bf16": {"enabled": config.training.precision == "bf16"},
+        # The sum over micro-batches would lose a bit a doubling in bf16.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "tensorboard": {"enabled": config.logging.tensorboard, **logs},
+        "wandb": {
+            "enabled": config.logging.wandb,
+            "project": config.logging.wandb_project,
+        },
+    }
+    merged = omegaconf.OmegaConf.merge(derived, config.deepspeed)
+    result = omegaconf.OmegaConf.to_container(merged, resolve=True)
+    assert isinstance(result, dict)
+    return {str(key): value for key, value in result.items()}
+
+
+def zero_stage(config: Config) -> int:
+    stage = config.deepspeed.get("zero_optimization", {}).get("stage", 1)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"deepspeed.zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
+    return int(stage)
+
+
+def learning_rate(schedule: ScheduleConfig, peak: float, step: int, total_steps: int) -> float:
+    """Learning rate of optimizer step `step` (from 0): linear warm-up, then the schedule's kind.
+
+    cosine falls to min_lr at the last step; wsd stays at the peak and falls linearly over the
+    last `decay_fraction` of the steps; constant stays.
+    """
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / schedule.warmup_steps
+    if schedule.kind == "constant":
+        return peak
+    if schedule.kind == "cosine":
+        length = max(1, total_steps - schedule.warmup_steps)
+        progress = min(1.0, (step - schedule.warmup_steps + 1) / length)
+        return schedule.min_lr + (peak - schedule.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    decay = max(1, round(total_steps * schedule.decay_fraction))
+    remaining = min(1.0, max(0, total_steps - 1 - step) / decay)
+    return schedule.min_lr + (peak - schedule.min_lr) * remaining
+
+
+def build_model(config: Config, vocab_size: int, topology: Topology) -> MatLM:
+    """The universal model's local part, on this rank's device."""
+    nestings = [config.granularities] * config.model.n_layers
+    init = Initializer(config.training.seed)
+    model = MatLM(config.model, nestings, vocab_size, init, topology.tensor)
+    model.activation_checkpointing = config.training.activation_checkpointing == "full"
+    return model.to(topology.device)
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices, none on norms."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+
+
+def _optimizer(
+    model: nn.Module, config: OptimizerConfig, offload: bool, device: torch.device
+) -> torch.optim.Optimizer:
+    groups = _parameter_groups(model, config.weight_decay)
+    arguments: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": config.betas,
+        "eps": config.eps,
+    }
+    if offload:
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **arguments, adamw_mode=True)
+    return torch.optim.AdamW(groups, **arguments, fused=device.type == "cuda")
+
+
+class Engine:
+    """One optimizer step at a time over a MatLM, with DeepSpeed holding gradients and states."""
+
+    def __init__(self, config: Config, model: MatLM, topology: Topology) -> None:
+        self.config = config
+        self.topology = topology
+        self.accumulation = accumulation_steps(config, topology.data_size)
+        dictionary = deepspeed_dictionary(config, topology.data_size)
+        zero = dictionary["zero_optimization"]
+        offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+        optimizer = _optimizer(model, config.optimizer, offload, topology.device)
+        if config.training.compile:
+            for layer in model.layers:
+                layer.compile()
+        if zero_stage(config) == 3 and model.tied_weight is not None:
+            # The head reads the embedding's weight: ZeRO-3 must gather it there too.
+            deepspeed.zero.register_external_parameter(model.head, model.tied_weight)
+        self.deepspeed, _, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, mpu=DeepSpeedView(), config=dictionary
+        )
+
+    def train_step(
+        self,
+        micro_batches: Iterator[tuple[Tensor, Tensor]],
+        passes: Iterator[Pass],
+        lr: float,
+    ) -> list[tuple[Pass, Tensor]]:
+        """One optimizer step; returns each micro-batch's Pass and its statistics [n, 4]."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        results = []
+        for _ in range(self.accumulation):
+            tokens, targets = next(micro_batches)
+            plan = next(passes)
+            loss, statistics = self.deepspeed(tokens, targets, plan)
+            self.deepspeed.backward(loss)
+            self.deepspeed.step()
+            results.append((plan, statistics))
+        return results
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the last step's whole gradient, before clipping, over all ranks."""
+        return float(self.deepspeed.get_global_grad_norm())
+
+    @torch.no_grad()
+    def evaluate(self, tokens: Tensor, targets: Tensor, plan: Pass) -> Tensor:
+        """Statistics [n, 4] of one batch, see MatLM.forward."""
+        self.deepspeed.eval()
+        _, statistics = self.deepspeed(tokens, targets, plan)
+        self.deepspeed.train()
+        return statistics
+
+    def write_events(self, events: list[tuple[str, float, int]]) -> None:
+        """Send (name, value, step) to TensorBoard and W&B, where they are on."""
+        if self.deepspeed.monitor.enabled:
+            self.deepspeed.monitor.write_events(events)
+
+    def save(self, directory: str, tag: str, client_state: dict[str, Any]) -> None:
+        self.deepspeed.save_checkpoint(directory, tag, client_state, save_latest=False)
+
+    def load(self, directory: str, tag: str) -> dict[str, Any]:
+        _, client_state = self.deepspeed.load_checkpoint(directory, tag)
+        assert isinstance(client_state, dict)
+        return client_state

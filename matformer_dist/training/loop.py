@@ -1,0 +1,186 @@
+"""A training run from its configuration to its last checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from matformer_dist.config import Config
+from matformer_dist.counting import forward_flops
+from matformer_dist.data.datasets import build_datasets, micro_batches
+from matformer_dist.data.tokenizer import Tokenizer
+from matformer_dist.evaluation.loss import SubmodelLoss, evaluate_submodels
+from matformer_dist.models.matlm import Pass
+from matformer_dist.parallel.topology import Topology
+from matformer_dist.training import setup
+from matformer_dist.training.checkpoint import CheckpointStore
+from matformer_dist.training.engine import Engine, build_model, learning_rate
+from matformer_dist.training.metrics import LossSums, MetricsLog, Stopwatch, peak_memory_bytes
+from matformer_dist.training.objective import Objective
+from matformer_dist.training.screen import Screen
+
+
+class Run:
+    """What one rank holds of a training run."""
+
+    def __init__(self, config: Config, topology: Topology) -> None:
+        self.config = config
+        self.topology = topology
+        self.nesting = config.granularities
+        self.step = 0
+        training = config.training
+        self.total_steps = training.total_steps
+
+        with topology.agreement():
+            setup.check_run_directory(config)
+            tokenizer = Tokenizer.load(config.data.tokenizer)
+            self.vocab_size = setup.check_vocabulary(config, tokenizer.vocab_size)
+            self.store = CheckpointStore(config.run.dir, config.checkpoint, topology)
+            resumed = self.store.to_resume()
+            if resumed is not None:
+                now = setup.topology_of(config, topology)
+                setup.check_topology(resumed.manifest["topology"], now, resumed.path)
+        evaluated = config.evaluation.batches * training.micro_batch_size * topology.data_size
+        with topology.agreement():
+            self.train_data, self.validation_data = build_datasets(
+                config, tokenizer, self.total_steps * training.global_batch_size, evaluated
+            )
+        self.objective = Objective(
+            config.objective, self.nesting, config.model.n_layers, training.seed
+        )
+        if topology.is_main:
+            config.run.dir.mkdir(parents=True, exist_ok=True)
+            (config.run.dir / "config.yaml").write_text(config.to_yaml())
+        dist.barrier()
+
+        self.screen = Screen(config, topology, self.vocab_size)
+        self.screen.show_plan(resumed)
+        self.engine = Engine(config, build_model(config, self.vocab_size, topology), topology)
+        self.losses = LossSums(self.nesting, topology)
+        self.watch = Stopwatch()
+        if resumed is not None:
+            state = self.store.load(self.engine, resumed)
+            self.step = state["step"]
+            self.losses.load(state["losses"])
+        self.log = MetricsLog(config, self.step) if topology.is_main else None
+
+    def train(self) -> None:
+        """Run the remaining steps; evaluate, log and save when due, and at the end."""
+        config = self.config
+        batches = self._batches(self.train_data, self.step * config.training.global_batch_size)
+        while self.step < self.total_steps:
+            self._train_step(batches)
+            last = self.step == self.total_steps
+            evaluate = last or _due(self.step, config.evaluation.every)
+            if evaluate or _due(self.step, config.logging.every):
+                self._report(self._evaluate() if evaluate else {})
+            if last or _due(self.step, config.checkpoint.every):
+                self._save()
+        self.screen.close()
+        if self.log is not None:
+            self.log.close()
+
+    def _train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        self.watch.start()
+        config = self.config
+        self.lr = learning_rate(config.schedule, config.optimizer.lr, self.step, self.total_steps)
+        results = self.engine.train_step(batches, self._passes(), self.lr)
+        self.losses.add(results)
+        self.step += 1
+        if self.topology.device.type == "cuda" and _due(self.step, config.logging.every):
+            torch.cuda.synchronize()  # so that the interval's time is the work's, not the queue's
+        self.watch.stop(sum(self._training_flops(plan) for plan, _ in results))
+
+    def _passes(self) -> Iterator[Pass]:
+        """The passes of this rank's micro-batches in the current step."""
+        ranks = self.topology.data_size
+        for i in range(self.engine.accumulation):
+            yield self.objective.plan(
+                self.step,
+                micro_batch=i * ranks + self.topology.data_rank,
+                micro_batches=self.engine.accumulation * ranks,
+                sequences=self.config.training.micro_batch_size,
+            )
+
+    def _training_flops(self, plan: Pass) -> int:
+        """Forward, dX and dW of one data-parallel rank's pass, over its tensor-parallel ranks."""
+        forward = forward_flops(
+            self.config.model,
+            self.vocab_size,
+            plan.segments,
+            self.config.training.seq_len,
+            shared_tokens=plan.shared_tokens,
+        )
+        return 3 * forward.total
+
+    def _batches(self, dataset: Any, consumed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        device = self.topology.device
+        for tokens, targets in micro_batches(
+            dataset,
+            consumed=consumed,
+            micro_batch_size=self.config.training.micro_batch_size,
+            data_parallel_rank=self.topology.data_rank,
+            data_parallel_size=self.topology.data_size,
+        ):
+            yield tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+
+    def _evaluate(self) -> dict[str, SubmodelLoss]:
+        layers = self.config.model.n_layers
+        uniform = self.nesting.uniforms(layers)
+        mixed = [self.nesting.parse(text, layers) for text in self.config.evaluation.submodels]
+        batches = self._batches(self.validation_data, 0)
+        return evaluate_submodels(
+            self.engine.evaluate,
+            islice(batches, self.config.evaluation.batches),
+            [*uniform, *mixed],
+            uniform[0],
+            per_pass=len(self.nesting),
+            device=self.topology.device,
+            group=self.topology.data_group,
+        )
+
+    def _report(self, evaluated: dict[str, SubmodelLoss]) -> None:
+        config = self.config
+        seconds, flops = self.watch.take()
+        tokens_per_step = config.training.global_batch_size * config.training.seq_len
+        tflops_per_second = flops * self.topology.data_size / seconds / 1e12
+        peak = config.logging.peak_tflops
+        line: dict[str, Any] = {
+            "step": self.step,
+            "tokens": self.step * tokens_per_step,
+            "train_loss": self.losses.take(),
+            "grad_norm": self.engine.grad_norm,
+            "learning_rate": self.lr,
+            "tokens_per_second": tokens_per_step / seconds,
+            "model_tflops_per_second": tflops_per_second,
+            "mfu": tflops_per_second / (peak * self.topology.world_size) if peak else None,
+            "step_ms": seconds * 1e3,
+            "peak_memory_bytes": peak_memory_bytes(self.topology.device),
+        }
+        if evaluated:
+            line["val_loss"] = {name: result.loss for name, result in evaluated.items()}
+            line["val_agreement"] = {name: r.agreement for name, r in evaluated.items()}
+        if self.log is not None:
+            self.log.write(line)
+            self.engine.write_events(self.log.events(line))
+        self.screen.show_step(line)
+
+    def _save(self) -> None:
+        consumed = self.step * self.config.training.global_batch_size
+        manifest = {
+            **setup.describe(self.config, self.topology, self.vocab_size),
+            "step": self.step,
+            "consumed_sequences": consumed,
+            "tokens": consumed * self.config.training.seq_len,
+        }
+        state = {"step": self.step, "losses": self.losses.state()}
+        self.store.save(self.engine, manifest, state)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

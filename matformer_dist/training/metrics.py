@@ -1,0 +1,131 @@
+"""A run's measurements: losses over steps, time, memory, and metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from matformer_dist.config import Config
+from matformer_dist.models.matlm import Pass
+from matformer_dist.nesting import Nesting
+from matformer_dist.parallel.topology import Topology
+
+
+class LossSums:
+    """Sums of the training losses since the last line, per granularity, over all ranks.
+
+    Reduced after every step and saved with a checkpoint, so that a resumed run writes the same
+    lines bit for bit.
+    """
+
+    def __init__(self, nesting: Nesting, topology: Topology) -> None:
+        self.nesting = nesting
+        self.topology = topology
+        self._sums = torch.zeros(len(nesting), 2, dtype=torch.float64, device=topology.device)
+
+    def add(self, results: list[tuple[Pass, Tensor]]) -> None:
+        """Take in one step's statistics; one small all-reduce over data-parallel ranks."""
+        step = torch.zeros_like(self._sums)
+        for plan, statistics in results:
+            granularities = [segment.submodel.granularities[0] for segment in plan.segments]
+            index = torch.tensor(granularities, device=step.device)
+            step.index_add_(0, index, statistics[:, [0, 3]].to(step.dtype))
+        if self.topology.data_size > 1:
+            dist.all_reduce(step, group=self.topology.data_group)
+        self._sums += step
+
+    def take(self) -> dict[str, float]:
+        """Mean loss in nats per token of every granularity that ran; starts anew."""
+        sums = self._sums.tolist()
+        self._sums.zero_()
+        pairs = zip(self.nesting.names, sums, strict=True)
+        return {name: total / count for name, (total, count) in pairs if count}
+
+    def state(self) -> list[list[float]]:
+        return self._sums.tolist()
+
+    def load(self, state: list[list[float]]) -> None:
+        self._sums.copy_(torch.tensor(state, dtype=torch.float64))
+
+
+class Stopwatch:
+    """Wall-clock and FLOPs of the training steps since the last line; evaluation is left out."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._flops = 0
+        self._steps = 0
+        self._start = 0.0
+
+    def start(self) -> None:
+        self._start = time.perf_counter()
+
+    def stop(self, flops: int) -> None:
+        self._seconds += time.perf_counter() - self._start
+        self._flops += flops
+        self._steps += 1
+
+    def take(self) -> tuple[float, float]:
+        """Mean seconds and FLOPs of a step since the last call."""
+        steps = max(1, self._steps)
+        result = max(self._seconds / steps, 1e-9), self._flops / steps
+        self._seconds, self._flops, self._steps = 0.0, 0, 0
+        return result
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this rank has held: the allocator's peak on a GPU, the resident one on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a line, flushed before the next step begins."""
+
+    def __init__(self, config: Config, resumed_step: int) -> None:
+        self.path = config.run.dir / "metrics.jsonl"
+        self._forget_after(resumed_step)
+        self._file = self.path.open("a")
+
+    def _forget_after(self, step: int) -> None:
+        """Drop lines of steps that a resumed run does again, and a line cut short by a kill."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                break
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(self.path)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    @staticmethod
+    def events(line: Mapping[str, Any]) -> list[tuple[str, float, int]]:
+        """A line as (name, value, step) events for TensorBoard and W&B."""
+        events = []
+        for key, value in line.items():
+            if isinstance(value, Mapping):
+                events += [(f"{key}/{name}", float(v), line["step"]) for name, v in value.items()]
+            elif isinstance(value, int | float) and key != "step":
+                events.append((f"training/{key}", float(value), line["step"]))
+        return events
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,139 @@
+"""What a run shows on the terminal: the plan at the start, then a line that lives."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from matformer_dist.config import Config
+from matformer_dist.counting import count_parameters, flops_per_token
+from matformer_dist.ops.multi_granularity_loss import default_chunk_tokens
+from matformer_dist.parallel.topology import Topology
+from matformer_dist.planning import estimate_memory
+from matformer_dist.run_directory import Checkpoint
+from matformer_dist.training.engine import accumulation_steps, zero_stage
+
+
+class Screen:
+    """Prints on the main rank only; a bar that renews itself on a terminal, lines elsewhere."""
+
+    def __init__(self, config: Config, topology: Topology, vocab_size: int) -> None:
+        self.config = config
+        self.topology = topology
+        self.vocab_size = vocab_size
+        self.total_steps = config.training.total_steps
+        self.console = Console(quiet=not topology.is_main, highlight=False, soft_wrap=True)
+        self._started: tuple[float, int] | None = None
+        self._bar: Progress | None = None
+
+    def show_plan(self, resumed: Checkpoint | None) -> None:
+        """What is about to be trained, on what, and the memory that it should take."""
+        config, topology = self.config, self.topology
+        training = config.training
+        nesting = config.granularities
+        table = Table("granularity", "FFN width", "parameters", "non-embedding", "FLOPs/token")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for submodel in nesting.uniforms(config.model.n_layers):
+            count = count_parameters(config.model, self.vocab_size, submodel)
+            flops = flops_per_token(config.model, self.vocab_size, submodel, training.seq_len)
+            table.add_row(
+                str(submodel),
+                f"{submodel.widths[0]:,}",
+                short_number(count.total),
+                short_number(count.non_embedding),
+                short_number(flops),
+            )
+        self.console.print(table)
+        stage = zero_stage(config)
+        local_vocab = -(-self.vocab_size // topology.tensor.size)
+        memory = estimate_memory(
+            config, self.vocab_size, stage, topology.data_size, default_chunk_tokens(local_vocab)
+        )
+        steps = accumulation_steps(config, topology.data_size)
+        self.console.print(
+            f"ranks      {topology.world_size} = tensor {topology.tensor.size} x data "
+            f"{topology.data_size}, ZeRO {stage}, {training.precision}, {topology.device.type}\n"
+            f"objective  {config.objective.kind}\n"
+            f"batch      {training.global_batch_size} sequences of {training.seq_len} tokens = "
+            f"{training.micro_batch_size} x {topology.data_size} ranks x {steps} micro-batches\n"
+            f"steps      {self.total_steps:,} = "
+            f"{short_number(self.total_steps * training.global_batch_size * training.seq_len)} "
+            "tokens\n"
+            f"memory     about {short_bytes(memory.total_bytes)} a rank: weights "
+            f"{short_bytes(memory.weights_bytes)}, gradients "
+            f"{short_bytes(memory.gradients_bytes)}, optimizer "
+            f"{short_bytes(memory.optimizer_bytes)}, activations "
+            f"{short_bytes(memory.activations_bytes)}, loss {short_bytes(memory.loss_bytes)}\n"
+            f"run        {config.run.dir}"
+        )
+        if resumed is not None:
+            self.console.print(f"resuming   {resumed.path}")
+
+    def show_step(self, line: Mapping[str, Any]) -> None:
+        """One line of metrics, in words; with the time that is left."""
+        now = time.monotonic()
+        if self._started is None:
+            self._started = (now, line["step"])
+            left = line["step_ms"] / 1e3 * (self.total_steps - line["step"])
+        else:
+            begun, first = self._started
+            left = (now - begun) / (line["step"] - first) * (self.total_steps - line["step"])
+        losses = line.get("val_loss", line["train_loss"])
+        text = "  ".join(
+            [
+                ("validation " if "val_loss" in line else "loss ")
+                + " ".join(f"{name} {loss:.3f}" for name, loss in losses.items()),
+                f"{short_number(line['tokens_per_second'])} tokens/s",
+                f"{line['model_tflops_per_second']:.3g} TFLOP/s",
+                f"{short_time(left)} left",
+            ]
+        )
+        if not self.console.is_terminal:
+            width = len(str(self.total_steps))
+            self.console.print(f"step {line['step']:>{width}}/{self.total_steps}  {text}")
+            return
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=16),
+                TextColumn("{task.description}"),
+                console=self.console,
+            )
+            self._bar.add_task("", total=self.total_steps)
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=line["step"], description=text)
+        if "val_loss" in line:
+            self._bar.console.print(f"step {line['step']}  {text}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def short_number(value: float) -> str:
+    """12_600_000 as 12.6M."""
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(value) < 1000:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}P"
+
+
+def short_bytes(value: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:.3g} TiB"
+
+
+def short_time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
