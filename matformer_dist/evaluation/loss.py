@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from matformer_dist.models.matlm import Pass
+from matformer_dist.models.forward_pass import Pass
 from matformer_dist.nesting import Submodel
 
 RunPass = Callable[[Tensor, Tensor, Pass], Tensor]

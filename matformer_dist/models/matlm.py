@@ -11,18 +11,18 @@ until the first FFN, so embedding and the first layer's attention run once, on b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
+from matformer_dist.ops.multi_granularity_loss import VocabShard, multi_granularity_loss
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from matformer_dist.config import ModelConfig
 from matformer_dist.errors import UserError
 from matformer_dist.models.attention import Attention, LayerCache, Rotation
+from matformer_dist.models.forward_pass import Pass
 from matformer_dist.models.nested_feed_forward import NestedFeedForward
 from matformer_dist.nesting import Nesting, Segment, Submodel
-from matformer_dist.ops.multi_granularity_loss import VocabShard, multi_granularity_loss
 from matformer_dist.parallel.layers import (
     Initializer,
     VocabParallelEmbedding,
@@ -34,30 +34,6 @@ from matformer_dist.parallel.layout import ROWS
 from matformer_dist.parallel.topology import SINGLE, TensorParallel
 
 IGNORED_TARGET = -100
-
-
-@dataclass(frozen=True)
-class Pass:
-    """What one pass over the model runs and how its losses add up; made by training/objective.py.
-
-    `ce_weights`, `z_weights` and `kl_weights` weigh each segment's mean losses (see
-    ops/multi_granularity_loss.py). With `shared_tokens`, every segment holds the same sequences,
-    widest first, and the first is the teacher.
-    """
-
-    segments: tuple[Segment, ...]
-    shared_tokens: bool
-    ce_weights: tuple[float, ...]
-    z_weights: tuple[float, ...]
-    kl_weights: tuple[float, ...]
-    temperature: float = 1.0
-
-    @classmethod
-    def evaluation(cls, submodels: Sequence[Submodel], sequences: int) -> Pass:
-        """Losses of each submodel on the same sequences; agreement and KL are to the first."""
-        n = len(submodels)
-        segments = tuple(Segment(submodel, sequences) for submodel in submodels)
-        return cls(segments, True, (1.0,) * n, (0.0,) * n, (0.0,) + (1.0,) * (n - 1))
 
 
 def _norm(model: ModelConfig) -> nn.Module:

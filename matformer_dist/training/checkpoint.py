@@ -17,7 +17,12 @@ import torch.distributed as dist
 from matformer_dist.config import CheckpointConfig
 from matformer_dist.errors import UserError
 from matformer_dist.parallel.topology import Topology
-from matformer_dist.run_directory import MANIFEST, Checkpoint, find_checkpoint, list_checkpoints
+from matformer_dist.run_directory import (
+    MANIFEST,
+    Checkpoint,
+    find_checkpoint,
+    list_checkpoints,
+)
 from matformer_dist.training.engine import Engine
 
 

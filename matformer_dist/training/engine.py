@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from matformer_dist.config import Config, OptimizerConfig, ScheduleConfig
 from matformer_dist.errors import UserError
-from matformer_dist.models.matlm import MatLM, Pass
+from matformer_dist.models.forward_pass import Pass
+from matformer_dist.models.matlm import MatLM
 from matformer_dist.parallel.layers import Initializer
 from matformer_dist.parallel.topology import DeepSpeedView, Topology
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from matformer_dist.config import Config
-from matformer_dist.models.matlm import Pass
+from matformer_dist.models.forward_pass import Pass
 from matformer_dist.nesting import Nesting
 from matformer_dist.parallel.topology import Topology
 

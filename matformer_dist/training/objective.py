@@ -19,7 +19,7 @@ from collections import Counter
 from itertools import accumulate
 
 from matformer_dist.config import ObjectiveConfig
-from matformer_dist.models.matlm import Pass
+from matformer_dist.models.forward_pass import Pass
 from matformer_dist.nesting import Nesting, Segment
 
 
