@@ -1,0 +1,223 @@
+"""The charts over training steps: losses, what separates granularities, speed and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import isfinite, nan
+
+from matformer_dist.report import series, text
+from matformer_dist.report.charts import Axis, Chart, Hover, Key
+from matformer_dist.report.inputs import MetricsLine, Run
+from matformer_dist.report.series import Series
+
+DRAWN_POINTS = 400  # of a curve; more would not be seen
+TOOLTIPS = 240
+BUCKETS = 160
+NEUTRAL = "var(--muted)"
+
+
+def color(run: Run, name: str) -> str:
+    """The CSS colour of a granularity; submodels that are none of them share a neutral one."""
+    names = run.nesting.names
+    return f"var(--g{names.index(name)})" if name in names else NEUTRAL
+
+
+def curves(run: Run, field: str) -> dict[str, Series]:
+    """(step, value) per granularity name of one of the per-name fields, narrowest first."""
+    found: dict[str, Series] = {name: [] for name in run.nesting.names}
+    for line in run.metrics:
+        for name, value in getattr(line, field).items():
+            found.setdefault(name, []).append((line.step, value))
+    return {name: values for name, values in found.items() if values}
+
+
+def loss_chart(run: Run) -> Chart:
+    """Training loss (light, smoothed) and validation loss (dotted) of every granularity."""
+    trained, validated = curves(run, "train_loss"), curves(run, "val_loss")
+    window = smoothing_window(len(run.metrics))
+    smoothed = {name: series.smooth(values, window) for name, values in trained.items()}
+    chart = Chart(
+        title="Training and validation loss" if validated else "Training loss",
+        unit="nats per token",
+        x=_steps(run),
+        y=Axis.around(
+            (
+                value
+                for values in (*smoothed.values(), *validated.values())
+                for step, value in values
+                if len(run.metrics) < 20 or step > run.last.step / 20
+            ),
+            ticks=7,
+        ),
+        height_px=360,
+    )
+    for name, values in smoothed.items():
+        style = "thin" if validated else "line"
+        chart.line(series.thin(values, DRAWN_POINTS), color(run, name), style)
+    for name, values in validated.items():
+        kept = series.thin(values, DRAWN_POINTS)
+        chart.line(kept, color(run, name))
+        if len(kept) <= 60:
+            chart.dots(kept, color(run, name))
+    if validated:
+        chart.keys = [Key("thin", "training"), Key("line", "validation")]
+    _label_last(run, chart, validated or smoothed)
+    columns = {"training": smoothed} | ({"validation": validated} if validated else {})
+    chart.hover = _hover(run, chart, columns)
+    chart.notes = _loss_notes(chart, window, smoothed, validated)
+    return chart
+
+
+def smoothing_window(lines: int) -> int:
+    """An odd number of neighbours, about a fiftieth of all lines."""
+    return lines // 100 * 2 + 1
+
+
+def _loss_notes(
+    chart: Chart, window: int, smoothed: dict[str, Series], validated: dict[str, Series]
+) -> list[str]:
+    notes = []
+    if window > 1:
+        notes.append(f"Training loss: centred mean over {window:,} logged lines.")
+    longest = max((len(values) for values in smoothed.values()), default=0)
+    if longest > DRAWN_POINTS:
+        notes.append(f"{DRAWN_POINTS} of {longest:,} points are drawn.")
+    drawn = (*smoothed.values(), *validated.values())
+    above = [step for values in drawn for step, value in values if value > chart.y.high]
+    if above:
+        notes.append(f"The first steps, up to {max(above):,}, rise above the frame.")
+    return notes
+
+
+def broken_losses(run: Run) -> str:
+    """One sentence where losses were not finite, else nothing."""
+    steps = [
+        line.step
+        for line in run.metrics
+        if not all(map(isfinite, (*line.train_loss.values(), *line.val_loss.values())))
+    ]
+    if not steps:
+        return ""
+    return (
+        f"A loss was not a finite number in {len(steps):,} of {len(run.metrics):,} logged lines, "
+        f"first at step {steps[0]:,}, last at step {steps[-1]:,}; the curves have gaps there."
+    )
+
+
+def gap_chart(run: Run) -> Chart | None:
+    """Validation loss above the widest granularity's, over steps."""
+    validated = curves(run, "val_loss")
+    widest = run.nesting.names[-1]
+    if widest not in validated or len(validated) < 2:
+        return None
+    reference = dict(validated.pop(widest))
+    gaps = {
+        name: [(step, value - reference.get(step, nan)) for step, value in values]
+        for name, values in validated.items()
+    }
+    return _evaluated_chart(run, gaps, f"Validation loss above {widest}", "nats per token", 3)
+
+
+def agreement_chart(run: Run) -> Chart | None:
+    """Share of tokens where a granularity's first choice is that of the widest, over steps."""
+    agreements = curves(run, "val_agreement")
+    widest = run.nesting.names[-1]
+    shares = {
+        name: [(step, 100 * value) for step, value in values]
+        for name, values in agreements.items()
+        if name != widest
+    }
+    if not shares:
+        return None
+    return _evaluated_chart(run, shares, f"Agreement with {widest}", "% of tokens", 1)
+
+
+def _evaluated_chart(
+    run: Run, lines: dict[str, Series], title: str, unit: str, digits: int
+) -> Chart:
+    values = [value for points in lines.values() for _, value in points]
+    chart = Chart(title, unit, _steps(run), Axis.around(values, ticks=4), height_px=220)
+    for name, points in lines.items():
+        kept = series.thin(points, DRAWN_POINTS)
+        chart.line(kept, color(run, name))
+        if len(kept) <= 40:
+            chart.dots(kept, color(run, name))
+    _label_last(run, chart, lines, digits)
+    chart.hover = _hover(run, chart, {"": lines}, digits)
+    return chart
+
+
+def small_charts(run: Run) -> list[Chart]:
+    """Throughput, step time, gradient norm and learning rate, where they were logged."""
+    wanted: list[tuple[str, str, Callable[[MetricsLine], float]]] = [
+        ("Throughput", "tokens per second", lambda line: line.tokens_per_second),
+        ("Step time", "ms", lambda line: line.step_ms),
+        ("Gradient norm", "before clipping", lambda line: line.grad_norm),
+        ("Learning rate", f"{run.config.schedule.kind} schedule", lambda line: line.learning_rate),
+    ]
+    charts = []
+    for title, unit, value_of in wanted:
+        values = [(line.step, value_of(line)) for line in run.metrics]
+        if any(isfinite(value) for _, value in values):
+            charts.append(_banded_chart(run, title, unit, values))
+    return charts
+
+
+def _banded_chart(run: Run, title: str, unit: str, values: Series) -> Chart:
+    found = series.buckets(values, BUCKETS)
+    y = Axis.from_zero(bucket.high for bucket in found)
+    chart = Chart(title, unit, _steps(run), y, height_px=160)
+    lows = [(float(bucket.step), bucket.low) for bucket in found]
+    highs = [(float(bucket.step), bucket.high) for bucket in found]
+    if len(found) < len(values):
+        chart.band(lows, highs, "var(--accent)")
+        chart.notes = [f"Means of about {-(-len(values) // BUCKETS)} lines; band: lowest, highest."]
+    chart.line([(bucket.step, bucket.mean) for bucket in found], "var(--accent)")
+    last = text.compact(found[-1].mean)
+    chart.summary = (
+        f"{title} over steps: lowest {text.compact(min(low for _, low in lows))}, highest "
+        f"{text.compact(max(high for _, high in highs))}, last {last} {unit}"
+    )
+    chart.hover = Hover(head=[])
+    for bucket in found:
+        rows = [["mean" if bucket.low < bucket.high else "value", text.compact(bucket.mean)]]
+        if bucket.low < bucket.high:
+            rows += [["lowest", text.compact(bucket.low)], ["highest", text.compact(bucket.high)]]
+        chart.hover.add(chart.x.share(bucket.step), None, f"step {bucket.step:,}", rows)
+    return chart
+
+
+def _steps(run: Run) -> Axis:
+    return Axis(0.0, float(max(run.last.step, 1)), ticks=4)
+
+
+def _label_last(run: Run, chart: Chart, lines: dict[str, Series], digits: int = 3) -> None:
+    """Name every line at its last finite value, and say those values in the summary."""
+    ends = []
+    for name, points in lines.items():
+        value = next((value for _, value in reversed(points) if isfinite(value)), nan)
+        ends.append((name, text.fixed(value, digits), value, color(run, name)))
+    chart.label_ends(ends)
+    said = ", ".join(f"{name} {value}" for name, value, _, _ in ends)
+    chart.summary = f"{chart.title} over steps, {chart.unit}; last values: {said}"
+
+
+def _hover(run: Run, chart: Chart, columns: dict[str, dict[str, Series]], digits: int = 3) -> Hover:
+    """Rows are names, columns kinds of values; each shows what was known at that step."""
+    names = list(dict.fromkeys(name for lines in columns.values() for name in lines))
+    seen = {step for lines in columns.values() for points in lines.values() for step, _ in points}
+    tokens = {line.step: line.tokens for line in run.metrics}
+    evaluated = [(line.step, float(line.step)) for line in run.metrics if line.val_loss]
+    hover = Hover(head=["", *columns], colors=[color(run, name) for name in names])
+    for step, _ in series.thin([(step, 0.0) for step in sorted(seen)], TOOLTIPS):
+        title = f"step {step:,} · {text.compact(tokens[step])} tokens"
+        validation = series.latest(evaluated, step)
+        if "validation" in columns and isfinite(validation) and validation != step:
+            title += f" · validation of step {validation:,.0f}"
+        rows = [
+            [name, *(text.fixed(series.latest(lines.get(name, []), step), digits)
+                     for lines in columns.values())]
+            for name in names
+        ]  # fmt: skip
+        hover.add(chart.x.share(step), None, title, rows)
+    return hover

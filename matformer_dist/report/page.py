@@ -1,0 +1,286 @@
+"""Assembly of the page: what the run says, in the order a reader asks for it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import statistics
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from itertools import pairwise
+from math import exp, isfinite, nan
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from matformer_dist.counting import count_parameters
+from matformer_dist.errors import UserError
+from matformer_dist.report import curves, series, text
+from matformer_dist.report.charts import palette
+from matformer_dist.report.inputs import Run, Sample, read_run
+from matformer_dist.report.tradeoff import tradeoff_charts
+
+SAMPLE_CHARACTERS = 4000  # of one text; the rest stays in samples.json
+TABLED_EVALUATIONS = 40
+_VERSIONS = ("matformer_dist", "torch", "deepspeed", "megatron-core", "transformers")
+
+
+def write_report(run_dir: Path, output: Path | None = None) -> Path:
+    """Write the report of a run to `output` (default RUN/report.html) and return its path.
+
+    The page is one file that loads nothing. A run that is still training, was never evaluated or
+    has no extracted models gives a page that says which command fills the gap. Raises UserError
+    where config.yaml or metrics.jsonl is missing or any input is broken.
+    """
+    run_dir = Path(run_dir)
+    output = Path(output) if output is not None else run_dir / "report.html"
+    page = render(read_run(run_dir))
+    if not output.parent.is_dir() or output.is_dir():
+        raise UserError(
+            f"cannot write the report to {output}: it must be a file in a directory that exists"
+        )
+    unfinished = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(page, encoding="utf-8")
+        os.replace(unfinished, output)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"cannot write the report to {output}: {error.strerror}") from None
+    return output
+
+
+def render(run: Run) -> str:
+    """The whole page as text."""
+    here = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(here),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "compact": text.compact,
+        "fixed": text.fixed,
+        "percent": text.percent,
+        "file_size": text.file_size,
+    }
+    evaluation = run.evaluation
+    return environment.get_template("page.html").render(
+        run=run,
+        name=run.directory.resolve().name,
+        css=(here / "page.css").read_text(encoding="utf-8"),
+        javascript=(here / "page.js").read_text(encoding="utf-8"),
+        palette=palette(len(run.nesting)),
+        state=_state(run),
+        figures=_headline_figures(run),
+        granularities=_granularities(run),
+        warning=curves.broken_losses(run),
+        loss=curves.loss_chart(run),
+        separations=[c for c in (curves.gap_chart(run), curves.agreement_chart(run)) if c],
+        validations=_validations(run),
+        tradeoffs=tradeoff_charts(run, evaluation) if evaluation else [],
+        submodels=_submodel_rows(run),
+        small_charts=curves.small_charts(run),
+        prompts=_prompts(run),
+        commands=_commands(run),
+        config=run.config.to_yaml(),
+        versions=_versions(),
+        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """A row of the table that opens the page."""
+
+    name: str
+    width: int
+    share: float  # of d_ff
+    parameters: float
+    loss: float
+    agreement: float
+
+    @property
+    def perplexity(self) -> float:
+        return exp(self.loss) if self.loss < 100 else nan
+
+
+def _granularities(run: Run) -> list[Granularity]:
+    """Losses of the newest measurement: evaluation.json, unless training has gone on since."""
+    model, vocab_size = run.config.model, run.config.model.vocab_size
+    rows = []
+    for i, (name, width) in enumerate(zip(run.nesting.names, run.nesting.widths, strict=True)):
+        parameters, loss, agreement = nan, nan, nan
+        evaluated = run.evaluation.uniform(name) if run.evaluation else None
+        if vocab_size is not None:
+            submodel = run.nesting.uniform(i, model.n_layers)
+            parameters = count_parameters(model, vocab_size, submodel).total
+        elif evaluated:
+            parameters = evaluated.parameters
+        if evaluated and _evaluation_is_newest(run):
+            loss, agreement = evaluated.loss, evaluated.agreement
+        elif run.last_validated:
+            loss = run.last_validated.val_loss.get(name, nan)
+            agreement = run.last_validated.val_agreement.get(name, nan)
+        rows.append(Granularity(name, width, width / run.nesting.d_ff, parameters, loss, agreement))
+    return rows
+
+
+def _evaluation_is_newest(run: Run) -> bool:
+    validated = run.last_validated
+    return run.evaluation is not None and (
+        validated is None or run.evaluation.step >= validated.step
+    )
+
+
+def _state(run: Run) -> dict[str, Any]:
+    """Where the run is, and where the losses of the opening table come from."""
+    total = run.config.training.total_steps
+    if _evaluation_is_newest(run):
+        assert run.evaluation is not None
+        source = f"measured at step {run.evaluation.step:,} by matformer evaluate"
+    elif run.last_validated:
+        source = f"measured at step {run.last_validated.step:,} during training"
+    else:
+        source = "not measured yet"
+    return {"step": run.last.step, "total": total, "source": source}
+
+
+def _headline_figures(run: Run) -> list[tuple[str, str, str]]:
+    """(name, value, remark) of the figures at the top; only what was logged."""
+    last = run.last
+    training_s = training_seconds(run)
+    per_second = statistics.median(
+        [line.tokens_per_second for line in run.metrics if isfinite(line.tokens_per_second)]
+        or [nan]
+    )
+    figures = [
+        (
+            "tokens seen",
+            text.compact(last.tokens),
+            f"{text.compact(last.tokens / max(last.step, 1))} a step",
+        ),
+        ("training time", text.duration(training_s), "steps only"),
+        ("tokens per second", text.compact(per_second), "median"),
+    ]
+    for field, name, show, remark in (
+        ("model_tflops_per_second", "model speed", _flops_per_second, "median"),
+        ("mfu", "model FLOP use", text.percent, "of the devices' peak, median"),
+        ("peak_memory_bytes", "peak memory", text.file_size, "largest, per rank"),
+    ):
+        values = [v for line in run.metrics if isfinite(v := getattr(line, field))]
+        if values and max(values) > 0:
+            pick = max(values) if field == "peak_memory_bytes" else statistics.median(values)
+            figures.append((name, show(pick), remark))
+    return figures
+
+
+def _flops_per_second(tflops: float) -> str:
+    return text.compact(1e12 * tflops, "FLOP/s", billion="G")
+
+
+def training_seconds(run: Run) -> float:
+    """Time spent in steps: every stretch between two lines at the speed logged at its end."""
+    total = 0.0
+    starts = [0, *(line.step for line in run.metrics)]
+    for (before, step), line in zip(pairwise(starts), run.metrics, strict=True):
+        if isfinite(line.step_ms):
+            total += (step - before) * line.step_ms / 1000
+    return total or nan
+
+
+def _validations(run: Run) -> dict[str, Any]:
+    """Validation losses as a table, at most TABLED_EVALUATIONS evenly chosen rows."""
+    found = curves.curves(run, "val_loss")
+    steps = [(line.step, 0.0) for line in run.metrics if line.val_loss]
+    by_step = {line.step: line for line in run.metrics}
+    rows = [
+        (step, by_step[step].tokens, [by_step[step].val_loss.get(name, nan) for name in found])
+        for step, _ in series.thin(steps, TABLED_EVALUATIONS)
+    ]
+    return {"names": list(found), "rows": rows, "of": len(steps)}
+
+
+def _submodel_rows(run: Run) -> list[dict[str, Any]]:
+    """Evaluated submodels by size, with their loss above XL's and the command that takes them."""
+    if run.evaluation is None:
+        return []
+    widest = run.evaluation.uniform(run.nesting.names[-1])
+    reference = widest.loss if widest else nan
+    rows = []
+    for item in sorted(run.evaluation.submodels, key=lambda item: item.parameters):
+        color = curves.color(run, item.submodel) if item.kind == "uniform" else "var(--mix)"
+        rows.append(
+            {
+                "item": item,
+                "difference": nan if item is widest else item.loss - reference,
+                "color": color,
+                "command": extract_command(run.directory, item.submodel),
+            }
+        )
+    return rows
+
+
+def extract_command(run_dir: Path, submodel: str) -> str:
+    """The command that writes this submodel as a model of its own, quoted for a shell."""
+    directory = submodel.replace(":", "x").replace(",", "-").replace("/", "-")
+    words = ["matformer", "extract", str(run_dir), "--submodel", submodel]
+    words += ["--format", "hf", "--output", str(run_dir / "submodels" / directory)]
+    return shlex.join(words)
+
+
+def _commands(run: Run) -> dict[str, str]:
+    """What to run where a section has nothing to show."""
+    directory = shlex.quote(str(run.directory))
+    one = run.nesting.names[max(0, len(run.nesting) - 2)]
+    return {
+        "evaluation": f"matformer evaluate {directory}",
+        "extracted": extract_command(run.directory, one),
+        "samples": f"matformer generate {directory}",
+        "report": f"matformer report {directory}",
+    }
+
+
+def _prompts(run: Run) -> list[dict[str, Any]]:
+    """Samples grouped by prompt, in their order, each group from the smallest submodel up."""
+    sizes: dict[str, int] = {item.submodel: item.parameters for _, item in run.extracted}
+    if run.evaluation:
+        sizes |= {item.submodel: item.parameters for item in run.evaluation.submodels}
+    groups: dict[str, list[Sample]] = {}
+    for sample in run.samples:
+        groups.setdefault(sample.prompt, []).append(sample)
+    prompts = []
+    for prompt, samples in groups.items():
+        shown, cut = text.printable(prompt, SAMPLE_CHARACTERS)
+        ordered = sorted(samples, key=lambda sample: sizes.get(sample.submodel, 0))
+        texts = [_sample_row(run, sample, sizes.get(sample.submodel)) for sample in ordered]
+        prompts.append({"prompt": shown, "cut": cut, "samples": texts})
+    return prompts
+
+
+def _sample_row(run: Run, sample: Sample, parameters: int | None) -> dict[str, Any]:
+    continued = sample.text.removeprefix(sample.prompt)
+    shown, cut = text.printable(continued, SAMPLE_CHARACTERS)
+    return {
+        "submodel": sample.submodel,
+        "color": curves.color(run, sample.submodel),
+        "parameters": nan if parameters is None else parameters,
+        "text": shown,
+        "cut": cut,
+        "seconds": text.duration(sample.seconds),
+        "speed": text.compact(sample.tokens_per_second),
+    }
+
+
+def _versions() -> list[tuple[str, str]]:
+    """Versions of what is installed where the page is written."""
+    found = []
+    for package in _VERSIONS:
+        try:
+            found.append((package, metadata.version(package)))
+        except metadata.PackageNotFoundError:
+            continue
+    return found
