@@ -1,0 +1,42 @@
+# `make` alone lists the commands. Everything is installed in .venv here; nothing needs root.
+.PHONY: help env demo test lint bench clean
+unexport PYTHONHOME PYTHONPATH PIP_PREFIX PIP_TARGET PIP_USER
+
+# Tools of .venv first; a home directory in it for what tools cache (compiled operators, fonts),
+# so that a read-only or missing one does no harm.
+HOME_DIR := $(CURDIR)/.venv/home
+RUN = mkdir -p "$(HOME_DIR)" && export HOME="$(HOME_DIR)" XDG_CACHE_HOME="$(HOME_DIR)/.cache" \
+	VIRTUAL_ENV="$(CURDIR)/.venv" PATH="$(CURDIR)/.venv/bin:$$PATH" && exec
+
+help:
+	@echo 'make demo    train a small nested model, take submodels out of it, write a report page'
+	@echo 'make test    ruff, mypy and all tests that this machine can run'
+	@echo 'make lint    ruff and mypy alone'
+	@echo 'make bench   measure: every file of benchmarks/'
+	@echo 'make env     the environment alone, in .venv; the others make it too, and reuse it'
+	@echo 'make clean   remove .venv, caches and build outputs; runs/ stays'
+	@echo
+	@echo 'PYTHON=python3.12 make env     chooses the interpreter, 3.10 to 3.13'
+	@echo 'The usual variables of pip (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) choose the index.'
+	@echo 'Without a GPU, an extra index of CPU builds of torch saves gigabytes of CUDA libraries.'
+
+env:
+	@.ci/environment
+
+demo: env
+	@$(RUN) python -m matformer_dist.demo
+
+test: lint
+	@$(RUN) python -m pytest -n auto --maxprocesses 4 --dist loadgroup tests
+
+lint: env
+	@$(RUN) ruff check .
+	@$(RUN) ruff format --check .
+	@$(RUN) mypy
+
+bench: env
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; ($(RUN) python "$$file"); done
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
