@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import isfinite, nan
+from math import inf, isfinite, nan
 
 from matformer_dist.report import series, text
 from matformer_dist.report.charts import Axis, Chart, Hover, Key
@@ -83,7 +83,7 @@ def _loss_notes(
     if longest > DRAWN_POINTS:
         notes.append(f"{DRAWN_POINTS} of {longest:,} points are drawn.")
     drawn = (*smoothed.values(), *validated.values())
-    above = [step for values in drawn for step, value in values if value > chart.y.high]
+    above = [step for points in drawn for step, loss in points if chart.y.high < loss < inf]
     if above:
         notes.append(f"The first steps, up to {max(above):,}, rise above the frame.")
     return notes

@@ -153,6 +153,7 @@ def _headline_figures(run: Run) -> list[tuple[str, str, str]]:
     """(name, value, remark) of the figures at the top; only what was logged."""
     last = run.last
     training_s = training_seconds(run)
+    per_step = last.tokens / max(last.step, 1)
     per_second = statistics.median(
         [line.tokens_per_second for line in run.metrics if isfinite(line.tokens_per_second)]
         or [nan]
@@ -161,7 +162,7 @@ def _headline_figures(run: Run) -> list[tuple[str, str, str]]:
         (
             "tokens seen",
             text.compact(last.tokens),
-            f"{text.compact(last.tokens / max(last.step, 1))} a step",
+            f"{text.compact(per_step)} a step",
         ),
         ("training time", text.duration(training_s), "steps only"),
         ("tokens per second", text.compact(per_second), "median"),
