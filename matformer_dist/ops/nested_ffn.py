@@ -135,12 +135,16 @@ def _rings(segments: Sequence[_Segment]) -> Iterator[tuple[int, int, int]]:
         low = segment.width
 
 
+# The two activation functions below take gate and up apart into contiguous scratch where they must
+# be read by more than one operation: stride-2 operands cost SIMD.
+
+
 def _activate(h: Tensor) -> Tensor:
     """act [n] from pre-activations h [n, k], whatever the segments."""
     if h.shape[1] == 1:
         return F.gelu(h[:, 0])
     gate, up = h.unbind(1)
-    return F.silu(gate.contiguous(), inplace=True).mul_(up)  # contiguous: SIMD; half the time
+    return F.silu(gate.contiguous(), inplace=True).mul_(up)
 
 
 def _activate_backward(h: Tensor, d_act: Tensor, act: Tensor | None, d_h: Tensor | None) -> None:
@@ -151,15 +155,14 @@ def _activate_backward(h: Tensor, d_act: Tensor, act: Tensor | None, d_h: Tensor
         if d_h is not None:
             d_h.copy_(torch.ops.aten.gelu_backward(d_act, h))
         return
-    gate, up = h.view(*d_act.shape, 2).unbind(-1)
-    gate = gate.contiguous()
+    gate, up = (half.contiguous() for half in h.view(*d_act.shape, 2).unbind(-1))
     silu = F.silu(gate)
     if act is not None:
-        act.copy_(silu * up)
+        act.copy_(silu).mul_(up)
     if d_h is not None:
         d_gate, d_up = d_h.view(*d_act.shape, 2).unbind(-1)
-        d_up.copy_(d_act * silu)
-        d_gate.copy_(torch.ops.aten.silu_backward(d_act * up, gate))
+        d_up.copy_(silu.mul_(d_act))
+        d_gate.copy_(torch.ops.aten.silu_backward(up.mul_(d_act), gate))
 
 
 class _NestedFFN(torch.autograd.Function):
