@@ -1,0 +1,123 @@
+"""Checks of data sets before training starts, cheap however large they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from matformer_dist.config import Config
+from matformer_dist.data.indexed_files import IndexedFiles, open_indexed
+from matformer_dist.data.tokenizer import Tokenizer
+from matformer_dist.errors import UserError
+
+_READ_IDS = 1 << 24  # of foreign data; of more, evenly spaced runs are read
+_RUN_IDS = 1 << 14
+_LARGEST_DESCRIPTION_BYTES = 1 << 24
+
+Blend = Sequence[tuple[float, str]]
+
+
+def check_data(
+    config: Config, tokenizer: Tokenizer, wants_validation: bool
+) -> dict[str, IndexedFiles]:
+    """All data sets of a configuration by prefix, opened.
+
+    UserError for files that are missing or damaged, ids that are not of `tokenizer`, and parts
+    too small for one sample.
+    """
+    data, sample = config.data, config.training.seq_len + 1
+    blends = [*data.train, *(data.validation or [])]
+    opened = {prefix: open_indexed(prefix) for _, prefix in blends}
+    for files in opened.values():
+        _check_ids(files, tokenizer)
+    train_share = split_shares(config)[0]
+    for _, prefix in data.train:
+        _check_part(opened[prefix], "training", 0.0, train_share, sample)
+        if wants_validation and data.validation is None:
+            _check_part(opened[prefix], "validation", train_share, 1.0, sample)
+    for _, prefix in data.validation or []:
+        _check_part(opened[prefix], "validation", 0.0, 1.0, sample)
+    return opened
+
+
+def split_shares(config: Config) -> tuple[float, float]:
+    """Shares of data.train's documents that are for training and for validation."""
+    if config.data.validation is not None:
+        return 1.0, 0.0
+    train, validation = config.data.split
+    if train == 0:
+        raise UserError(
+            f"data.split {train:g},{validation:g} leaves nothing to train on; its first number "
+            "is the share of training, for example 99,1"
+        )
+    return train / (train + validation), validation / (train + validation)
+
+
+def _check_part(files: IndexedFiles, purpose: str, start: float, stop: float, sample: int) -> None:
+    """UserError unless the documents between two shares of the data set hold a whole sample."""
+    documents = len(files.lengths)
+    first, last = round(start * documents), round(stop * documents)  # as Megatron-Core rounds
+    tokens = int(files.lengths[first:last].sum(dtype=np.int64))
+    if tokens >= sample:
+        return
+    remedy = "add text, or set a smaller training.seq_len"
+    if purpose == "validation":
+        remedy = "give validation a larger share in data.split, or set data.validation to data sets"
+    raise UserError(
+        f"the data set {files.prefix} is too small for {purpose}: {last - first} of its "
+        f"{documents} documents, with {tokens} tokens, fall to it, and one sample takes {sample} "
+        f"(training.seq_len + 1); {remedy}"
+    )
+
+
+def _check_ids(files: IndexedFiles, tokenizer: Tokenizer) -> None:
+    """By the digest in PREFIX.json where we prepared the data; else by reading ids."""
+    made_by = _described_tokenizer(files)
+    if made_by == tokenizer.digest:
+        return
+    if made_by is not None:
+        raise UserError(
+            f"the data set {files.prefix} was made with another tokenizer (SHA-256 "
+            f"{made_by[:12]}...) than data.tokenizer {tokenizer.source} "
+            f"({tokenizer.digest[:12]}...); set data.tokenizer to the one it was made with, or "
+            "prepare the data again"
+        )
+    if files.dtype.kind not in "iu":
+        raise UserError(f"the data set {files.prefix} holds {files.dtype}, not token ids")
+    ids = files.token_ids()
+    runs = [ids]
+    if len(ids) > _READ_IDS:
+        starts = np.linspace(0, len(ids) - _RUN_IDS, _READ_IDS // _RUN_IDS).astype(np.int64)
+        runs = [ids[start : start + _RUN_IDS] for start in starts]
+    low, high = min(run.min() for run in runs), max(run.max() for run in runs)
+    if low < 0 or high >= tokenizer.vocab_size:
+        raise UserError(
+            f"the data set {files.prefix} holds token id {high if low >= 0 else low}, but the "
+            f"tokenizer {tokenizer.source} has ids 0 to {tokenizer.vocab_size - 1}; set "
+            "data.tokenizer to the one it was made with"
+        )
+
+
+def _described_tokenizer(files: IndexedFiles) -> str | None:
+    """The tokenizer's digest in PREFIX.json; None where that is not a file of ours."""
+    path = Path(f"{files.prefix}.json")
+    try:
+        if path.stat().st_size > _LARGEST_DESCRIPTION_BYTES:
+            return None
+        described = json.loads(path.read_bytes())
+        digest, counts = (
+            described["tokenizer_sha256"],
+            (described["documents"], described["tokens"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if counts != (len(files.lengths), files.tokens):
+        raise UserError(
+            f"{path} describes {counts[0]} documents of {counts[1]} tokens, but the data set "
+            f"beside it has {len(files.lengths)} of {files.tokens}; prepare it again, or delete "
+            f"{path} if it belongs to another"
+        )
+    return str(digest)

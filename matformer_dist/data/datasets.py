@@ -1,0 +1,173 @@
+"""Training data: Megatron-Core's GPTDataset over indexed files, checked before it is built.
+
+A sample is seq_len + 1 neighbouring tokens; documents follow one another, each ended by </s>.
+Which samples make up global batch n depends on data.seed and n alone, not on the ranks. It also
+depends on how many samples are asked for, in one way: below one pass over the data it does not,
+but Megatron shuffles all passes of a longer run together. So a run of more than one pass that is
+resumed with other training.steps goes on in another order, and may meet a sample once more, or
+once less, than the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from matformer_dist.config import Config
+from matformer_dist.data.checks import Blend, check_data, split_shares
+from matformer_dist.data.tokenizer import Tokenizer
+from matformer_dist.errors import UserError
+from matformer_dist.parallel.topology import quiet_libraries
+
+_COMPLETE = "complete"
+
+
+def build_datasets(
+    config: Config, tokenizer: Tokenizer, train_samples: int, validation_samples: int
+) -> tuple[Dataset[Any], Dataset[Any] | None]:
+    """Training data of at least `train_samples` samples, and validation data likewise.
+
+    Where the data hold less, they are passed over again. Validation comes from data.validation,
+    else from the last documents of data.train by data.split; None where `validation_samples` is
+    0. To be called on every rank if torch.distributed is initialised: rank 0 checks and builds
+    the indices of samples, under run.dir, and the others read them. UserError, on all of them,
+    for files that are missing, damaged, of another tokenizer, or too small.
+    """
+    quiet_libraries()
+    samples = (train_samples, validation_samples)
+    if not dist.is_initialized():
+        check_data(config, tokenizer, validation_samples > 0)
+        return _build(config, tokenizer, samples, cache=None)
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            check_data(config, tokenizer, validation_samples > 0)
+            answer[0] = _index_cache(config, tokenizer, samples)
+        except UserError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer)
+    cache, message = answer
+    if message is not None:
+        raise UserError(message)
+    datasets = _build(config, tokenizer, samples, cache)
+    dist.barrier()
+    (cache / _COMPLETE).touch()
+    return datasets
+
+
+def micro_batches(
+    dataset: Dataset[Any],
+    *,
+    consumed: int,
+    micro_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    workers: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(tokens, targets), int64 [micro_batch_size, seq_len] each, targets one token further.
+
+    `consumed` samples of the dataset are skipped: those that earlier micro-batches of all ranks
+    took together. Ends when not enough for a micro-batch of every rank are left. `workers`
+    processes read ahead; the order is the same with any number of them.
+    """
+    stride = micro_batch_size * data_parallel_size
+    first = consumed + data_parallel_rank * micro_batch_size
+    last = len(dataset) - (data_parallel_size - data_parallel_rank) * micro_batch_size  # type: ignore[arg-type,misc]
+    starts = range(first, last + 1, stride)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=(range(start, start + micro_batch_size) for start in starts),  # type: ignore[arg-type,misc]
+        num_workers=workers,
+        collate_fn=_tokens_and_targets,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # or it would draw from the global one, and shift dropout
+    )
+    return iter(loader)
+
+
+def _tokens_and_targets(samples: Iterable[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    samples = list(samples)
+    return (
+        torch.stack([sample["tokens"] for sample in samples]),
+        torch.stack([sample["labels"] for sample in samples]),
+    )
+
+
+def _build(
+    config: Config, tokenizer: Tokenizer, samples: tuple[int, int], cache: Path | None
+) -> tuple[Dataset[Any], Dataset[Any] | None]:
+    """The datasets by Megatron-Core's builder, which lets rank 0 write `cache` first."""
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    data = config.data
+    train, validation = split_shares(config)
+    source: dict[str, Any] = {
+        "blend": _blend(data.train),
+        "split": f"{train:.12f},{validation:.12f},0",
+    }
+    if data.validation is not None:
+        blends = [_blend(data.train), _blend(data.validation), None]
+        source = {"blend_per_split": blends}
+    built = GPTDatasetConfig(
+        random_seed=data.seed,
+        sequence_length=config.training.seq_len,
+        tokenizer=tokenizer,
+        path_to_cache=str(cache) if cache else "",  # "": keep the indices in memory
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        **source,
+    )
+    if samples[1] == 0:  # training keeps to its share
+        if data.validation is None:
+            built.split_matrix[1] = None
+        else:
+            built.blend_per_split[1] = None
+    datasets = BlendedMegatronDatasetBuilder(GPTDataset, [*samples, 0], lambda: True, built).build()
+    return datasets[0], datasets[1]
+
+
+def _blend(blend: Blend) -> tuple[list[str], list[float] | None]:
+    """As Megatron-Core takes it; one data set alone needs no blending, and has no weight."""
+    prefixes = [prefix for _, prefix in blend]
+    return prefixes, [weight for weight, _ in blend] if len(blend) > 1 else None
+
+
+def _index_cache(config: Config, tokenizer: Tokenizer, samples: tuple[int, int]) -> Path:
+    """The folder of this build's indices; on rank 0 only.
+
+    Its name covers all that decides them, data files included: Megatron-Core's own names do not,
+    and it would take indices of replaced data, or half written ones, for good. Folders of other
+    or unfinished builds are removed.
+    """
+    data = config.data
+    blends = [*data.train, *(data.validation or [])]
+    files = [Path(f"{prefix}{suffix}") for _, prefix in blends for suffix in (".idx", ".bin")]
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    decides = (data, config.training.seq_len, tokenizer.digest, samples, stats)
+    root = config.run.dir / "index_cache"
+    cache = root / hashlib.sha256(repr(decides).encode()).hexdigest()[:16]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for folder in root.iterdir():
+            if folder != cache or not (folder / _COMPLETE).exists():
+                shutil.rmtree(folder)
+        cache.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the run directory {config.run.dir}: {error.strerror}; set run.dir to a "
+            "folder that every rank can read and rank 0 can write"
+        ) from None
+    return cache
