@@ -91,6 +91,17 @@ def quiet_libraries() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
+def cpu_environment(ranks: int) -> dict[str, str]:
+    """This process' environment, for a launcher that is to run `ranks` ranks on the CPU."""
+    threads = max(1, (os.cpu_count() or 1) // ranks)
+    return {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": str(threads),
+    }
+
+
 def launched_world() -> tuple[int, int, int]:
     """(rank, world size, local rank) as the launcher set them; (0, 1, 0) for plain `python`."""
     if "RANK" not in os.environ:
@@ -150,11 +161,16 @@ def initialize(tensor: int, timeout: timedelta = timedelta(minutes=30)) -> Topol
     )
 
 
-def shut_down() -> None:
-    """Leave all groups; the process may join another layout afterwards."""
+def leave_groups() -> None:
+    """Forget the layout, so that `initialize` can form another one in this process."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+
+
+def shut_down() -> None:
+    """Leave the job."""
+    leave_groups()
     if dist.is_initialized():
         dist.destroy_process_group()
 

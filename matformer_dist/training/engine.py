@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 import omegaconf
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from matformer_dist.config import Config, OptimizerConfig, ScheduleConfig
@@ -20,6 +21,9 @@ from matformer_dist.models.forward_pass import Pass
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.parallel.layers import Initializer
 from matformer_dist.parallel.topology import DeepSpeedView, Topology
+
+# On a CPU DeepSpeed would compile this at every first start; it serves only inference.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 _DERIVED_ELSEWHERE = {
     "train_batch_size": "training.global_batch_size",
@@ -146,6 +150,9 @@ class Engine:
         self.deepspeed, _, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, mpu=DeepSpeedView(), config=dictionary
         )
+        # DeepSpeed steps a plain optimizer without telling the gradient norm.
+        self._plain = zero_stage(config) == 0 and config.training.precision == "fp32"
+        self._plain_norm = 0.0
 
     def train_step(
         self,
@@ -162,6 +169,8 @@ class Engine:
             plan = next(passes)
             loss, statistics = self.deepspeed(tokens, targets, plan)
             self.deepspeed.backward(loss)
+            if self._plain and self.deepspeed.is_gradient_accumulation_boundary():
+                self._plain_norm = self._gradient_norm()
             self.deepspeed.step()
             results.append((plan, statistics))
         return results
@@ -169,7 +178,18 @@ class Engine:
     @property
     def grad_norm(self) -> float:
         """Norm of the last step's whole gradient, before clipping, over all ranks."""
-        return float(self.deepspeed.get_global_grad_norm())
+        return self._plain_norm if self._plain else float(self.deepspeed.get_global_grad_norm())
+
+    def _gradient_norm(self) -> float:
+        tensor = self.topology.tensor
+        total = torch.zeros((), device=self.topology.device)
+        for parameter in self.deepspeed.module.parameters():
+            # A replicated weight has the same gradient on every tensor-parallel rank.
+            if tensor.rank == 0 or getattr(parameter, "tensor_model_parallel", False):
+                total += parameter.grad.float().square().sum()
+        if tensor.size > 1:
+            dist.all_reduce(total, group=tensor.group)
+        return float(total.sqrt())
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, targets: Tensor, plan: Pass) -> Tensor:

@@ -51,10 +51,9 @@ class Run:
                 now = setup.topology_of(config, topology)
                 setup.check_topology(resumed.manifest["topology"], now, resumed.path)
         evaluated = config.evaluation.batches * training.micro_batch_size * topology.data_size
-        with topology.agreement():
-            self.train_data, self.validation_data = build_datasets(
-                config, tokenizer, self.total_steps * training.global_batch_size, evaluated
-            )
+        self.train_data, self.validation_data = build_datasets(
+            config, tokenizer, self.total_steps * training.global_batch_size, evaluated
+        )
         self.objective = Objective(
             config.objective, self.nesting, config.model.n_layers, training.seed
         )

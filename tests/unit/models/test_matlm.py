@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+
+from matformer_dist.config import ModelConfig
+from matformer_dist.counting import count_parameters, forward_flops
+from matformer_dist.models.forward_pass import Pass
+from matformer_dist.models.matlm import MatLM
+from matformer_dist.nesting import Nesting, Segment
+from matformer_dist.parallel.layers import Initializer
+
+VOCAB = 37
+NESTING = Nesting.from_widths([3, 5, 11, 16])
+SHAPE = {"d_model": 24, "n_layers": 3, "n_heads": 4, "d_ff": 16, "init_std": 0.3}
+VARIANTS = {
+    "llama": {},
+    "grouped-query, tied": {"n_kv_heads": 2, "tied_embeddings": True},
+    "paper": {"ffn": "gelu", "norm": "layernorm", "tied_embeddings": True},
+}
+
+
+def matlm(**settings: Any) -> MatLM:
+    model = ModelConfig(**{**SHAPE, "max_seq_len": 32, **settings})
+    return MatLM(model, [NESTING] * 3, VOCAB, Initializer(seed=1)).double()
+
+
+def tokens(sequences: int, positions: int = 9, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, VOCAB, (sequences, positions + 1), generator=generator)
+    return ids[:, :-1], ids[:, 1:]
+
+
+def plan(segments: list[Segment], shared: bool, weights: list[float]) -> Pass:
+    zeros = (0.0,) * len(segments)
+    return Pass(tuple(segments), shared, tuple(weights), zeros, zeros)
+
+
+def loss_and_gradients(
+    model: MatLM, ids: tuple[Tensor, Tensor], run: Pass
+) -> tuple[Tensor, list[Tensor]]:
+    loss, _ = model(*ids, run)
+    return loss.detach(), list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_joint_pass_matches_separate_passes(variant: str) -> None:
+    """Sharing rows, the first attention and every GEMM changes neither loss nor gradients."""
+    model, ids = matlm(**VARIANTS[variant]), tokens(2)
+    submodels = NESTING.uniforms(3)
+    weights = [0.4, 0.3, 0.2, 0.1]
+    joint = plan([Segment(s, 2) for s in submodels], True, weights)
+    loss, gradients = loss_and_gradients(model, ids, joint)
+    total, sums = torch.zeros((), dtype=torch.double), [torch.zeros_like(g) for g in gradients]
+    for submodel, weight in zip(submodels, weights, strict=True):
+        alone = plan([Segment(submodel, 2)], False, [weight])
+        part, part_gradients = loss_and_gradients(model, ids, alone)
+        total += part
+        sums = [a + b for a, b in zip(sums, part_gradients, strict=True)]
+    torch.testing.assert_close(loss, total)
+    torch.testing.assert_close(gradients, sums)
+
+
+def test_per_sequence_pass_matches_separate_passes() -> None:
+    model, (ids, targets) = matlm(), tokens(6)
+    segments = [Segment(s, n) for s, n in zip(NESTING.uniforms(3), (1, 0, 3, 2), strict=True)]
+    loss, statistics = model(ids, targets, plan(segments, False, [1.0] * 4))
+    start, total = 0, 0.0
+    for segment, found in zip(segments, statistics, strict=True):
+        rows = slice(start, start + segment.sequences)
+        start += segment.sequences
+        if segment.sequences:
+            alone = plan([Segment(segment.submodel, segment.sequences)], False, [1.0])
+            _, expected = model(ids[rows], targets[rows], alone)
+            torch.testing.assert_close(found, expected[0])
+            total += float(expected[0, 0])
+        else:
+            assert not found.any()
+    assert float(loss.detach()) == pytest.approx(total / targets.numel())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("notation", ["S", "M", "XL", "S:1,L:1,XL:1", "XL:1,S:2"])
+def test_submodel_in_place_matches_a_model_of_that_width(variant: str, notation: str) -> None:
+    model, (ids, _) = matlm(**VARIANTS[variant]), tokens(2)
+    submodel = NESTING.parse(notation, 3)
+    nestings = [NESTING.truncate(i) for i in submodel.granularities]
+    small = MatLM(model.model, nestings, VOCAB, Initializer(None)).double()
+    whole = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in small.named_parameters():
+            parameter.copy_(whole[name][: len(parameter)])
+    torch.testing.assert_close(small.logits(ids, submodel), model.logits(ids, submodel))
+    count = count_parameters(model.model, VOCAB, submodel)
+    assert sum(p.numel() for p in small.parameters()) == count.total
+
+
+def test_statistics_match_logits() -> None:
+    model, (ids, targets) = matlm(), tokens(3)
+    targets = targets.clone()
+    targets[0, :4] = -100
+    submodels = [NESTING.parse(text, 3) for text in ("XL", "S", "XL:1,S:1,M:1")]
+    with torch.no_grad():
+        _, statistics = model(ids, targets, Pass.evaluation(submodels, 3))
+        logs = [model.logits(ids, submodel).log_softmax(-1) for submodel in submodels]
+    valid = targets != -100
+    for found, log in zip(statistics, logs, strict=True):
+        nll = -log.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+        agrees = log.argmax(-1) == logs[0].argmax(-1)
+        kl = (logs[0].exp() * (logs[0] - log)).sum(-1)
+        expected = [value[valid].sum() for value in (nll, agrees, kl, valid)]
+        torch.testing.assert_close(found, torch.stack([e.double() for e in expected]))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cached_logits_match_uncached(variant: str) -> None:
+    model, (ids, _) = matlm(**VARIANTS[variant]), tokens(2, positions=12)
+    submodel = NESTING.parse("S:1,XL:2", 3)
+    with torch.no_grad():
+        expected = model.logits(ids, submodel)
+        cache = model.new_cache(2, 12)
+        parts = [model.logits(part, submodel, cache) for part in ids.split([5, 1, 1, 3, 2], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), expected)
+
+
+def test_a_token_sees_only_what_is_before_it() -> None:
+    model, (ids, _) = matlm(), tokens(1)
+    changed = ids.clone()
+    changed[0, 6] = (changed[0, 6] + 1) % VOCAB
+    xl = NESTING.uniform(3, 3)
+    before, after = model.logits(ids, xl), model.logits(changed, xl)
+    torch.testing.assert_close(before[:, :6], after[:, :6])
+    assert not torch.allclose(before[:, 6:], after[:, 6:])
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    model, ids = matlm(), tokens(2)
+    joint = plan([Segment(s, 2) for s in NESTING.uniforms(3)], True, [0.25] * 4)
+    loss, gradients = loss_and_gradients(model, ids, joint)
+    model.activation_checkpointing = True
+    again, recomputed = loss_and_gradients(model, ids, joint)
+    assert torch.equal(loss, again)
+    torch.testing.assert_close(gradients, recomputed, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("d_model", [256, 1536])
+def test_flop_counter_matches_the_formula(d_model: int, shared: bool) -> None:
+    """At the paper's shapes (table T4), forward and backward, on the meta device."""
+    model = ModelConfig(
+        d_model=d_model, n_layers=16, n_heads=16, d_ff=4 * d_model, ffn="gelu", norm="layernorm",
+        tied_embeddings=True, max_seq_len=1024,
+    )  # fmt: skip
+    nesting = Nesting.from_fractions(model.d_ff, ["1/8", "1/4", "1/2", 1])
+    submodels = nesting.uniforms(16)
+    counts = (2, 2, 2, 2) if shared else (1, 2, 0, 3)  # joint, and what per_sequence deals
+    segments = [Segment(s, n) for s, n in zip(submodels, counts, strict=True)]
+    sequences = 2 if shared else sum(counts)
+    with torch.device("meta"):
+        lm = MatLM(model, [nesting] * 16, 256_000, Initializer(None))
+        ids = torch.zeros(sequences, 1024, dtype=torch.long)
+        # The counter does not know the in-place product by which the head's gradient accumulates;
+        # the fused attentions' backward recomputes the scores, which is no model FLOP.
+        in_place = {torch.ops.aten.addmm_: addmm_flop}
+        counter = FlopCounterMode(display=False, custom_mapping=in_place)
+        with counter, sdpa_kernel(SDPBackend.MATH):
+            lm(ids, ids, plan(segments, shared, [0.25] * 4))[0].backward()
+    expected = forward_flops(model, 256_000, segments, 1024, shared_tokens=shared)
+    assert counter.get_total_flops() == pytest.approx(3 * expected.total, rel=0.01)
+    if shared:
+        alone = forward_flops(model, 256_000, [Segment(submodels[0], 2)], 1024)
+        assert expected.ffn / alone.ffn == pytest.approx(1.875)  # sec. E.1
+        assert expected.attention / alone.attention == pytest.approx(4 - 3 / 16)  # layer 0 shared
