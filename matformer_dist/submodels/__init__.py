@@ -1,0 +1,1 @@
+"""Submodels of a trained universal model, as models of their own."""

@@ -1,0 +1,82 @@
+"""Run directories with random weights, written without training and without DeepSpeed."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from matformer_dist.config import ModelConfig
+from matformer_dist.data.tokenizer import Tokenizer, train_tokenizer
+from matformer_dist.models.matlm import MatLM
+from matformer_dist.nesting import Nesting
+from matformer_dist.parallel.layers import Initializer
+
+VOCAB = 307  # odd: tensor-parallel ranks hold padding
+NESTING = Nesting.from_widths([8, 16, 40, 64])
+TEXT = "def total(numbers):\n    return sum(numbers)  # a short comment, ümläut\n"
+
+
+@functools.cache
+def small_tokenizer() -> Tokenizer:
+    return train_tokenizer([TEXT] * 3, VOCAB)
+
+
+def model_config(**changes: Any) -> ModelConfig:
+    shape: dict[str, Any] = {
+        "d_model": 32, "n_layers": 3, "n_heads": 4, "d_ff": 64, "max_seq_len": 48, "init_std": 0.2,
+    }  # fmt: skip
+    return ModelConfig.model_validate({**shape, **changes})
+
+
+def random_model(model: ModelConfig, seed: int = 3) -> MatLM:
+    """Whole random weights; norms too, or an export that forgets them would go unnoticed."""
+    lm = MatLM(model, [NESTING] * model.n_layers, VOCAB, Initializer(seed))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return lm.eval()
+
+
+def write_run(directory: Path, lm: MatLM, *, tensor: int = 1, step: int = 5) -> Path:
+    """A run directory whose checkpoint holds `lm` as ZeRO 0 leaves it on `tensor` ranks."""
+    tokenizer = small_tokenizer()
+    checkpoint = directory / "checkpoints" / f"step-{step}"
+    checkpoint.mkdir(parents=True)
+    tokenizer_path = directory / "tokenizer.model"
+    tokenizer_path.write_bytes(tokenizer.model)
+    config = {
+        "run": {"dir": str(directory)},
+        "model": lm.model.model_dump(mode="json"),
+        "nesting": {"widths": list(NESTING.widths)},
+        "data": {"train": [[1, "unused"]], "tokenizer": str(tokenizer_path)},
+        "training": {"steps": 5, "seq_len": 8, "micro_batch_size": 1, "global_batch_size": 1},
+    }
+    (directory / "config.yaml").write_text(yaml.safe_dump(config))
+    for rank in range(tensor):
+        module = {}
+        for name, parameter in lm.named_parameters():
+            partition = getattr(parameter, "partition", None)
+            whole = parameter.detach()
+            module[name] = partition.deal(whole, rank, tensor) if partition else whole
+        state = {"module": module, "optimizer": {"state": {}}}
+        torch.save(state, checkpoint / f"mp_rank_{rank:02d}_model_states.pt")
+    manifest = {
+        "format": 1,
+        "step": step,
+        "topology": {"tensor": tensor, "data": 1, "zero_stage": 0},
+        "model": lm.model.model_dump(mode="json"),
+        "vocab_size": VOCAB,
+        "nesting": {"widths": list(NESTING.widths), "names": list(NESTING.names)},
+        "precision": "fp32",
+        "tokenizer_sha256": tokenizer.digest,
+        "files": {file.name: {"bytes": file.stat().st_size} for file in checkpoint.iterdir()},
+    }
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    return directory
