@@ -82,6 +82,11 @@ def _check(
             f"{activation} takes x [R, D], w_in [F, {inputs}*D], w_out [F, D]; got x "
             f"{list(x.shape)}, w_in {list(w_in.shape)}, w_out {list(w_out.shape)}"
         )
+    if not (w_in.is_contiguous() and w_out.is_contiguous()):
+        raise ValueError(
+            f"w_in (strides {w_in.stride()}) and w_out (strides {w_out.stride()}) must be "
+            "contiguous: a granularity is their first rows"
+        )
     if not x.dtype == w_in.dtype == w_out.dtype:
         raise ValueError(
             f"x ({x.dtype}), w_in ({w_in.dtype}) and w_out ({w_out.dtype}) must share a dtype"
@@ -135,8 +140,8 @@ def _rings(segments: Sequence[_Segment]) -> Iterator[tuple[int, int, int]]:
         low = segment.width
 
 
-# The two activation functions below take gate and up apart into contiguous scratch where they must
-# be read by more than one operation: stride-2 operands cost SIMD.
+# The two activation functions below take gate and up apart into contiguous scratch where they are
+# read more than once: stride-2 operands cost SIMD.
 
 
 def _activate(h: Tensor) -> Tensor:
@@ -144,25 +149,28 @@ def _activate(h: Tensor) -> Tensor:
     if h.shape[1] == 1:
         return F.gelu(h[:, 0])
     gate, up = h.unbind(1)
-    return F.silu(gate.contiguous(), inplace=True).mul_(up)
+    return F.silu(_contiguous_copy(gate), inplace=True).mul_(up)
 
 
-def _activate_backward(h: Tensor, d_act: Tensor, act: Tensor | None, d_h: Tensor | None) -> None:
-    """Write act [R_i, m] (recomputed) and d_h [R_i, k*m] from h [R_i, k*m] and d_act [R_i, m]."""
+def _activate_backward(h: Tensor, d_act: Tensor, d_h: Tensor, act: Tensor | None) -> None:
+    """Write d_h [R_i, k*m], and act [R_i, m] if wanted, from h like d_h and d_act like act."""
     if h.shape == d_act.shape:
+        d_h.copy_(torch.ops.aten.gelu_backward(d_act, h))
         if act is not None:
             act.copy_(F.gelu(h))
-        if d_h is not None:
-            d_h.copy_(torch.ops.aten.gelu_backward(d_act, h))
         return
-    gate, up = (half.contiguous() for half in h.view(*d_act.shape, 2).unbind(-1))
+    gate, up = map(_contiguous_copy, h.view(*d_act.shape, 2).unbind(-1))
+    d_gate, d_up = d_h.view(*d_act.shape, 2).unbind(-1)
     silu = F.silu(gate)
     if act is not None:
         act.copy_(silu).mul_(up)
-    if d_h is not None:
-        d_gate, d_up = d_h.view(*d_act.shape, 2).unbind(-1)
-        d_up.copy_(silu.mul_(d_act))
-        d_gate.copy_(torch.ops.aten.silu_backward(up.mul_(d_act), gate))
+    d_up.copy_(silu.mul_(d_act))
+    d_gate.copy_(torch.ops.aten.silu_backward(up.mul_(d_act), gate))
+
+
+def _contiguous_copy(part: Tensor) -> Tensor:
+    """Scratch to write to. Not .contiguous(): of a single pair that is the saved h itself."""
+    return part.clone(memory_format=torch.contiguous_format)
 
 
 class _NestedFFN(torch.autograd.Function):
@@ -183,7 +191,7 @@ class _NestedFFN(torch.autograd.Function):
             w = w_in[: s.width].view(-1, d_model)
             torch.mm(x[s.start : s.stop], w.t(), out=s.of(h))
         act = _activate(h)
-        y = torch.empty_like(x)
+        y = x.new_empty(x.shape)
         for s in segments:
             torch.mm(s.of(act), w_out[: s.width], out=y[s.start : s.stop])
         # Whole weights, not slices: a saved view would keep ZeRO-3's gathered weights alive.
@@ -201,14 +209,17 @@ class _NestedFFN(torch.autograd.Function):
         widest = segments[0].width if segments else 0
         act = x.new_empty(n_rows, widest) if needs_out else None
         d_h = x.new_empty(n_rows, inputs * widest) if needs_x or needs_in else None
-        d_x = torch.empty_like(x) if needs_x else None
+        d_x = x.new_empty(x.shape) if needs_x else None
         for s in segments:
             taken = slice(s.start, s.stop)
-            d_act = d_y[taken] @ w_out[: s.width].t()
             act_s = None if act is None else act[taken, : s.width]
-            d_h_s = None if d_h is None else d_h[taken, : inputs * s.width]
-            _activate_backward(s.of(h), d_act, act_s, d_h_s)
-            if d_x is not None and d_h_s is not None:
+            if d_h is None:
+                assert act_s is not None  # w_out alone needs a gradient
+                act_s.copy_(_activate(s.of(h).view(-1, inputs)).view_as(act_s))
+                continue
+            d_h_s = d_h[taken, : inputs * s.width]
+            _activate_backward(s.of(h), d_y[taken] @ w_out[: s.width].t(), d_h_s, act_s)
+            if d_x is not None:
                 torch.mm(d_h_s, w_in[: s.width].view(-1, d_model), out=d_x[taken])
         d_w_in = _weight_gradient(w_in, d_h, x, segments) if needs_in else None
         d_w_out = _weight_gradient(w_out, act, d_y, segments) if needs_out else None
