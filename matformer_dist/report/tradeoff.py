@@ -97,8 +97,8 @@ def _against_line(found: Sequence[Evaluated]) -> str:
     mean = sum(gains) / len(gains)
     return (
         f"{below} of {len(gains)} submodels that were never trained lie below the line between "
-        f"granularities; they are {abs(mean):.4f} nats {'below' if mean >= 0 else 'above'} it on "
-        "average."
+        f"granularities; on average such a submodel is {abs(mean):.4f} nats "
+        f"{'below' if mean >= 0 else 'above'} it."
     )
 
 

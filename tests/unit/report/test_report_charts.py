@@ -44,7 +44,7 @@ def test_smooth_leaves_numbers_that_are_none_out() -> None:
 
 
 def test_buckets_match_plain_extremes() -> None:
-    series = [(step, float(step * 7 % 11)) for step in range(23)]
+    series = [(step, float((step * 7 + 5) % 11)) for step in range(23)]
     found = buckets(series, 6)
     assert len(found) <= 6
     assert found[-1].step == 22
