@@ -40,7 +40,7 @@ def random_model(model: ModelConfig, seed: int = 3) -> MatLM:
     with torch.no_grad():
         for parameter in lm.parameters():
             if parameter.dim() == 1:
-                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
     return lm.eval()
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.unit.submodels.synthetic_run import NESTING, VOCAB, model_config, random_model, write_run
 
 from matformer_dist.errors import UserError
 from matformer_dist.submodels.extract import extract
+from tests.unit.submodels.synthetic_run import NESTING, VOCAB, model_config, random_model, write_run
 
 transformers = pytest.importorskip("transformers")
 
@@ -60,7 +60,7 @@ def test_narrow_layers_are_padded_and_said_to_be(tmp_path: Path) -> None:
     assert mixed.bytes == uniform.bytes and mixed.parameters < uniform.parameters
 
 
-@pytest.mark.parametrize("ffn, norm", [("swiglu", "layernorm"), ("gelu", "rmsnorm")])
+@pytest.mark.parametrize(("ffn", "norm"), [("swiglu", "layernorm"), ("gelu", "rmsnorm")])
 def test_combinations_that_transformers_lacks_are_refused(
     tmp_path: Path, ffn: str, norm: str
 ) -> None:

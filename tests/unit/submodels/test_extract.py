@@ -1,0 +1,158 @@
+"""What `extract` leaves on disk, and when it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors import safe_open
+
+from matformer_dist.counting import count_parameters
+from matformer_dist.data.tokenizer import train_tokenizer
+from matformer_dist.errors import UserError
+from matformer_dist.report.inputs import Extracted
+from matformer_dist.submodels import extract as extract_module
+from matformer_dist.submodels.extract import extract, read_entry
+from matformer_dist.submodels.safetensors_files import read_weights
+from tests.unit.submodels.synthetic_run import (
+    NESTING,
+    TEXT,
+    model_config,
+    random_model,
+    write_run,
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "run", random_model(model_config()))
+
+
+@pytest.mark.parametrize("format", ["native", "hf"])
+def test_directory_holds_what_is_promised(run: Path, tmp_path: Path, format: str) -> None:
+    (one,) = extract(f"{run}@5", ["S:2,M:1"], output=tmp_path / "a" / "out", format=format)
+    expected = {"config.json", "model.safetensors", "submodel.json", "README.md", "tokenizer.model"}
+    if format == "hf":
+        expected |= {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    assert {file.name for file in one.path.iterdir()} == expected
+    entry = Extracted.model_validate(read_entry(one.path))  # what the report reads
+    count = count_parameters(model_config(), 307, NESTING.parse("S:2,M:1", 3))
+    assert entry.parameters == one.parameters == count.total
+    assert entry.non_embedding_parameters == count.non_embedding
+    assert (entry.submodel, entry.widths, entry.step, entry.format) == (
+        "S:2,M:1", [8, 8, 16], 5, format,
+    )  # fmt: skip
+    card = (one.path / "README.md").read_text()
+    assert card.startswith("---\n") and f"{count.total:,}" in card and "2 x 8, 1 x 16" in card
+    front_matter = yaml.safe_load(card.split("---\n")[1])
+    assert "matformer" in front_matter["tags"]
+    assert ("library_name" in front_matter) == (format == "hf")
+    assert list((tmp_path / "a").iterdir()) == [one.path]
+
+
+def test_shards_and_index_hold_every_weight_once(run: Path, tmp_path: Path) -> None:
+    (whole,) = extract(str(run), ["XL"], output=tmp_path / "whole")
+    (cut,) = extract(str(run), ["XL"], output=tmp_path / "cut", shard_bytes=30_000)
+    files = sorted(cut.path.glob("*.safetensors"))
+    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    assert len(files) > 2 and [file.name for file in files] == names
+    index = json.loads((cut.path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == cut.bytes == whole.bytes
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            held = list(opened.keys())
+            size = sum(opened.get_tensor(name).nbytes for name in held)
+        assert size <= 30_000 or len(held) == 1
+        assert all(index["weight_map"][name] == file.name for name in held)
+    expected = dict(read_weights(whole.path))
+    actual = dict(read_weights(cut.path))
+    assert sorted(actual) == sorted(expected)
+    assert all(actual[name].equal(expected[name]) for name in expected)
+
+
+def test_several_submodels_go_into_one_directory_each(run: Path, tmp_path: Path) -> None:
+    found = extract(str(run), ["S", "S:2,M:1", "M", "S:3"], output=tmp_path / "out")
+    assert [one.submodel for one in found] == ["S", "S:2,M:1", "M"]
+    assert [one.path.name for one in found] == ["S", "Sx2-Mx1", "M"]
+    assert all(read_entry(one.path)["submodel"] == one.submodel for one in found)
+
+
+def test_measured_loss_comes_from_the_evaluation_of_the_same_step(
+    run: Path, tmp_path: Path
+) -> None:
+    evaluation = {"step": 5, "tokens": 9, "submodels": [{"submodel": "M", "loss": 2.5}]}
+    path = run / "evaluation.json"
+    try:
+        path.write_text(json.dumps(evaluation))
+        found = extract(str(run), ["S", "M"], output=tmp_path / "a")
+        assert [read_entry(one.path)["loss"] for one in found] == [None, 2.5]
+        assert "2.5000 nats" in (found[1].path / "README.md").read_text()
+        path.write_text(json.dumps({**evaluation, "step": 4}))
+        (other,) = extract(str(run), ["M"], output=tmp_path / "b")
+        assert read_entry(other.path)["loss"] is None
+        path.write_text("{")
+        with pytest.raises(UserError, match=r"cannot read .*evaluation.json"):
+            extract(str(run), ["M"], output=tmp_path / "c")
+    finally:
+        path.unlink()
+
+
+def test_output_is_replaced_only_where_asked_and_only_a_model(run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    extract(str(run), ["S"], output=output)  # an empty directory is taken
+    with pytest.raises(UserError, match="out exists and is not empty"):
+        extract(str(run), ["M"], output=output)
+    assert read_entry(output)["submodel"] == "S"
+    extract(str(run), ["M"], output=output, force=True)
+    assert read_entry(output)["submodel"] == "M"
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.tex").touch()
+    with pytest.raises(UserError, match="precious holds no extracted model"):
+        extract(str(run), ["M"], output=precious, force=True)
+    with pytest.raises(UserError, match=r"cannot write .*thesis\.tex"):
+        extract(str(run), ["M"], output=precious / "thesis.tex" / "out")
+    assert [file.name for file in precious.iterdir()] == ["thesis.tex"]
+
+
+def test_nothing_is_left_of_an_extraction_that_fails(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(extract_module, "model_card", fail)
+    with pytest.raises(KeyboardInterrupt):
+        extract(str(run), ["M"], output=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_requests_are_named_before_anything_is_written(run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    for arguments, message in [
+        ({"submodels": ["S", "Q"]}, "no granularity 'Q'"),
+        ({"submodels": ["S:2,M:2"]}, "covers 4 layers, the model has 3"),
+        ({"submodels": ["S"], "format": "gguf"}, "no format 'gguf'; choose one of native, hf"),
+        ({"submodels": ["S"], "dtype": "int8"}, "no dtype 'int8'; choose one of fp32, bf16"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            extract(str(run), output=output, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="step-6 is not a complete checkpoint"):
+        extract(f"{run}@6", ["S"], output=output)
+    with pytest.raises(UserError, match="no run directory"):
+        extract(str(tmp_path / "nowhere"), ["S"], output=output)
+    assert not output.exists()
+
+
+def test_another_tokenizer_is_refused(run: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved)
+    other = tmp_path / "other.model"
+    other.write_bytes(train_tokenizer([TEXT], 305).model)
+    with pytest.raises(UserError, match=r"other\.model is not the one that"):
+        extract(str(moved), ["S"], output=tmp_path / "out", tokenizer=other)
+    extract(str(moved), ["S"], output=tmp_path / "out", tokenizer=run / "tokenizer.model")

@@ -1,0 +1,141 @@
+"""Whole weights from tensor-parallel shards, and what is said where files do not hold them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from matformer_dist.errors import UserError
+from matformer_dist.run_directory import find_checkpoint
+from matformer_dist.submodels.universal import load_universal
+from tests.unit.submodels.synthetic_run import model_config, random_model, write_run
+
+MODEL_FILE = "checkpoints/step-5/mp_rank_01_model_states.pt"
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("tied", [False, True])
+def test_whole_weights_match_the_model_that_was_dealt(
+    tmp_path: Path, tensor: int, tied: bool
+) -> None:
+    lm = random_model(model_config(tied_embeddings=tied))
+    universal = load_universal(find_checkpoint(write_run(tmp_path, lm, tensor=tensor)))
+    expected = dict(lm.named_parameters())
+    assert list(universal.whole) == list(expected)
+    assert universal.stored_dtype == torch.float32
+    built = dict(universal.build().named_parameters())
+    for name, weight in expected.items():
+        assert torch.equal(universal.weight(name), weight), name
+        assert torch.equal(built[name], weight), name
+
+
+def test_master_weights_of_a_bf16_optimizer_are_preferred(tmp_path: Path) -> None:
+    lm = random_model(model_config())
+    run = write_run(tmp_path, lm)
+    path = run / "checkpoints/step-5/mp_rank_00_model_states.pt"
+    state = torch.load(path)
+    module = state["module"]
+    matrices = [weight for weight in module.values() if weight.dim() == 2]
+    others = [weight for weight in module.values() if weight.dim() == 1]
+    low = {name: weight.bfloat16() for name, weight in module.items()}
+    groups = {"fp32_groups": [matrices, others]}
+    _rewrite(path, {"module": low, "optimizer": groups})
+    universal = load_universal(find_checkpoint(run))
+    assert all(torch.equal(universal.weight(name), module[name]) for name in module)
+
+    _rewrite(path, {"module": low, "optimizer": {}})
+    universal = load_universal(find_checkpoint(run))
+    assert universal.stored_dtype == torch.bfloat16
+    assert all(torch.equal(universal.weight(name), low[name]) for name in module)
+
+    groups["fp32_groups"][0].reverse()
+    _rewrite(path, {"module": low, "optimizer": groups})
+    with pytest.raises(UserError, match="not laid out as DeepSpeed"):
+        load_universal(find_checkpoint(run))
+
+
+def _rewrite(path: Path, state: dict[str, Any]) -> None:
+    torch.save(state, path)
+    manifest_path = path.parent / "manifest.json"
+    manifest = json.loads(manifest_path.read_text())
+    manifest["files"][path.name] = {"bytes": path.stat().st_size}
+    manifest_path.write_text(json.dumps(manifest))
+
+
+def _cut_file(run: Path) -> None:
+    with (run / MODEL_FILE).open("r+b") as file:
+        file.truncate(1000)
+
+
+def _fill_with_zeros(run: Path) -> None:
+    (run / MODEL_FILE).write_bytes(bytes((run / MODEL_FILE).stat().st_size))
+
+
+def _forget_file(run: Path) -> None:
+    (run / MODEL_FILE).unlink()
+    path = run / "checkpoints/step-5/manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["files"][Path(MODEL_FILE).name]
+    path.write_text(json.dumps(manifest))
+
+
+def _newer_format(run: Path) -> None:
+    path = run / "checkpoints/step-5/manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
+
+
+def _other_stage(run: Path) -> None:
+    path = run / "checkpoints/step-5/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["topology"]["zero_stage"] = 1
+    path.write_text(json.dumps(manifest))
+
+
+def _without_weight(run: Path) -> None:
+    state = torch.load(run / MODEL_FILE)
+    del state["module"]["layers.1.ffn.w_in"]
+    _rewrite(run / MODEL_FILE, state)
+
+
+def _with_code(run: Path) -> None:
+    _rewrite(run / MODEL_FILE, {"module": subprocess.Popen})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_cut_file, "damaged: mp_rank_01_model_states.pt has 1000 bytes"),
+        (_fill_with_zeros, "damaged: cannot read .*mp_rank_01"),
+        (_forget_file, "incomplete: .*mp_rank_01_model_states.pt is missing"),
+        (_newer_format, "has format 2, this version of matformer_dist reads format 1"),
+        (_other_stage, "incomplete: .*zero_pp_rank_0_mp_rank_00_optim_states.pt is missing"),
+        (_without_weight, "holds 0 of the 2048 values of layers.1.ffn.w_in"),
+        (_with_code, "damaged: cannot read .*mp_rank_01"),
+    ],
+)
+def test_damaged_checkpoints_are_named(tmp_path: Path, damage: Any, message: str) -> None:
+    run = write_run(tmp_path, random_model(model_config()), tensor=2)
+    damage(run)
+    with pytest.raises(UserError, match=message):
+        load_universal(find_checkpoint(f"{run}@5")).build()
+
+
+def test_reading_needs_no_deepspeed(tmp_path: Path) -> None:
+    """Extraction runs where training cannot; and DeepSpeed's import takes seconds."""
+    run = write_run(tmp_path, random_model(model_config()), tensor=2)
+    script = (
+        "import sys; from pathlib import Path;"
+        "from matformer_dist.submodels.extract import extract;"
+        f"extract({str(run)!r}, ['M'], output=Path({str(tmp_path / 'out')!r}), format='hf');"
+        "print([name for name in ('deepspeed', 'megatron', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
