@@ -1,0 +1,204 @@
+"""Generation with a key-value cache against plain forward passes, and its options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from matformer_dist.data.tokenizer import Tokenizer
+from matformer_dist.errors import UserError
+from matformer_dist.inference import loading
+from matformer_dist.inference.generation import Sampling, generate, sample
+from matformer_dist.models.matlm import MatLM
+from matformer_dist.nesting import Submodel
+from matformer_dist.submodels.extract import extract
+from tests.unit.submodels.synthetic_run import (
+    NESTING,
+    model_config,
+    random_model,
+    small_tokenizer,
+    write_run,
+)
+
+GREEDY = Sampling(temperature=0)
+PROMPTS = [[5, 9, 200, 31, 7], [1, 300, 44, 44, 2]]
+
+
+@torch.no_grad()
+def greedy_without_cache(
+    lm: MatLM, submodel: Submodel, prompts: list[list[int]], steps: int
+) -> list[list[int]]:
+    tokens = torch.tensor(prompts)
+    for _ in range(steps):
+        chosen = lm.logits(tokens, submodel)[:, -1].argmax(-1, keepdim=True)
+        tokens = torch.cat([tokens, chosen], dim=1)
+    return tokens[:, len(prompts[0]) :].tolist()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("changes", [{"n_kv_heads": 2}, {"ffn": "gelu", "norm": "layernorm"}])
+@pytest.mark.parametrize("notation", ["S", "XL", "S:1,L:2"])
+def test_cached_greedy_matches_uncached(changes: dict[str, Any], notation: str) -> None:
+    lm = random_model(model_config(**changes))
+    submodel = NESTING.parse(notation, 3)
+    expected = greedy_without_cache(lm, submodel, PROMPTS, 43)
+    assert len({token for row in expected for token in row}) > 10
+    actual = generate(lm, submodel, PROMPTS, max_new_tokens=43, sampling=GREEDY)
+    assert actual == expected
+    alone = generate(lm, submodel, PROMPTS[1:], max_new_tokens=43, sampling=GREEDY)
+    assert alone == expected[1:]
+
+
+def test_generation_ends_with_the_document() -> None:
+    lm = random_model(model_config())
+    submodel = NESTING.uniform(3, 3)
+    rows = greedy_without_cache(lm, submodel, PROMPTS, 20)
+    eod = rows[0][6]
+    cut = [row[: row.index(eod)] if eod in row else row for row in rows]
+    assert [len(row) for row in cut] != [20, 20]
+    actual = generate(lm, submodel, PROMPTS, max_new_tokens=20, sampling=GREEDY, eod=eod)
+    assert actual == cut
+
+
+def test_draws_follow_the_limited_distribution() -> None:
+    probabilities = torch.tensor([0.1, 0.4, 0.2, 0.05, 0.25])
+    logits = probabilities.log().expand(40_000, 5)
+
+    def frequencies(sampling: Sampling) -> list[float]:
+        drawn = sampling.draw(logits, torch.Generator().manual_seed(0))
+        return (torch.bincount(drawn, minlength=5) / len(drawn)).tolist()
+
+    def close(actual: list[float], weights: list[float]) -> bool:
+        expected = [weight / sum(weights) for weight in weights]
+        return all(
+            abs(a - e) < 0.015 and (a == 0) == (e == 0)
+            for a, e in zip(actual, expected, strict=True)
+        )
+
+    assert close(frequencies(Sampling()), [0.1, 0.4, 0.2, 0.05, 0.25])
+    assert close(frequencies(Sampling(top_k=2)), [0, 0.4, 0, 0, 0.25])
+    # 0.4 + 0.25 = 0.65 falls short of 0.7: a third is needed.
+    assert close(frequencies(Sampling(top_p=0.7)), [0, 0.4, 0.2, 0, 0.25])
+    assert close(frequencies(Sampling(top_p=0.1)), [0, 1, 0, 0, 0])
+    # Of the three likeliest, 0.4 + 0.25 holds 0.76.
+    assert close(frequencies(Sampling(top_k=3, top_p=0.7)), [0, 0.4, 0, 0, 0.25])
+    assert close(frequencies(Sampling(temperature=0.5)), [0.01, 0.16, 0.04, 0.0025, 0.0625])
+    assert frequencies(GREEDY) == [0, 1, 0, 0, 0]
+
+
+def test_a_seed_gives_the_same_text_again() -> None:
+    lm = random_model(model_config())
+    submodel = NESTING.uniform(1, 3)
+    rows = [
+        generate(lm, submodel, PROMPTS, max_new_tokens=30, sampling=Sampling(), seed=seed)
+        for seed in (1, 1, 2)
+    ]
+    assert rows[0] == rows[1] != rows[2]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "new", "message"),
+    [
+        ([[1, 2], [1, 2, 3]], 4, r"prompts of \[2, 3\] tokens .* one length"),
+        ([[]], 4, r"prompts of \[0\] tokens"),
+        ([], 4, r"prompts of \[\] tokens"),
+        ([[1] * 40], 9, "prompt of 40 tokens and 9 new tokens .* at most 48"),
+        ([[1]], 0, "at least 1 new token"),
+    ],
+)
+def test_prompts_that_do_not_fit_are_named(prompts: Any, new: int, message: str) -> None:
+    lm = random_model(model_config())
+    with pytest.raises(UserError, match=message):
+        generate(lm, NESTING.uniform(0, 3), prompts, max_new_tokens=new, sampling=GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1}, "temperature -1"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"top_p": 0}, "top_p 0"),
+        ({"top_p": 1.5}, r"top_p 1\.5"),
+        ({"top_k": -2}, "top_k -2"),
+    ],
+)
+def test_sampling_options_that_do_not_fit_are_named(options: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Sampling(**options)
+
+
+@pytest.fixture(scope="module")
+def lm() -> MatLM:
+    return random_model(model_config(n_kv_heads=2))
+
+
+@pytest.fixture(scope="module")
+def extracted(lm: MatLM, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("sample")
+    run = write_run(directory / "run", lm)
+    found = {}
+    for kind in ("native", "hf"):
+        (one,) = extract(str(run), ["S:2,M:1"], output=directory / kind, format=kind)
+        found[kind] = one.path
+    return found
+
+
+@pytest.mark.parametrize("format", ["native", "hf"])
+@pytest.mark.parametrize("prompt", ["def tot", ""])
+def test_sample_matches_universal_model_in_place(
+    lm: MatLM, extracted: dict[str, Path], format: str, prompt: str
+) -> None:
+    if format == "hf":
+        pytest.importorskip("transformers")
+    tokenizer = small_tokenizer()
+    parts: list[str] = []
+    ids = tokenizer.encode(prompt) or [tokenizer.eod]
+    new = 48 - len(ids)
+    result = sample(
+        extracted[format], prompt, max_new_tokens=new, temperature=0, device="cpu",
+        on_text=parts.append,
+    )  # fmt: skip
+    expected = greedy_without_cache(lm, NESTING.parse("S:2,M:1", 3), [ids], new)[0]
+    assert tokenizer.eod not in expected
+    assert result.text == tokenizer.decode(expected)
+    assert result.tokens == new and result.seconds > 0
+    assert "".join(parts) == result.text and len(parts) > 5 and all(parts)
+
+
+def test_sample_stops_at_the_end_of_a_document(
+    extracted: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = small_tokenizer()
+    whole = sample(extracted["native"], "def", max_new_tokens=20, temperature=0, device="cpu")
+    ids = tokenizer.encode("def")
+    loaded = loading.load_native(extracted["native"])
+    (tokens,) = generate(loaded.model, loaded.submodel, [ids], max_new_tokens=20, sampling=GREEDY)
+    monkeypatch.setattr(Tokenizer, "eod", tokens[7])
+    cut = sample(extracted["native"], "def", max_new_tokens=20, temperature=0, device="cpu")
+    first = tokens.index(tokens[7])
+    assert cut.tokens == first + 1 < whole.tokens
+    assert cut.text == tokenizer.decode(tokens[:first])
+
+
+@pytest.mark.parametrize("format", ["native", "hf"])
+def test_low_precision_models_are_sampled_on_a_cpu(lm: MatLM, tmp_path: Path, format: str) -> None:
+    if format == "hf":
+        pytest.importorskip("transformers")
+    run = write_run(tmp_path / "run", lm)
+    (one,) = extract(str(run), ["M"], output=tmp_path / "out", format=format, dtype="fp16")
+    assert sample(one.path, "def", max_new_tokens=4, device="cpu").tokens == 4
+
+
+def test_directories_and_prompts_that_do_not_fit_are_named(
+    extracted: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="is not an extracted model"):
+        sample(tmp_path, "x")
+    for directory in extracted.values():
+        with pytest.raises(UserError, match="at most 48, the model's context"):
+            sample(directory, "x", max_new_tokens=48)
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    with pytest.raises(UserError, match=r"pip install matformer-dist\[export\]"):
+        sample(extracted["hf"], "x")
