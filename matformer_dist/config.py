@@ -286,8 +286,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
                 f"the config file {path} must hold sections ({', '.join(Config.model_fields)}), "
                 "each with its keys"
             )
-        loaded = omegaconf.OmegaConf.merge(loaded, _parse_overrides(overrides))
-        tree = omegaconf.OmegaConf.to_container(loaded, resolve=True)
+        merged = omegaconf.OmegaConf.merge(loaded, _parse_overrides(overrides))
+        tree = omegaconf.OmegaConf.to_container(merged, resolve=True)
     except yaml.YAMLError as error:
         raise UserError(f"the config file {path} is not valid YAML: {error}") from None
     except omegaconf.errors.OmegaConfBaseException as error:

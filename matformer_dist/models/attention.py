@@ -29,7 +29,7 @@ from matformer_dist.parallel.topology import TensorParallel
 
 @dataclass(frozen=True)
 class Rotation:
-    """Cosines and sines [s, h] of rotary position embedding, in fp32, halves laid out as Llama's."""
+    """Cosines and sines [s, h] of rotary position embedding, in fp32, laid out as Llama's."""
 
     cos: Tensor
     sin: Tensor
@@ -51,7 +51,7 @@ class Rotation:
 
 @dataclass
 class LayerCache:
-    """Keys and values [B, K/T, capacity, h] of one layer, of which `length` positions are filled."""
+    """Keys and values [B, K/T, capacity, h] of a layer; `length` positions are filled."""
 
     keys: Tensor
     values: Tensor

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from matformer_dist.ops.multi_granularity_loss import VocabShard, multi_granularity_loss
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +22,7 @@ from matformer_dist.models.attention import Attention, LayerCache, Rotation
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.models.nested_feed_forward import NestedFeedForward
 from matformer_dist.nesting import Nesting, Segment, Submodel
+from matformer_dist.ops.multi_granularity_loss import VocabShard, multi_granularity_loss
 from matformer_dist.parallel.layers import (
     Initializer,
     VocabParallelEmbedding,
@@ -233,6 +233,6 @@ class MatLM(nn.Module):
     def new_cache(self, sequences: int, capacity: int) -> list[LayerCache]:
         """Empty key-value caches, one a layer, for `capacity` positions of `sequences`."""
         weight = self.embedding.weight
-        attention = self.layers[0].attention
-        shape = (sequences, attention.kv_heads, capacity, attention.head_dim)
+        kv_heads = self.model.kv_heads // self.tensor.size
+        shape = (sequences, kv_heads, capacity, self.model.head_dim)
         return [LayerCache(weight.new_empty(shape), weight.new_empty(shape)) for _ in self.layers]

@@ -43,7 +43,7 @@ def accumulation_steps(config: Config, data_size: int) -> int:
 
 
 def deepspeed_dictionary(config: Config, data_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration, derived from ours; `deepspeed:` of the config is merged over it."""
+    """DeepSpeed's configuration, derived from ours; the `deepspeed` section is merged over it."""
     for key, ours in _DERIVED_ELSEWHERE.items():
         if key in config.deepspeed:
             raise UserError(f"deepspeed.{key} is derived from {ours}; set that instead")

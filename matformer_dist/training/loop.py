@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from matformer_dist.data.datasets import build_datasets, micro_batches
-from matformer_dist.data.tokenizer import Tokenizer
 from torch import Tensor
 
 from matformer_dist.config import Config
 from matformer_dist.counting import forward_flops
+from matformer_dist.data.datasets import build_datasets, micro_batches
+from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.evaluation.loss import SubmodelLoss, evaluate_submodels
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.parallel.topology import Topology

@@ -4,8 +4,8 @@
 |--------------|-------------------------------------------------|---------------------------------|
 | joint        | b sequences at every granularity                | sum_i lambda_i mean CE_i        |
 | per_sequence | each sequence at one granularity, dealt by p    | mean over all tokens            |
-| sampled      | b sequences at one granularity, drawn by p once a step | mean over all tokens     |
-| sandwich     | b sequences at XL, S and one drawn between them | sum of the three, equal or by lambda |
+| sampled      | b sequences at the step's one, drawn by p       | mean over all tokens            |
+| sandwich     | b sequences at XL, S and one drawn between them | the three's, equal or by lambda |
 
 The expected gradient of per_sequence and sampled is that of joint at lambda = p. Everything that
 is random is a pure function of (seed, step), so all ranks agree and a resumed run repeats it.

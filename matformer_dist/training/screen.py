@@ -6,13 +6,13 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from matformer_dist.ops.multi_granularity_loss import default_chunk_tokens
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from matformer_dist.config import Config
 from matformer_dist.counting import count_parameters, flops_per_token
+from matformer_dist.ops.multi_granularity_loss import default_chunk_tokens
 from matformer_dist.parallel.topology import Topology
 from matformer_dist.planning import estimate_memory
 from matformer_dist.run_directory import Checkpoint

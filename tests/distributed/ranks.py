@@ -11,6 +11,10 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from matformer_dist.parallel.topology import quiet_libraries
+
+quiet_libraries()  # before a test module imports DeepSpeed, and for the ranks' processes too
+
 
 def run_ranks(
     world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 600
@@ -80,9 +84,6 @@ def _rank_main(
 
     torch.set_num_threads(1)
     try:
-        from matformer_dist.parallel.topology import quiet_libraries
-
-        quiet_libraries()
         results.put((rank, function(*arguments), None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))

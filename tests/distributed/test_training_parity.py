@@ -2,45 +2,61 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+
+from matformer_dist.config import Config
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_cases import tiny_config, train_each
 
-OBJECTIVES = {
+OBJECTIVES: dict[str, dict[str, Any]] = {
     "joint": {"kind": "joint", "distillation": 0.5, "z_loss": 1e-3, "temperature": 2.0},
     "per_sequence": {"kind": "per_sequence", "z_loss": 1e-3},
     "sampled": {"kind": "sampled"},
     "sandwich": {"kind": "sandwich", "distillation": 1.0},
 }
+VARIANTS: dict[str, dict[str, Any]] = {
+    "grouped-query, tied": {"n_kv_heads": 4, "n_heads": 8, "tied_embeddings": True},
+    "paper": {"ffn": "gelu", "norm": "layernorm", "tied_embeddings": True},
+}
 
 
-def layouts(tensors: tuple[int, ...], stages: tuple[int, ...], **sections):
+def layouts(tensors: tuple[int, ...], stages: tuple[int, ...]) -> dict[str, Config]:
+    """Every objective and model variant, "name TP ZeRO"."""
+    cases = {name: {"objective": objective} for name, objective in OBJECTIVES.items()}
+    for name, model in VARIANTS.items():
+        cases[name] = {"model": {**tiny_config().model.model_dump(), **model}}
     return {
-        f"{name} TP{tensor} ZeRO{stage}": tiny_config(
-            objective=objective,
+        f"{name}|TP{tensor} ZeRO{stage}": tiny_config(
             parallel={"tensor": tensor},
             deepspeed={"zero_optimization": {"stage": stage}},
             **sections,
         )
-        for name, objective in OBJECTIVES.items()
+        for name, sections in cases.items()
         for tensor in tensors
         for stage in stages
+        if name in OBJECTIVES or stage in (0, 3)
     }
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict:
+def alone() -> dict[str, list[dict[str, float]]]:
     """One process, ZeRO 0: what every layout must match."""
-    return run_ranks(1, train_each, layouts((1,), (0,)))[0]
+    history: dict[str, list[dict[str, float]]] = run_ranks(1, train_each, layouts((1,), (0,)))[0]
+    return history
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_losses_and_gradient_norms_match_one_process(world_size: int, alone: dict) -> None:
-    tensors = tuple(t for t in (1, 2, 4) if t <= world_size)
-    by_rank = run_ranks(world_size, train_each, layouts(tensors, (0, 1, 2, 3)), timeout_s=1500)
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize(("ranks", "tensors"), [(1, (1,)), (2, (1,)), (4, (2, 4))])
+def test_losses_and_gradient_norms_match_one_process(
+    ranks: int, tensors: tuple[int, ...], alone: dict[str, list[dict[str, float]]]
+) -> None:
+    """TP 1, 2, 4 x ZeRO 0 to 3 x every objective, over data-parallel ranks where there are more."""
+    by_rank = run_ranks(ranks, train_each, layouts(tensors, (0, 1, 2, 3)), timeout_s=1500)
     for histories in by_rank:
         for name, history in histories.items():
-            expected = alone[f"{name.split()[0]} TP1 ZeRO0"]
+            expected = alone[f"{name.split('|')[0]}|TP1 ZeRO0"]
             assert len(history) == 20
             for step, (found, wanted) in enumerate(zip(history, expected, strict=True)):
                 assert found == pytest.approx(wanted, rel=1e-5), (name, step)

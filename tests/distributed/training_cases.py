@@ -95,9 +95,11 @@ def train(config: Config, topology: Topology) -> tuple[list[dict[str, float]], E
 def train_each(configs: dict[str, Config]) -> dict[str, list[dict[str, float]]]:
     """Histories of several runs, one after another on the same ranks."""
     histories = {}
-    for name, config in configs.items():
-        topology = initialize(config.parallel.tensor)
-        histories[name], engine, _ = train(config, topology)
-        engine.deepspeed.destroy()
+    for tensor in sorted({config.parallel.tensor for config in configs.values()}):
+        topology = initialize(tensor)  # once: every gloo group costs threads
+        for name, config in configs.items():
+            if config.parallel.tensor == tensor:
+                histories[name], engine, _ = train(config, topology)
+                engine.deepspeed.destroy()
         leave_groups()
     return histories

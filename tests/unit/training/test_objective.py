@@ -44,7 +44,7 @@ def test_joint_weights_follow_their_names() -> None:
 
 
 def test_sampled_runs_one_granularity_a_step_on_all_ranks() -> None:
-    drawn = Counter()
+    drawn: Counter[str] = Counter()
     sampled = objective(kind="sampled", probabilities={"S": 0.5, "M": 0.5, "L": 0, "XL": 0})
     for step in range(400):
         plans = [sampled.plan(step, i, 4, 3) for i in range(4)]
@@ -57,7 +57,7 @@ def test_sampled_runs_one_granularity_a_step_on_all_ranks() -> None:
 
 
 def test_sandwich_runs_xl_s_and_one_between() -> None:
-    middles = Counter()
+    middles: Counter[str] = Counter()
     for step in range(200):
         plan = objective(kind="sandwich", distillation=1.0).plan(step, 0, 1, 2)
         names = list(counts(plan))

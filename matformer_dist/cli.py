@@ -1,0 +1,176 @@
+"""The `matformer` command: argument parsing only; the work is done by what each command calls."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from matformer_dist.errors import EXIT_USER_ERROR, UserError
+
+app = typer.Typer(
+    help="Train nested Transformers and take submodels out of them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_out = Console(highlight=False, soft_wrap=True)
+
+RunArgument = Annotated[
+    str,
+    typer.Argument(metavar="RUN[@STEP]", help="Run directory; its newest step if none is named."),
+]
+
+
+@app.command("prepare-data")
+def prepare_data_command(
+    inputs: Annotated[
+        list[Path], typer.Argument(help=".txt, .jsonl[.gz|.zst], .parquet, or folders of text.")
+    ],
+    output: Annotated[Path, typer.Option(help="Prefix of the .bin and .idx files to write.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="SentencePiece model to use; trained anew if left out.")
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(help="Pieces of a tokenizer that is trained.")] = 32000,
+    workers: Annotated[int, typer.Option(help="Processes; 0: one a core.")] = 0,
+    text_key: Annotated[str, typer.Option(help="Column or key that holds the text.")] = "text",
+    include: Annotated[
+        list[str] | None, typer.Option(help="Pattern of files to take from folders; repeatable.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Pattern of files to leave out; repeatable.")
+    ] = None,
+    invalid_text: Annotated[str, typer.Option(help="Bytes not UTF-8: error or replace.")] = "error",
+    force: Annotated[bool, typer.Option(help="Replace what is at the output.")] = False,
+) -> None:
+    """Turn text into the token files that training reads."""
+    from matformer_dist.data.corpus import INCLUDE
+    from matformer_dist.data.prepare import prepare_data
+
+    if invalid_text not in ("error", "replace"):
+        raise UserError(f"--invalid-text {invalid_text!r} must be error or replace")
+    prepare_data(
+        inputs,
+        output,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        workers=workers,
+        text_key=text_key,
+        include=include or INCLUDE,
+        exclude=exclude or (),
+        invalid_text=invalid_text,  # type: ignore[arg-type]
+        force=force,
+    )
+
+
+@app.command("extract")
+def extract_command(
+    run: RunArgument,
+    submodel: Annotated[
+        list[str], typer.Option(help='S, M, L, XL or layers such as "S:8,M:8"; may be repeated.')
+    ],
+    output: Annotated[Path, typer.Option(help="Directory; one below it for each of several.")],
+    format: Annotated[str, typer.Option(help="native or hf.")] = "native",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    force: Annotated[bool, typer.Option(help="Replace what is at the output.")] = False,
+) -> None:
+    """Take submodels out of a training run, as models of their own."""
+    from matformer_dist.submodels.extract import extract
+
+    for model in extract(run, submodel, output=output, format=format, dtype=dtype, force=force):
+        _out.print(f"{model.submodel}: {model.parameters:,} parameters in {model.path}")
+
+
+@app.command("evaluate")
+def evaluate_command(
+    run: RunArgument,
+    submodel: Annotated[
+        list[str] | None, typer.Option(help="A Mix'n'Match submodel; may be repeated.")
+    ] = None,
+    heuristic: Annotated[
+        bool, typer.Option(help="Also every Mix'n'Match submodel of the paper's heuristic.")
+    ] = False,
+    batches: Annotated[
+        int | None, typer.Option(min=1, help="Micro-batches; else the run's evaluation.batches.")
+    ] = None,
+) -> None:
+    """Validation loss and consistency with XL of every granularity, into RUN/evaluation.json."""
+    from rich.progress import Progress
+
+    from matformer_dist.evaluation.run import evaluate_run
+
+    with Progress(console=_out, transient=True) as progress:
+        task = progress.add_task("evaluating", total=None)
+        evaluation = evaluate_run(
+            run,
+            submodel or (),
+            heuristic=heuristic,
+            batches=batches,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    table = Table("submodel", "parameters", "loss", "agrees with XL")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for entry in evaluation.results:
+        agreement = f"{entry['agreement']:.1%}"
+        table.add_row(
+            entry["submodel"], f"{entry['parameters']:,}", f"{entry['loss']:.4f}", agreement
+        )
+    _out.print(table)
+    _out.print(
+        f"step {evaluation.step}, {evaluation.tokens:,} validation tokens, losses in nats per "
+        f"token; written to {evaluation.run / 'evaluation.json'}"
+    )
+
+
+@app.command("generate")
+def generate_command(
+    model: Annotated[Path, typer.Argument(help="Directory of an extracted model.")],
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest.")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Sample text from an extracted model."""
+    from matformer_dist.inference.generation import sample
+
+    typer.echo(prompt, nl=False)
+    sample(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        on_text=lambda text: typer.echo(text, nl=False),
+    )
+    typer.echo()
+
+
+@app.command("report")
+def report_command(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    output: Annotated[Path | None, typer.Option(help="File; RUN/report.html if left out.")] = None,
+) -> None:
+    """Write a run's report page."""
+    from matformer_dist.report import write_report
+
+    _out.print(f"report: {write_report(run, output)}")
+
+
+def main() -> None:
+    """Run the command; a UserError is one message and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Evaluation of a finished or running training run, in one process, from its checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from matformer_dist.config import load_config
+from matformer_dist.counting import count_parameters, flops_per_token
+from matformer_dist.data.datasets import build_datasets, micro_batches
+from matformer_dist.data.tokenizer import Tokenizer
+from matformer_dist.evaluation.loss import SubmodelLoss, evaluate_submodels
+from matformer_dist.models.matlm import MatLM
+from matformer_dist.nesting import Submodel, mix_n_match
+from matformer_dist.run_directory import find_checkpoint
+from matformer_dist.submodels.universal import load_universal
+
+
+@dataclass(frozen=True)
+class RunEvaluation:
+    """What `evaluation.json` holds; see `evaluate_run`."""
+
+    run: Path
+    step: int
+    tokens: int
+    results: list[dict[str, Any]]
+
+
+def evaluate_run(
+    run: str,
+    notations: Sequence[str] = (),
+    *,
+    heuristic: bool = False,
+    batches: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> RunEvaluation:
+    """Validation losses of the uniform submodels, those in `notations`, and the heuristic's.
+
+    `run` is RUN, RUN@STEP or a checkpoint. `batches` of the run's micro-batch size (default: its
+    evaluation.batches). Writes evaluation.json into the run directory. `progress` is called with
+    batches done and in all. UserError for a missing run or a submodel that does not fit.
+    """
+    checkpoint = find_checkpoint(run)
+    directory = checkpoint.path.parent.parent
+    config = load_config(directory / "config.yaml")
+    nesting, layers = config.granularities, config.model.n_layers
+    chosen = dict.fromkeys(nesting.uniforms(layers), "uniform")
+    for notation in notations:
+        chosen.setdefault(nesting.parse(notation, layers), "mix")
+    if heuristic:
+        for submodel in mix_n_match(nesting, layers):
+            chosen.setdefault(submodel, "heuristic")
+    universal = load_universal(checkpoint)
+    model = universal.build()
+    count = batches or config.evaluation.batches
+    size = config.training.micro_batch_size
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    _, validation = build_datasets(config, tokenizer, size, count * size)
+    assert validation is not None
+
+    def counted() -> Any:
+        source = micro_batches(
+            validation,
+            consumed=0,
+            micro_batch_size=size,
+            data_parallel_rank=0,
+            data_parallel_size=1,
+        )
+        for done, batch in enumerate(islice(source, count)):
+            progress(done, count)
+            yield batch
+        progress(count, count)
+
+    losses = _measure(model, counted(), list(chosen), nesting.uniforms(layers)[0], len(nesting))
+    results = [
+        _entry(model, submodel, kind, losses[str(submodel)], config.training.seq_len)
+        for submodel, kind in chosen.items()
+    ]
+    results.sort(key=lambda entry: entry["parameters"])
+    tokens = next(iter(losses.values())).tokens
+    evaluation = RunEvaluation(directory, checkpoint.step, tokens, results)
+    written = {"step": checkpoint.step, "tokens": tokens, "submodels": results}
+    temporary = directory / "evaluation.json.tmp"
+    temporary.write_text(json.dumps(written, indent=1))
+    temporary.replace(directory / "evaluation.json")
+    return evaluation
+
+
+@torch.no_grad()
+def _measure(
+    model: MatLM, batches: Any, submodels: list[Submodel], largest: Submodel, per_pass: int
+) -> dict[str, SubmodelLoss]:
+    return evaluate_submodels(
+        lambda tokens, targets, plan: model(tokens, targets, plan)[1],
+        batches,
+        submodels,
+        largest,
+        per_pass=per_pass,
+        device=torch.device("cpu"),
+    )
+
+
+def _entry(
+    model: MatLM, submodel: Submodel, kind: str, result: SubmodelLoss, seq_len: int
+) -> dict[str, Any]:
+    count = count_parameters(model.model, model.vocab_size, submodel)
+    return {
+        "submodel": str(submodel),
+        "kind": kind,
+        "parameters": count.total,
+        "non_embedding_parameters": count.non_embedding,
+        "flops_per_token": flops_per_token(model.model, model.vocab_size, submodel, seq_len),
+        "loss": result.loss,
+        "agreement": result.agreement,
+        "kl": result.kl,
+    }
