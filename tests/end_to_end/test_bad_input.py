@@ -1,0 +1,68 @@
+"""A user's mistake costs one message and exit code 2, under every launcher."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.conftest import matformer, refuse, train, write_config
+
+
+@pytest.fixture
+def config(corpus: Path, tmp_path: Path) -> Path:
+    return write_config(tmp_path / "c.yaml", corpus, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("training.stepz=3", "did you mean training.steps"),
+        ("parallel.tensor=3", "model.n_heads 4 does not divide over parallel.tensor 3"),
+        ("data.tokenizer=absent.model", "absent.model"),
+        ("model.vocab_size=601", "model.vocab_size is 601"),
+        ("deepspeed.zero_optimization.stage=5", "zero_optimization.stage is 5"),
+        ("deepspeed.train_batch_size=3", "training.global_batch_size"),
+        ("training.seq_len=100", "model.max_seq_len"),
+        ("checkpoint.resume=/absent", "/absent"),
+    ],
+)
+def test_bad_settings(config: Path, override: str, says: str) -> None:
+    refuse(train(config, override), says)
+
+
+def test_undealable_rings(config: Path) -> None:
+    refuse(train(config, "nesting.widths=[7,64]", "parallel.tensor=2"), "do not divide by 2")
+
+
+def test_bad_data(corpus: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(f"{corpus}{suffix}", f"{broken}{suffix}")
+    shutil.copy(f"{corpus}.model", f"{broken}.model")
+    config = write_config(tmp_path / "c.yaml", broken, tmp_path / "run")
+    whole = Path(f"{broken}.bin").read_bytes()
+    Path(f"{broken}.bin").write_bytes(whole[:-10])
+    refuse(train(config), "broken.bin")
+    Path(f"{broken}.bin").write_bytes(whole)
+    Path(f"{broken}.idx").unlink()
+    refuse(train(config), "broken.idx")
+
+
+def test_bad_layout_of_ranks(config: Path) -> None:
+    refuse(train(config, "parallel.tensor=4", ranks=2), "2 ranks were started")
+    refuse(train(config, "training.global_batch_size=4", ranks=2), "does not divide by 8")
+
+
+def test_empty_corpus(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    refuse(matformer("prepare-data", tmp_path / "empty.txt", "--output", tmp_path / "d"), "empty")
+
+
+def test_bad_commands(tmp_path: Path) -> None:
+    refuse(matformer("extract", tmp_path, "--submodel", "S", "--output", tmp_path / "o"),
+           "no complete checkpoint")  # fmt: skip
+    refuse(matformer("generate", tmp_path), str(tmp_path))
+    refuse(matformer("report", tmp_path), "metrics.jsonl")
+    refuse(matformer("evaluate", tmp_path / "absent"), "absent")

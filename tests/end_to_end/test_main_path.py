@@ -1,0 +1,73 @@
+"""From text to a submodel's own text, by the commands that README shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.conftest import matformer, succeed, train, write_config
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two tensor-parallel ranks under the deepspeed launcher."""
+    folder = tmp_path_factory.mktemp("run")
+    config = write_config(
+        folder / "c.yaml", corpus, folder / "run", parallel={"tensor": 2},
+        training={"precision": "bf16"}, model={"tied_embeddings": True},
+        deepspeed={"zero_optimization": {"stage": 2}},
+    )  # fmt: skip
+    shown = succeed(train(config, ranks=2))
+    for expected in ("tensor 2 x data 1, ZeRO 2, bf16", "1 ranks x 2 micro-batches", "memory", "XL"):
+        assert expected in shown
+    for noise in ("Warning", "WARNING", "Apex", "Transformer Engine"):
+        assert noise not in shown
+    return folder / "run"
+
+
+def test_training_writes_what_it_promises(trained: Path) -> None:
+    lines = metrics(trained)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for line in lines:
+        assert line["tokens"] == line["step"] * 8 * 32
+        assert set(line["train_loss"]) == {"S", "M", "L", "XL"}
+        assert line["grad_norm"] > 0 and line["tokens_per_second"] > 0
+        assert line["model_tflops_per_second"] > 0 and line["peak_memory_bytes"] > 0
+        assert ("val_loss" in line) == (line["step"] in (3, 6))
+    assert set(lines[-1]["val_loss"]) == {"S", "M", "L", "XL", "S:1,L:1"}
+    assert lines[-1]["val_loss"]["XL"] < lines[2]["val_loss"]["XL"]
+    assert lines[-1]["val_agreement"]["XL"] == 1
+    kept = {path.name for path in (trained / "checkpoints").iterdir()}
+    assert kept == {"step-4", "step-6"}
+    assert list((trained / "tensorboard").rglob("events.out.tfevents.*"))
+
+
+def test_submodels_come_out_and_speak(trained: Path, tmp_path: Path) -> None:
+    shown = succeed(matformer("evaluate", trained, "--heuristic", "--submodel", "XL:1,S:1"))
+    assert "S:1,M:1" in shown
+    evaluation = json.loads((trained / "evaluation.json").read_text())
+    by_name = {entry["submodel"]: entry for entry in evaluation["submodels"]}
+    assert len(by_name) == 8 and by_name["XL:1,S:1"]["kind"] == "mix"
+    final = metrics(trained)[-1]["val_loss"]
+    for name in ("S", "M", "L", "XL"):  # the run evaluated bf16 weights, this their fp32 masters
+        assert by_name[name]["loss"] == pytest.approx(final[name], rel=2e-3)
+    for kind, submodel in (("native", "S:1,M:1"), ("hf", "L")):
+        output = tmp_path / kind
+        succeed(
+            matformer(
+                "extract", trained, "--submodel", submodel, "--format", kind, "--output", output
+            )
+        )
+        entry = json.loads((output / "submodel.json").read_text())
+        assert entry["loss"] == by_name[submodel]["loss"]
+        first = succeed(matformer("generate", output, "--prompt", "def ", "--max-new-tokens", 12))
+        again = succeed(matformer("generate", output, "--prompt", "def ", "--max-new-tokens", 12))
+        assert first.startswith("def ") and first == again
+    succeed(matformer("report", trained))
+    assert "S:1,M:1" in (trained / "report.html").read_text()
