@@ -137,6 +137,7 @@ def initialize(tensor: int, timeout: timedelta = timedelta(minutes=30)) -> Topol
     from megatron.core import parallel_state
 
     rank, world_size, local_rank = launched_world()
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on it
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)

@@ -46,6 +46,9 @@ class CheckpointStore:
         engine.save(str(self.directory), incomplete.name, state)
         dist.barrier()
         if self.topology.is_main:
+            # DeepSpeed's own converters, which know nothing of tensor parallelism or rings.
+            for script in self.directory.glob("zero_to_*.py"):
+                script.unlink()
             _write_manifest(incomplete, manifest)
             final = self.directory / tag
             shutil.rmtree(final, ignore_errors=True)
