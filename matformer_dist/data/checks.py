@@ -33,7 +33,7 @@ def check_data(
     opened = {prefix: open_indexed(prefix) for _, prefix in blends}
     for files in opened.values():
         _check_ids(files, tokenizer)
-    train_share = split_shares(config)[0]
+    train_share = split_share(config)
     for _, prefix in data.train:
         _check_part(opened[prefix], "training", 0.0, train_share, sample)
         if wants_validation and data.validation is None:
@@ -43,17 +43,17 @@ def check_data(
     return opened
 
 
-def split_shares(config: Config) -> tuple[float, float]:
-    """Shares of data.train's documents that are for training and for validation."""
+def split_share(config: Config) -> float:
+    """Share of data.train's documents that are for training; validation has the others."""
     if config.data.validation is not None:
-        return 1.0, 0.0
+        return 1.0
     train, validation = config.data.split
     if train == 0:
         raise UserError(
             f"data.split {train:g},{validation:g} leaves nothing to train on; its first number "
             "is the share of training, for example 99,1"
         )
-    return train / (train + validation), validation / (train + validation)
+    return train / (train + validation)
 
 
 def _check_part(files: IndexedFiles, purpose: str, start: float, stop: float, sample: int) -> None:

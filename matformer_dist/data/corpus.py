@@ -28,6 +28,7 @@ CONTAINERS = (".jsonl", *CODECS, ".parquet")
 INCLUDE = ("*.txt", "*.md", "*.rst", "*.py", *(f"*{suffix}" for suffix in CONTAINERS))
 _TEXT_PER_DISK_BYTE = 4  # of compressed files, roughly: only the tokenizer's sample relies on it
 _STREAM_KEEP = 1 / 16
+_LEAST_REACH_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -226,18 +227,22 @@ def sample(
     """All pieces where they fit `limit_bytes`, else random ones of about 3/4 of that.
 
     `text_bytes` is the corpus' size by `estimate_text_bytes`. Every piece has the same chance;
-    only of files that must be read from their beginning, what lies far behind is left out.
+    only of large files that must be read from their beginning, what lies far behind has none.
     """
     rng = random.Random(seed)
     share = 1.0 if text_bytes <= limit_bytes else 0.75 * limit_bytes / text_bytes
     for file in files:
         keep = max(share, _STREAM_KEEP) if file.is_stream else share
-        last, position = file.size * share / keep, 0
+        reach, position = file.size * share / keep, 0  # bytes to look at, so as to keep some
+        if reach < min(file.size, _LEAST_REACH_BYTES):  # too few: all of some files instead
+            if rng.random() >= share / keep:
+                continue
+            reach = file.size
         for piece in pieces(file, text_key):
             if rng.random() < keep:
                 yield piece
             position += piece.disk_bytes
-            if position >= last:
+            if position > reach:
                 break
 
 

@@ -11,7 +11,9 @@ once less, than the rest.
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from matformer_dist.config import Config
-from matformer_dist.data.checks import Blend, check_data, split_shares
+from matformer_dist.data.checks import Blend, check_data, split_share
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.errors import UserError
-from matformer_dist.parallel.topology import quiet_libraries
 
 _COMPLETE = "complete"
 
@@ -41,7 +42,6 @@ def build_datasets(
     the indices of samples, under run.dir, and the others read them. UserError, on all of them,
     for files that are missing, damaged, of another tokenizer, or too small.
     """
-    quiet_libraries()
     samples = (train_samples, validation_samples)
     if not dist.is_initialized():
         check_data(config, tokenizer, validation_samples > 0)
@@ -105,21 +105,15 @@ def _build(
     config: Config, tokenizer: Tokenizer, samples: tuple[int, int], cache: Path | None
 ) -> tuple[Dataset[Any], Dataset[Any] | None]:
     """The datasets by Megatron-Core's builder, which lets rank 0 write `cache` first."""
-    from megatron.core.datasets.blended_megatron_dataset_builder import (
-        BlendedMegatronDatasetBuilder,
-    )
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-
-    data = config.data
-    train, validation = split_shares(config)
-    source: dict[str, Any] = {
-        "blend": _blend(data.train),
-        "split": f"{train:.12f},{validation:.12f},0",
-    }
-    if data.validation is not None:
-        blends = [_blend(data.train), _blend(data.validation), None]
-        source = {"blend_per_split": blends}
-    built = GPTDatasetConfig(
+    builder, dataset, settings = _megatron()
+    data, train_share = config.data, split_share(config)
+    wants_validation = samples[1] > 0
+    if data.validation is None:
+        source: dict[str, Any] = {"blend": _blend(data.train), "split": "1"}
+    else:
+        validation = _blend(data.validation) if wants_validation else None
+        source = {"blend_per_split": [_blend(data.train), validation, None]}
+    built = settings(
         random_seed=data.seed,
         sequence_length=config.training.seq_len,
         tokenizer=tokenizer,
@@ -130,13 +124,26 @@ def _build(
         create_attention_mask=False,
         **source,
     )
-    if samples[1] == 0:  # training keeps to its share
-        if data.validation is None:
-            built.split_matrix[1] = None
-        else:
-            built.blend_per_split[1] = None
-    datasets = BlendedMegatronDatasetBuilder(GPTDataset, [*samples, 0], lambda: True, built).build()
+    if data.validation is None:  # set here, so that it is what was checked, to the last bit
+        rest = (train_share, 1.0) if wants_validation else None
+        built.split_matrix = [(0.0, train_share), rest, None]
+    datasets = builder(dataset, [*samples, 0], lambda: True, built).build()
     return datasets[0], datasets[1]
+
+
+def _megatron() -> tuple[Any, Any, Any]:
+    """Megatron-Core's builder, dataset and its settings, without their notices.
+
+    On import they tell of parts that we do not use; later, that no cache folder is set.
+    """
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.datasets.blended_megatron_dataset_builder import (
+            BlendedMegatronDatasetBuilder,
+        )
+        from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    return BlendedMegatronDatasetBuilder, GPTDataset, GPTDatasetConfig
 
 
 def _blend(blend: Blend) -> tuple[list[str], list[float] | None]:

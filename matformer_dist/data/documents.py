@@ -35,7 +35,7 @@ class DocumentReader:
     invalid: InvalidText = "error"
 
     def read(self, piece: Piece) -> Iterator[str]:
-        """The documents that begin in `piece`, in order; empty ones too."""
+        """The documents that begin in `piece`, in order; empty ones too, but not empty lines."""
         try:
             if isinstance(piece, Rows):
                 yield from self._read_rows(piece)
@@ -72,26 +72,25 @@ class DocumentReader:
                 begin = position
                 position += len(line)
                 text = line.removeprefix(_BOM) if begin == 0 else line
-                yield self._parse(text, partial(_line_at, path, begin))
+                if not text.isspace():
+                    yield self._parse(text, partial(_line_at, path, begin))
 
     def _read_block(self, block: Block) -> Iterator[str]:
         lines = block.lines.split(b"\n")
         if block.first_line == 1:
             lines[0] = lines[0].removeprefix(_BOM)
         for i, line in enumerate(lines, block.first_line):
-            yield self._parse(line, partial("{}:{}".format, block.path, i))
+            if line and not line.isspace():
+                yield self._parse(line, partial("{}:{}".format, block.path, i))
 
     def _read_rows(self, rows: Rows) -> Iterator[str]:
         for i, value in enumerate(rows.texts, rows.first_row):
             yield self._decode(value or b"", partial("{}: row {}".format, rows.path, i))
 
     def _parse(self, line: bytes, where: Callable[[], str]) -> str:
-        """The text in one line of JSON; an empty line is an empty document."""
-        text = self._decode(line, where).strip()
-        if not text:
-            return ""
+        """The text in one line of JSON."""
         try:
-            value = json.loads(text)
+            value = json.loads(self._decode(line, where))
         except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{where()}: not valid JSON ({error}); every line must be an object such as "

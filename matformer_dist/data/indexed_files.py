@@ -89,6 +89,8 @@ class IndexedWriter:
         self._lengths.flush()
         with open(self._partial(".idx"), "wb") as index:
             self._write_index(index)
+        self._lengths.close()
+        self._partial(".lengths").unlink()
         self._bin.flush()
         for suffix in self.suffixes:
             _sync(self._partial(suffix))

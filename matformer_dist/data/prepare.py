@@ -30,6 +30,8 @@ from matformer_dist.data.workers import Workers
 from matformer_dist.errors import UserError
 
 FORMAT = 1
+_SAMPLE_BYTES = 32 << 20  # SentencePiece takes about 15 times as much memory
+_SAMPLE_SEED = 1234
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,6 @@ class _Training:
 
     corpus: _Corpus
     sample_bytes: int
-    seed: int
 
     def __call__(self, vocab_size: int) -> bytes:
         return train_tokenizer(self._sample(), vocab_size).model
@@ -128,7 +129,9 @@ class _Training:
         left = self.sample_bytes
         key = self.corpus.reader.text_key
         whole = corpus.estimate_text_bytes(self.corpus.files())
-        for piece in corpus.sample(self.corpus.files(), key, self.sample_bytes, whole, self.seed):
+        for piece in corpus.sample(
+            self.corpus.files(), key, self.sample_bytes, whole, _SAMPLE_SEED
+        ):
             for text in self.corpus.reader.read(piece):
                 yield text[:left]  # characters, of at least a byte each
                 left -= len(text.encode())
@@ -147,15 +150,13 @@ def prepare_data(
     include: Sequence[str] = corpus.INCLUDE,
     exclude: Sequence[str] = (),
     invalid_text: InvalidText = "error",
-    sample_bytes: int = 32 << 20,
-    seed: int = 1234,
     force: bool = False,
 ) -> PreparedData:
     """Write `output`.bin and .idx (and .json) from the corpus `inputs`; show how it gets on.
 
     inputs        files and folders, see corpus.py; `include`, `exclude`: patterns in folders
     tokenizer     a SentencePiece model to use; else one of `vocab_size` pieces is trained on a
-                  random sample of `sample_bytes`, and written to `output`.model
+                  random sample of at most 32 MiB, and written to `output`.model
     workers       processes; 0: one for every core that this process may use
     invalid_text  bytes that are not UTF-8: "error", or "replace" them by U+FFFD
     force         replace an older data set of this name
@@ -182,7 +183,7 @@ def prepare_data(
     try:
         writer = IndexedWriter(prefix, dtype, suffixes=suffixes, force=force)
         try:
-            used = given or _train(source, vocab_size, sample_bytes, seed, console)
+            used = given or _train(source, vocab_size, console)
             with Progress(console, disk_bytes) as progress:
                 text_bytes, empty = _encode(source, used, workers or _cores(), writer, progress)
             if given is None:
@@ -209,11 +210,9 @@ def prepare_data(
     return result
 
 
-def _train(
-    source: _Corpus, vocab_size: int, sample_bytes: int, seed: int, console: Console
-) -> Tokenizer:
+def _train(source: _Corpus, vocab_size: int, console: Console) -> Tokenizer:
     console.print(f"training a tokenizer of {vocab_size} pieces")
-    with Workers(1, _Training(source, sample_bytes, seed)) as workers:
+    with Workers(1, _Training(source, _SAMPLE_BYTES)) as workers:
         return Tokenizer(next(workers.map([vocab_size])), "just trained")
 
 
