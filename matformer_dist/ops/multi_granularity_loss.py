@@ -262,7 +262,8 @@ def _run(
         part = slice(start, start + plan.chunk)
         h = h_all[:, part].reshape(-1, d_model).to(operand_dtype)
         logits = _mm(h, w.t(), dtype)
-        chunk = _chunk(logits.view(groups, -1, len(w)), y_all[:, part], part, plan, any(needs))
+        y = y_all[:, part]
+        chunk = _chunk(logits.view(*y.shape, len(w)), y, part, plan, any(needs))
         for whole, piece in zip(rows, chunk, strict=True):
             whole[:, part] = piece
         d_logits = logits.to(operand_dtype)

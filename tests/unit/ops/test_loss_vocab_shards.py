@@ -1,0 +1,168 @@
+"""The loss over a vocabulary cut over ranks, against the whole one; ranks are threads here."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from matformer_dist.ops.multi_granularity_loss import LossOutput, VocabShard
+from tests.unit.ops.loss_problems import PROBLEMS, Problem
+
+Gather = Callable[[Tensor], Tensor]
+Result = tuple[LossOutput, tuple[Tensor, ...]]
+
+
+class Ranks:
+    """A gather for each of several threads, as an all-gather would be, and how often it ran."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.calls = count, 0
+        self.boxes: list[Tensor | None] = [None] * count
+        self.barrier = threading.Barrier(count, timeout=60)
+
+    def gather(self, rank: int) -> Gather:
+        def all_gather(local: Tensor) -> Tensor:
+            self.boxes[rank] = local
+            self.barrier.wait()  # all have put theirs
+            gathered = torch.stack([box for box in self.boxes if box is not None])
+            self.calls += rank == 0
+            self.barrier.wait()  # all have read them
+            return gathered
+
+        return all_gather
+
+    def run(self, work: Callable[[int, Gather], Any]) -> list[Any]:
+        def guarded(rank: int) -> Any:
+            try:
+                return work(rank, self.gather(rank))
+            except BaseException:
+                self.barrier.abort()  # let nobody wait for a rank that failed
+                raise
+
+        with ThreadPoolExecutor(self.count) as pool:
+            futures = [pool.submit(guarded, rank) for rank in range(self.count)]
+        errors = [future.exception() for future in futures]
+        for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
+            if error is not None:
+                raise error  # the cause, rather than those who waited for it
+        return [future.result() for future in futures]
+
+
+def cut(problem: Problem, weight: Tensor, ranks: int) -> list[tuple[Tensor, int, int]]:
+    """Weight with its padding, offset and true size of each rank: equal pieces, zeros at the end.
+
+    The padding holds NaN: whatever touches it shows.
+    """
+    size = -(-problem.vocab // ranks)
+    whole = weight.detach()[: problem.vocab]
+    padding = whole.new_full((size * ranks - problem.vocab, problem.d_model), torch.nan)
+    pieces = torch.cat([whole, padding]).split(size)
+    offsets = range(0, size * ranks, size)
+    sizes = [min(size, max(0, problem.vocab - offset)) for offset in offsets]
+    return list(zip(pieces, offsets, sizes, strict=True))
+
+
+def run_ranks(
+    problem: Problem, operands: Sequence[Tensor], count: int, **options: Any
+) -> tuple[list[Result], int]:
+    """Outputs and gradients of (hidden, weight) on each rank, and the number of gathers."""
+    hidden, weight, targets = operands
+    ranks = Ranks(count)
+    pieces = cut(problem, weight, count)
+
+    def work(rank: int, gather: Gather) -> Result:
+        piece, offset, size = pieces[rank]
+        own = (hidden.detach().requires_grad_(), piece.clone().requires_grad_())
+        output = problem.run(*own, targets, vocab=VocabShard(offset, size, gather), **options)
+        upstream = torch.tensor(-3.0, dtype=output.total.dtype)
+        return output, torch.autograd.grad(output.total, own, upstream)
+
+    return ranks.run(work), ranks.calls
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3, None])
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS.keys())
+def test_shards_match_the_whole_vocabulary(
+    problem: Problem, count: int, chunk_tokens: int | None
+) -> None:
+    operands = problem.operands()
+    results, _ = run_ranks(problem, operands, count, chunk_tokens=chunk_tokens)
+    expected = problem.define(*operands)
+    upstream = torch.tensor(-3.0, dtype=expected.total.dtype)
+    d_hidden, d_weight = torch.autograd.grad(expected.total, operands[:2], upstream)
+    for output, _ in results:
+        torch.testing.assert_close(output._asdict(), expected._asdict())
+        torch.testing.assert_close(output._asdict(), results[0][0]._asdict(), rtol=0, atol=0)
+    torch.testing.assert_close(sum(gradients[0] for _, gradients in results), d_hidden)
+    joined = torch.cat([gradients[1] for _, gradients in results])
+    torch.testing.assert_close(joined[: problem.vocab], d_weight[: problem.vocab])
+    assert (joined[problem.vocab :] == 0).all()
+
+
+def test_a_share_of_padding_alone_takes_no_part() -> None:
+    problem = Problem(vocab=9, temperature=2.0)  # pieces of 3, 3, 3 and 0
+    operands = problem.operands()
+    assert cut(problem, operands[1], 4)[3][2] == 0
+    results, _ = run_ranks(problem, operands, 4)
+    expected = problem.define(*operands)
+    for output, _ in results:
+        torch.testing.assert_close(output._asdict(), expected._asdict())
+    assert not any(gradient.any() for gradient in results[3][1])
+
+
+@pytest.mark.parametrize("granularities", [1, 3])
+def test_one_gather_a_chunk_whatever_the_number_of_granularities(granularities: int) -> None:
+    problem = Problem(
+        rows=(10,) * granularities,
+        ce=(1,) * granularities,
+        z=(0.1,) * granularities,
+        kl=(0.0, 0.5, 0.5)[:granularities],
+        temperature=2.0,
+    )
+    _, calls = run_ranks(problem, problem.operands(), 2, chunk_tokens=4)
+    assert calls == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_agreement_over_shards_takes_the_lowest_of_equal_ids(dtype: torch.dtype) -> None:
+    problem = Problem(rows=(2, 2), ce=(1, 1), z=(0, 0), kl=(0, 0), vocab=4, d_model=4, dtype=dtype)
+    hidden = torch.tensor([[0.0, 1, 1, 0], [0, 1, 1, 0], [0, 1, 0, 0], [0, 0, 1, 0]], dtype=dtype)
+    results, _ = run_ranks(problem, (hidden, torch.eye(4, dtype=dtype), torch.ones(4).long()), 2)
+    for output, _ in results:
+        assert output.agrees is not None
+        assert output.agrees.tolist() == [True, True, True, False]
+
+
+def test_agreement_tells_ids_of_far_shards_apart() -> None:
+    """2^24 and 2^24 + 1 are the same number in fp32."""
+    problem = Problem(rows=(1, 1), ce=(1, 1), z=(0, 0), kl=(0, 0), vocab=2, d_model=2)
+    problem = replace(problem, dtype=torch.float32)
+    hidden, ranks = torch.eye(2), Ranks(2)
+    weights = (torch.zeros(2, 2), torch.eye(2))
+
+    def work(rank: int, gather: Gather) -> LossOutput:
+        shard = VocabShard(rank * 2**24, 2, gather)
+        return problem.run(hidden, weights[rank], torch.zeros(2).long(), vocab=shard)
+
+    for output in ranks.run(work):
+        assert output.agrees is not None
+        assert output.agrees.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("target", [11, -1, 12])
+def test_a_target_that_no_rank_owns_is_nan_or_named_on_every_rank(target: int) -> None:
+    problem = Problem()  # 11 ids; two ranks hold 6 and 5 and one row of padding
+    hidden, weight, targets = problem.operands()
+    targets[4] = target
+    for output, (d_hidden, d_weight) in run_ranks(problem, (hidden, weight, targets), 2)[0]:
+        assert output.total.isnan() and d_hidden.isnan().any() and d_weight.isnan().any()
+    with pytest.raises(ValueError, match=rf"targets \[{target}\] are not ids of the vocabulary"):
+        run_ranks(problem, (hidden, weight, targets), 2, check_targets=True)
