@@ -64,5 +64,5 @@ def test_bad_commands(tmp_path: Path) -> None:
     refuse(matformer("extract", tmp_path, "--submodel", "S", "--output", tmp_path / "o"),
            "no complete checkpoint")  # fmt: skip
     refuse(matformer("generate", tmp_path), str(tmp_path))
-    refuse(matformer("report", tmp_path), "metrics.jsonl")
+    refuse(matformer("report", tmp_path), "config.yaml")
     refuse(matformer("evaluate", tmp_path / "absent"), "absent")
