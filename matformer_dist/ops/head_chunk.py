@@ -9,13 +9,97 @@ scratch is one segment's logits and not all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _ID_BASE = 1 << 20  # ids travel as two digits: fp32 does not hold every whole number above 2^24
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """This rank's rows of the head.
+
+    offset   global id of the first row; grows with the rank
+    size     rows that are real vocabulary; what `weight` holds beyond is padding: no part in the
+             softmax, zero gradient
+    gather   [m, k] -> [T, m, k] over the tensor-parallel ranks; None on one rank
+    """
+
+    offset: int
+    size: int
+    gather: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What does not depend on the values: layout, weights of the rows [G, n], options."""
+
+    ce: Tensor
+    z: Tensor
+    kl: Tensor
+    students: tuple[bool, ...]  # which of the G rows of a token learn from the first
+    temperature: float
+    shared: bool
+    ignore_index: int
+    vocab: VocabShard
+    chunk: int
+    check_targets: bool
+
+
+class RowResults(NamedTuple):
+    """Results per row, [G, c] of a chunk or [G, n] of all."""
+
+    loss: Tensor
+    nll: Tensor
+    lse: Tensor
+    kl: Tensor
+    agrees: Tensor
+
+
+def reduce_chunk(
+    logits: Tensor, y: Tensor, part: slice, plan: Plan, write_gradient: bool
+) -> RowResults:
+    """Numbers of the rows of a chunk; its logits [G, c, V] become their gradient if asked."""
+    ce, z, kl = (weights[:, part] for weights in (plan.ce, plan.z, plan.kl))
+    columns = y - plan.vocab.offset
+    local = torch.stack(
+        local_numbers(
+            logits,
+            columns,
+            offset=plan.vocab.offset,
+            students=plan.students,
+            temperature=plan.temperature,
+            find_best=plan.shared,
+        ),
+        -1,
+    )
+    gather = plan.vocab.gather
+    ranks = gather(local.flatten(0, 1)) if gather else local
+    rows = join(ranks.view(-1, *local.shape), plan.temperature)
+    valid = y != plan.ignore_index
+    unowned = valid & (rows.target == -torch.inf)
+    if plan.check_targets and bool(unowned.any()):
+        raise ValueError(f"targets {y[unowned][:5].tolist()} are not ids of the vocabulary")
+    nll = torch.where(valid, rows.lse - rows.target, 0).masked_fill(unowned, torch.nan)
+    row_kl = torch.where(valid & (kl != 0), rows.kl, 0)
+    loss = ce * nll + z * rows.lse.square() + kl * plan.temperature**2 * row_kl
+    if write_gradient:
+        overwrite_with_gradient(
+            logits,
+            columns,
+            rows,
+            ce=(ce * valid).masked_fill(unowned, torch.nan),
+            z=z * valid,
+            kl=kl * valid,
+            students=plan.students,
+            temperature=plan.temperature,
+        )
+    agrees = valid & (rows.best == rows.best[:1]).all(-1)
+    return RowResults(torch.where(valid, loss, 0), nll, rows.lse, row_kl, agrees)
 
 
 class LocalNumbers(NamedTuple):

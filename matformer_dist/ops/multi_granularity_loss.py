@@ -15,34 +15,20 @@ parallelism one gather a chunk joins the ranks' numbers. Nothing waits for the d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from matformer_dist.ops.head_chunk import join, local_numbers, overwrite_with_gradient
+from matformer_dist.ops.head_chunk import Plan, RowResults, VocabShard, reduce_chunk
+
+__all__ = ["LossOutput", "VocabShard", "default_chunk_tokens", "multi_granularity_loss"]
 
 CHUNK_BYTES = 128 << 20
 """Logits of one segment in one chunk. Not of all segments: the number of chunks, hence of
 collectives, is that of a step of XL alone, whatever the number of granularities."""
-
-
-@dataclass(frozen=True)
-class VocabShard:
-    """This rank's rows of the head.
-
-    offset   global id of the first row; grows with the rank
-    size     rows that are real vocabulary; what `weight` holds beyond is padding: no part in the
-             softmax, zero gradient
-    gather   [m, k] -> [T, m, k] over the tensor-parallel ranks; None on one rank
-    """
-
-    offset: int
-    size: int
-    gather: Callable[[Tensor], Tensor] | None = None
 
 
 class LossOutput(NamedTuple):
@@ -62,38 +48,12 @@ class LossOutput(NamedTuple):
     agrees: Tensor | None
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What does not depend on the values: layout, weights of the rows [G, n], options."""
-
-    ce: Tensor
-    z: Tensor
-    kl: Tensor
-    students: tuple[bool, ...]  # which of the G rows of a token learn from the first
-    temperature: float
-    shared: bool
-    ignore_index: int
-    vocab: VocabShard
-    chunk: int
-    check_targets: bool
-
-
 def default_chunk_tokens(local_vocab: int, itemsize: int = 4) -> int:
     """Most tokens of a chunk, for a weight of `local_vocab` rows and logits of `itemsize` bytes.
 
     The same on all ranks, whose weights have the same number of rows, padding included.
     """
     return max(1, CHUNK_BYTES // (max(1, local_vocab) * itemsize))
-
-
-class _Rows(NamedTuple):
-    """Results per row, [G, c] of a chunk or [G, n] of all."""
-
-    loss: Tensor
-    nll: Tensor
-    lse: Tensor
-    kl: Tensor
-    agrees: Tensor
 
 
 @torch.compiler.disable(reason="chunks and collectives; nothing left to fuse across")
@@ -150,7 +110,7 @@ def multi_granularity_loss(
         chunk_tokens = math.ceil(tokens / max(1, chunks)) or 1  # all of about the same size
     elif chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
-    plan = _Plan(
+    plan = Plan(
         ce=per_row(ce_weights),
         z=per_row(z_weights),
         kl=per_row(kl_weights),
@@ -218,7 +178,7 @@ def _check_segments(
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, plan: _Plan
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, plan: Plan
     ) -> LossOutput:
         needs = ctx.needs_input_grad[:2]
         output, d_hidden, d_weight = _run(hidden, weight, targets, scale, plan, needs)
@@ -244,7 +204,7 @@ def _run(
     weight: Tensor,
     targets: Tensor,
     scale: Tensor,
-    plan: _Plan,
+    plan: Plan,
     needs: tuple[bool, bool],
 ) -> tuple[LossOutput, Tensor | None, Tensor | None]:
     """The losses, and scale * d hidden and scale * d weight where `needs` asks for them."""
@@ -257,13 +217,13 @@ def _run(
     y_all = targets.reshape(groups, tokens)
     d_hidden = torch.empty_like(h_all, dtype=kept_dtype) if needs[0] else None
     d_weight = torch.zeros_like(weight, dtype=dtype) if needs[1] else None
-    rows = _Rows(*(torch.empty_like(plan.ce, dtype=t) for t in (*[dtype] * 4, torch.bool)))
+    rows = RowResults(*(torch.empty_like(plan.ce, dtype=t) for t in (*[dtype] * 4, torch.bool)))
     for start in range(0, tokens, plan.chunk):
         part = slice(start, start + plan.chunk)
         h = h_all[:, part].reshape(-1, d_model).to(operand_dtype)
         logits = _mm(h, w.t(), dtype)
         y = y_all[:, part]
-        chunk = _chunk(logits.view(*y.shape, len(w)), y, part, plan, any(needs))
+        chunk = reduce_chunk(logits.view(*y.shape, len(w)), y, part, plan, any(needs))
         for whole, piece in zip(rows, chunk, strict=True):
             whole[:, part] = piece
         d_logits = logits.to(operand_dtype)
@@ -279,50 +239,10 @@ def _run(
     return output, None if d_hidden is None else d_hidden.view_as(hidden), d_weight
 
 
-def _chunk(logits: Tensor, y: Tensor, part: slice, plan: _Plan, write_gradient: bool) -> _Rows:
-    """Numbers of the rows of a chunk; its logits [G, c, V] become their gradient if asked."""
-    ce, z, kl = (weights[:, part] for weights in (plan.ce, plan.z, plan.kl))
-    columns = y - plan.vocab.offset
-    local = torch.stack(
-        local_numbers(
-            logits,
-            columns,
-            offset=plan.vocab.offset,
-            students=plan.students,
-            temperature=plan.temperature,
-            find_best=plan.shared,
-        ),
-        -1,
-    )
-    gather = plan.vocab.gather
-    ranks = gather(local.flatten(0, 1)) if gather else local
-    rows = join(ranks.view(-1, *local.shape), plan.temperature)
-    valid = y != plan.ignore_index
-    unowned = valid & (rows.target == -torch.inf)
-    if plan.check_targets and bool(unowned.any()):
-        raise ValueError(f"targets {y[unowned][:5].tolist()} are not ids of the vocabulary")
-    nll = torch.where(valid, rows.lse - rows.target, 0).masked_fill(unowned, torch.nan)
-    row_kl = torch.where(valid & (kl != 0), rows.kl, 0)
-    loss = ce * nll + z * rows.lse.square() + kl * plan.temperature**2 * row_kl
-    if write_gradient:
-        overwrite_with_gradient(
-            logits,
-            columns,
-            rows,
-            ce=(ce * valid).masked_fill(unowned, torch.nan),
-            z=z * valid,
-            kl=kl * valid,
-            students=plan.students,
-            temperature=plan.temperature,
-        )
-    agrees = valid & (rows.best == rows.best[:1]).all(-1)
-    return _Rows(torch.where(valid, loss, 0), nll, rows.lse, row_kl, agrees)
-
-
 def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b in `dtype`, which is fp32 where a and b are bf16 or fp16."""
     if a.dtype == dtype:
-        return a @ b
+        return torch.mm(a, b, out=a.new_empty(len(a), b.shape[1]))  # autocast leaves out= alone
     return torch.mm(a, b, out_dtype=dtype)
 
 

@@ -182,6 +182,15 @@ def test_nothing_waits_for_the_device(name: str) -> None:
         problem.run(*inputs, targets, scale=scale, check_targets=True)
 
 
+def test_autocast_does_not_lower_the_precision() -> None:
+    problem = Problem(dtype=torch.float32)
+    hidden, weight, targets = problem.operands()
+    plain = problem.run(hidden, weight, targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = problem.run(hidden, weight, targets)
+    torch.testing.assert_close(output._asdict(), plain._asdict(), rtol=0, atol=0)
+
+
 def test_repeated_runs_are_equal_bit_for_bit() -> None:
     problem = Problem(rows=(33, 33, 33), vocab=500, d_model=16, dtype=torch.float32)
     hidden, weight, targets = problem.operands()
