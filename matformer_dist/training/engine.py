@@ -5,6 +5,7 @@ This is the only file that imports deepspeed.
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,8 @@ import deepspeed
 import omegaconf
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from matformer_dist.config import Config, OptimizerConfig, ScheduleConfig
@@ -35,6 +38,14 @@ _DERIVED_ELSEWHERE = {
     "optimizer": "optimizer",
     "scheduler": "schedule",
 }
+# DeepSpeed takes a key that it does not know without a word.
+_PASSED_ON = (
+    "aio", "checkpoint", "comet", "comms_logger", "communication_data_type", "csv_monitor",
+    "data_types", "flops_profiler", "gradient_predivide_factor", "memory_breakdown",
+    "prescale_gradients", "seq_parallel_communication_data_type", "steps_per_print", "tensorboard",
+    "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer", "zero_optimization",
+)  # fmt: skip
 
 
 def accumulation_steps(config: Config, data_size: int) -> int:
@@ -42,11 +53,33 @@ def accumulation_steps(config: Config, data_size: int) -> int:
     return config.training.global_batch_size // (config.training.micro_batch_size * data_size)
 
 
+def check_deepspeed_section(config: Config) -> None:
+    """UserError for a key or value of the `deepspeed` section that DeepSpeed would not take."""
+    for key in config.deepspeed:
+        if key in _DERIVED_ELSEWHERE:
+            ours = _DERIVED_ELSEWHERE[key]
+            raise UserError(f"deepspeed.{key} is derived from {ours}; set that instead")
+        if key not in _PASSED_ON:
+            close = difflib.get_close_matches(key, _PASSED_ON, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(_PASSED_ON)}"
+            raise UserError(f"unknown key deepspeed.{key}; {hint}")
+    zero = config.deepspeed.get("zero_optimization", {})
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(["deepspeed.zero_optimization", *(str(part) for part in first["loc"])])
+        if first["type"] == "extra_forbidden":
+            raise UserError(f"unknown key {key}; DeepSpeed's documentation lists them") from None
+        raise UserError(f"{key} is {first['input']!r}: {first['msg']}") from None
+    except TypeError:
+        raise UserError(
+            f"deepspeed.zero_optimization is {zero!r}; it must hold keys, such as stage: 2"
+        ) from None
+
+
 def deepspeed_dictionary(config: Config, data_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration, derived from ours; the `deepspeed` section is merged over it."""
-    for key, ours in _DERIVED_ELSEWHERE.items():
-        if key in config.deepspeed:
-            raise UserError(f"deepspeed.{key} is derived from {ours}; set that instead")
     logs = {"output_path": str(config.run.dir / "tensorboard"), "job_name": "train"}
     derived = {
         "train_batch_size": config.training.global_batch_size,
@@ -72,10 +105,7 @@ def deepspeed_dictionary(config: Config, data_size: int) -> dict[str, Any]:
 
 
 def zero_stage(config: Config) -> int:
-    stage = config.deepspeed.get("zero_optimization", {}).get("stage", 1)
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f"deepspeed.zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
-    return int(stage)
+    return int(config.deepspeed.get("zero_optimization", {}).get("stage", 1))
 
 
 def learning_rate(schedule: ScheduleConfig, peak: float, step: int, total_steps: int) -> float:

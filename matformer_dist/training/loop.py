@@ -19,7 +19,12 @@ from matformer_dist.models.forward_pass import Pass
 from matformer_dist.parallel.topology import Topology
 from matformer_dist.training import setup
 from matformer_dist.training.checkpoint import CheckpointStore
-from matformer_dist.training.engine import Engine, build_model, learning_rate
+from matformer_dist.training.engine import (
+    Engine,
+    build_model,
+    check_deepspeed_section,
+    learning_rate,
+)
 from matformer_dist.training.metrics import (
     LossSums,
     MetricsLog,
@@ -42,6 +47,8 @@ class Run:
         self.total_steps = training.total_steps
 
         with topology.agreement():
+            check_deepspeed_section(config)
+            setup.check_monitors(config)
             setup.check_run_directory(config)
             tokenizer = Tokenizer.load(config.data.tokenizer)
             self.vocab_size = setup.check_vocabulary(config, tokenizer.vocab_size)

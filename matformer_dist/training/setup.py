@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import platform
 from collections.abc import Mapping
 from typing import Any
@@ -48,6 +49,14 @@ def check_vocabulary(config: Config, tokenizer_size: int) -> int:
             "set data.tokenizer to the one that the model is meant for"
         )
     return tokenizer_size
+
+
+def check_monitors(config: Config) -> None:
+    """UserError where the run is to log to something that is not installed."""
+    if config.logging.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            "logging.wandb is true, but wandb is not installed; pip install wandb, or set it false"
+        )
 
 
 def topology_of(config: Config, topology: Topology) -> dict[str, int]:

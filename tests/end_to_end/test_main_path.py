@@ -24,7 +24,12 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         deepspeed={"zero_optimization": {"stage": 2}},
     )  # fmt: skip
     shown = succeed(train(config, ranks=2))
-    for expected in ("tensor 2 x data 1, ZeRO 2, bf16", "1 ranks x 2 micro-batches", "memory", "XL"):
+    for expected in (
+        "tensor 2 x data 1, ZeRO 2, bf16",
+        "1 ranks x 2 micro-batches",
+        "memory",
+        "XL",
+    ):
         assert expected in shown
     for noise in ("Warning", "WARNING", "Apex", "Transformer Engine"):
         assert noise not in shown
