@@ -76,6 +76,11 @@ def check_deepspeed_section(config: Config) -> None:
         raise UserError(
             f"deepspeed.zero_optimization is {zero!r}; it must hold keys, such as stage: 2"
         ) from None
+    if zero_stage(config) == 0 and config.training.precision == "bf16":
+        raise UserError(
+            "deepspeed.zero_optimization.stage 0 with training.precision bf16: DeepSpeed has no "
+            "fp32 accumulation there; use stage 1, or training.precision=fp32"
+        )
 
 
 def deepspeed_dictionary(config: Config, data_size: int) -> dict[str, Any]:

@@ -29,7 +29,6 @@ DATA_PARALLEL: dict[str, dict[str, Any]] = {
     "offload, ZeRO 2": zero(2, **OFFLOAD),
     "offload, ZeRO 3": zero(3, **OFFLOAD, offload_param={"device": "cpu"}),
     "checkpointing, ZeRO 3": {**zero(3), "training": {"activation_checkpointing": "full"}},
-    "bf16, ZeRO 0": {**zero(0), "training": {"precision": "bf16"}},
     "bf16, ZeRO 1": {**zero(1), "training": {"precision": "bf16"}},
     "bf16, ZeRO 2": {**zero(2), "training": {"precision": "bf16"}},
     "bf16, ZeRO 3": {**zero(3), "training": {"precision": "bf16"}},

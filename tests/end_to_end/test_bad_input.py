@@ -35,6 +35,11 @@ def test_bad_settings(config: Path, override: str, says: str) -> None:
     refuse(train(config, override), says)
 
 
+def test_bf16_without_fp32_accumulation(config: Path) -> None:
+    stage = "deepspeed.zero_optimization.stage=0"
+    refuse(train(config, stage, "training.precision=bf16"), "no fp32 accumulation")
+
+
 def test_undealable_rings(config: Path) -> None:
     refuse(train(config, "nesting.widths=[7,64]", "parallel.tensor=2"), "do not divide by 2")
 
