@@ -56,7 +56,7 @@ def main() -> None:
         ],
         cpu_environment(ranks) if on_cpu else None,
     )
-    matformer("evaluate", run, "--heuristic", "--batches", 16)
+    matformer("evaluate", run, "--heuristic", "--batches", 8)
     samples = []
     for submodel, kind, name in EXTRACTED:
         directory = run / "submodels" / name
