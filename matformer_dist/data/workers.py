@@ -26,7 +26,8 @@ class Workers(Generic[Task, Result]):
 
     As a context manager: leaving it, in whatever way, ends the processes at once. Each has a pipe
     of its own to this process, and ends when this process does, even by SIGKILL. Ctrl-C reaches
-    this process only.
+    this process only. They are spawned: a script must start its work under
+    `if __name__ == "__main__"`, or they would all do it.
     """
 
     def __init__(self, count: int, function: Callable[[Task], Result]) -> None:

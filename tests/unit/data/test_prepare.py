@@ -204,7 +204,7 @@ def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:
     )
 
 
-def wait_until(condition: Callable[[], Any], timeout_s: float = 120) -> Any:
+def wait_until(condition: Callable[[], Any], timeout_s: float = 240) -> Any:
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
         assert time.monotonic() < deadline
@@ -237,10 +237,10 @@ def test_stopped_preparation_leaves_nothing_to_train_on_and_can_be_repeated(
         process.kill()
     else:
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers as well
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == (-9 if name == "SIGKILL" else 130), errors
     assert "Traceback" not in errors
-    wait_until(lambda: session_of(process.pid) == [], timeout_s=30)
+    wait_until(lambda: session_of(process.pid) == [], timeout_s=120)
     with pytest.raises(UserError, match=r"there is no data file .*d\.idx"):
         open_indexed(str(folder / "d"))
     assert partial.exists() == (name == "SIGKILL")
@@ -256,10 +256,10 @@ def test_interrupted_tokenizer_training_ends_at_once(tmp_path: Path) -> None:
     wait_until(lambda: len(session_of(process.pid)) > 1)
     time.sleep(1.0)
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 130, errors
     assert not re.search("Traceback", errors)
-    wait_until(lambda: session_of(process.pid) == [], timeout_s=30)
+    wait_until(lambda: session_of(process.pid) == [], timeout_s=120)
     assert list(tmp_path.glob("d.*")) == []
 
 

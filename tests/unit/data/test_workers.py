@@ -15,8 +15,8 @@ from matformer_dist.errors import UserError
 
 
 def work(task: int) -> int:
-    """Later tasks are done sooner; some fail."""
-    time.sleep(0.002 * (task % 3 == 0))
+    """The first takes long, and every third a little; some fail."""
+    time.sleep(0.5 if task == 0 else 0.002 * (task % 3 == 0))
     if task == 71:
         raise UserError("task 71 is bad input")
     if task == 81:
@@ -79,7 +79,7 @@ def test_leaving_ends_busy_workers_at_once() -> None:
         results = workers.map([0, 0, 60, 60, 60])
         processes = {next(results), next(results)}
         started = time.monotonic()
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 40
     assert not any(map(is_alive, processes))
 
 
@@ -105,14 +105,14 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path, name: str) -> None:
         [sys.executable, str(script), name],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         env={**os.environ, "PYTHONPATH": root},
         check=False,
     )
     assert parent.returncode == -getattr(signal, name), parent.stderr
     processes = [int(process) for process in parent.stdout.split()]
     assert len(processes) == 2
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while any(map(is_alive, processes)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(is_alive, processes))
