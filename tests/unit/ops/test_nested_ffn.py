@@ -248,6 +248,7 @@ def test_strided_operands_match_contiguous_ones(activation: Activation) -> None:
         y = nested_ffn(*inputs, rows=rows, widths=widths, activation=activation)
         expected = separate_passes(*inputs, rows, widths)
         torch.testing.assert_close(y, expected)
+        assert y.is_contiguous()  # collectives want it so
         # the gradient of a sum has no strides at all
         torch.testing.assert_close(
             torch.autograd.grad(y.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)
