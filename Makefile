@@ -27,7 +27,7 @@ demo: env
 	@$(RUN) python -m matformer_dist.demo
 
 test: lint
-	@$(RUN) python -m pytest -n auto --maxprocesses 4 --dist loadgroup tests
+	@$(RUN) python -m pytest -n auto --maxprocesses 4 tests
 
 lint: env
 	@$(RUN) ruff check .

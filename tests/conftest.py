@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 # Before torch is imported, here and in the ranks that tests start: they share the cores already.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-_WITH_PROCESSES = tuple(Path(__file__).parent / name for name in ("distributed", "end_to_end"))
+
+class _ProcessesTakeTurns(LoadScopeScheduling):
+    """One worker runs all tests that start ranks or commands; the others share the rest.
+
+    The mark xdist_group would do, but pytest 9.2 ignores it without a word
+    (pytest-dev/pytest-xdist#1386).
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        alone = nodeid.startswith(("tests/distributed/", "tests/end_to_end/"))
+        return "processes" if alone else nodeid
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have one worker of pytest-xdist run all tests that start ranks, one behind another."""
-    for item in items:
-        if any(item.path.is_relative_to(folder) for folder in _WITH_PROCESSES):
-            item.add_marker(pytest.mark.xdist_group("processes"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return _ProcessesTakeTurns(config, log)
