@@ -63,11 +63,14 @@ def load_transformers(
     """
     try:
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
     except ImportError:
         raise UserError(
             f"{directory} is in format hf, which needs transformers; install it by "
             "`pip install matformer-dist[export]`, or extract with --format native"
         ) from None
+    has_bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # the text is what a user wants to see
     try:
         model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype or "auto", local_files_only=True
@@ -76,6 +79,9 @@ def load_transformers(
         raise UserError(
             f"transformers cannot load {directory} ({error}); extract the model again"
         ) from None
+    finally:
+        if has_bar:
+            logging.enable_progress_bar()
     model.to(device).eval()
     cache: Any = None
 

@@ -40,6 +40,7 @@ CASES: dict[str, tuple[int, int, str, dict[str, Any]]] = {
     "tp4-zero3": (4, 3, "fp32", {"ffn": "gelu", "norm": "layernorm"}),
     "tp1-zero1": (1, 1, "fp32", {}),
     "tp1-zero3": (1, 3, "fp32", {"n_kv_heads": 1}),
+    "tp2-zero0-bf16": (2, 0, "bf16", {"n_kv_heads": 2}),
     "tp2-zero1-bf16": (2, 1, "bf16", {"ffn": "gelu", "norm": "layernorm"}),
     "tp2-zero2-bf16": (2, 2, "bf16", {"tied_embeddings": True}),
     "tp2-zero3-bf16": (2, 3, "bf16", {}),
@@ -49,6 +50,9 @@ CASES: dict[str, tuple[int, int, str, dict[str, Any]]] = {
 def case_config(name: str, directory: Path) -> Config:
     tensor, stage, precision, model = CASES[name]
     base = tiny_config().model.model_dump()
+    deepspeed: dict[str, Any] = {"zero_optimization": {"stage": stage}}
+    if stage == 0 and precision == "bf16":  # DeepSpeed has no fp32 accumulation there
+        deepspeed["data_types"] = {"grad_accum_dtype": "bf16"}
     return tiny_config(
         run={"dir": str(directory / name)},
         model={**base, **model},
@@ -57,7 +61,7 @@ def case_config(name: str, directory: Path) -> Config:
         training={
             **tiny_config().training.model_dump(), "steps": STEPS, "precision": precision,
         },
-        deepspeed={"zero_optimization": {"stage": stage}},
+        deepspeed=deepspeed,
     )  # fmt: skip
 
 
