@@ -22,6 +22,7 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure(case: Case, device: torch.device, dtype: torch.dtype, repeats: int) -> dict:
+def measure(case: Case, device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     """Median milliseconds of each kind, and medians of the ratios of neighbouring runs."""
     stepper = Stepper(case, device, dtype)
     losses = {kind: float(stepper.step(kind)) for kind in ("loop", "joint")}  # and warm-up

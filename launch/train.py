@@ -12,7 +12,7 @@ import argparse
 import sys
 
 from matformer_dist.config import Config, load_config
-from matformer_dist.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
+from matformer_dist.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from matformer_dist.parallel.topology import (
     check_ranks,
     initialize,
@@ -42,11 +42,8 @@ def train(config: Config) -> None:
     quiet_libraries()
     from matformer_dist.training.loop import Run  # imports DeepSpeed, which takes seconds
 
-    topology = initialize(config.parallel.tensor)
-    try:
-        Run(config, topology).train()
-    finally:
-        shut_down()
+    Run(config, initialize(config.parallel.tensor)).train()
+    shut_down()  # not after a failure: a rank must not wait for the others then
 
 
 def main() -> int:
@@ -58,6 +55,8 @@ def main() -> int:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     return EXIT_DONE
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 EXIT_DONE = 0
 EXIT_USER_ERROR = 2
-EXIT_PREEMPTED = 75
+EXIT_INTERRUPTED = 130  # by Ctrl-C, as shells have it
 
 
 class UserError(ValueError):

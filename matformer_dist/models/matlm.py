@@ -11,6 +11,7 @@ until the first FFN, so embedding and the first layer's attention run once, on b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -87,11 +88,11 @@ class Head(nn.Module):
         super().__init__()
         self.tensor = tensor
         first, size = vocab_shard(vocab_size, tensor)
-        if size < 1:
+        last = replace(tensor, rank=tensor.size - 1)
+        if vocab_shard(vocab_size, last)[1] < 1:  # looked at by all ranks, so that all stop
             raise UserError(
-                f"a vocabulary of {vocab_size} leaves tensor-parallel rank {tensor.rank} of "
-                f"{tensor.size} without a token; use a larger vocabulary or a smaller "
-                "parallel.tensor"
+                f"a vocabulary of {vocab_size} leaves the last of {tensor.size} tensor-parallel "
+                "ranks without a token; use a larger vocabulary or a smaller parallel.tensor"
             )
         gather = tensor.gather if tensor.size > 1 else None
         self.shard = VocabShard(offset=first, size=size, gather=gather)

@@ -40,7 +40,8 @@ class CheckpointStore:
         tag = f"step-{manifest['step']}"
         incomplete = self.directory / f"{tag}.incomplete"
         if self.topology.is_main:
-            shutil.rmtree(incomplete, ignore_errors=True)
+            for left_over in self.directory.glob("step-*.incomplete"):
+                shutil.rmtree(left_over)
             incomplete.mkdir(parents=True)
         dist.barrier()
         engine.save(str(self.directory), incomplete.name, state)

@@ -83,6 +83,8 @@ class Run:
     def train(self) -> None:
         """Run the remaining steps; evaluate, log and save when due, and at the end."""
         config = self.config
+        if self.step >= self.total_steps:
+            self.screen.say(f"finished: all {self.total_steps} steps are done")
         batches = self._batches(self.train_data, self.step * config.training.global_batch_size)
         while self.step < self.total_steps:
             self._train_step(batches)

@@ -75,6 +75,9 @@ class Screen:
         if resumed is not None:
             self.console.print(f"resuming   {resumed.path}")
 
+    def say(self, text: str) -> None:
+        self.console.print(text)
+
     def show_step(self, line: Mapping[str, Any]) -> None:
         """One line of metrics, in words; with the time that is left."""
         now = time.monotonic()
