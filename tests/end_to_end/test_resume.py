@@ -28,8 +28,12 @@ def test_killed_run_matches_an_uninterrupted_one(
     corpus: Path, tmp_path: Path, precision: str
 ) -> None:
     """Every number of every line of metrics, bit for bit; lines straddle the checkpoint."""
-    sections: dict[str, dict[str, object]] = {"training": {"steps": 8, "precision": precision}, "logging": {"every": 3},
-                "checkpoint": {"every": 4}, "evaluation": {"every": 6}}  # fmt: skip
+    sections: dict[str, dict[str, object]] = {
+        "training": {"steps": 8, "precision": precision},
+        "logging": {"every": 3},
+        "checkpoint": {"every": 4},
+        "evaluation": {"every": 6},
+    }
     whole = write_config(tmp_path / "a.yaml", corpus, tmp_path / "a", **sections)
     succeed(train(whole))
     killed = write_config(tmp_path / "b.yaml", corpus, tmp_path / "b", **sections)
