@@ -182,13 +182,28 @@ def test_sample_stops_at_the_end_of_a_document(
     assert cut.text == tokenizer.decode(tokens[:first])
 
 
-@pytest.mark.parametrize("format", ["native", "hf"])
-def test_low_precision_models_are_sampled_on_a_cpu(lm: MatLM, tmp_path: Path, format: str) -> None:
-    if format == "hf":
-        pytest.importorskip("transformers")
+def test_low_precision_weights_run_in_fp32_on_a_cpu(lm: MatLM, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", lm)
-    (one,) = extract(str(run), ["M"], output=tmp_path / "out", format=format, dtype="fp16")
-    assert sample(one.path, "def", max_new_tokens=4, device="cpu").tokens == 4
+    tokenizer = small_tokenizer()
+    prompts = ["d", "total", "re", "(", "co", "s", "#", "n"]  # enough for bf16 to stray from fp32
+
+    def continuations(dtype: torch.dtype) -> list[str]:
+        loaded = loading.load_native(tmp_path / "native", dtype)
+        rows = [
+            generate(loaded.model, loaded.submodel, [ids], max_new_tokens=40, sampling=GREEDY)[0]
+            for ids in map(tokenizer.encode, prompts)
+        ]
+        return [tokenizer.decode(row) for row in rows]
+
+    for kind in ("native", "hf"):
+        if kind == "hf":
+            pytest.importorskip("transformers")
+        (one,) = extract(str(run), ["M"], output=tmp_path / kind, format=kind, dtype="bf16")
+        texts = [
+            sample(one.path, prompt, max_new_tokens=40, temperature=0, device="cpu").text
+            for prompt in prompts
+        ]
+        assert texts == continuations(torch.float32) != continuations(torch.bfloat16)
 
 
 def test_directories_and_prompts_that_do_not_fit_are_named(
