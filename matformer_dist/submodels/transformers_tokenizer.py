@@ -69,16 +69,6 @@ def _tokenizer_json(proto: Any) -> dict[str, Any]:
         piece.piece.replace(_SPACE, " ") if piece.type == _NORMAL else piece.piece
         for piece in proto.pieces
     ]
-    normal = {
-        pieces[i]: piece.score for i, piece in enumerate(proto.pieces) if piece.type == _NORMAL
-    }
-    # SentencePiece merges the neighbours whose piece has the highest score, whatever they are.
-    merges = [
-        [piece[:cut], piece[cut:]]
-        for piece in sorted(normal, key=lambda piece: -normal[piece])
-        for cut in range(1, len(piece))
-        if piece[:cut] in normal and piece[cut:] in normal
-    ]
     special = [i for i, piece in enumerate(proto.pieces) if piece.type in (_UNKNOWN, _CONTROL)]
     decoders: list[dict[str, Any]] = [{"type": "ByteFallback"}, {"type": "Fuse"}]
     normalizer = None
@@ -117,6 +107,21 @@ def _tokenizer_json(proto: Any) -> dict[str, Any]:
             "byte_fallback": True,
             "ignore_merges": False,
             "vocab": {piece: i for i, piece in enumerate(pieces)},
-            "merges": merges,
+            "merges": _merges(proto, pieces),
         },
     }
+
+
+def _merges(proto: Any, pieces: list[str]) -> list[list[str]]:
+    """Pairs in the order in which they merge: SentencePiece takes the neighbours whose piece has
+    the highest score, whichever they are.
+    """
+    normal = {
+        pieces[i]: piece.score for i, piece in enumerate(proto.pieces) if piece.type == _NORMAL
+    }
+    return [
+        [piece[:cut], piece[cut:]]
+        for piece in sorted(normal, key=lambda piece: -normal[piece])
+        for cut in range(1, len(piece))
+        if piece[:cut] in normal and piece[cut:] in normal
+    ]
