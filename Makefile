@@ -2,11 +2,12 @@
 .PHONY: help env demo test lint bench clean
 unexport PYTHONHOME PYTHONPATH PIP_PREFIX PIP_TARGET PIP_USER
 
-# Tools of .venv first; a home directory in it for what tools cache (compiled operators, fonts),
-# so that a read-only or missing one does no harm.
+# Tools of .venv first; and a home directory in it, for what torch and others compile and cache:
+# nothing is left elsewhere, and a missing or read-only home does no harm.
 HOME_DIR := $(CURDIR)/.venv/home
-RUN = mkdir -p "$(HOME_DIR)" && export HOME="$(HOME_DIR)" XDG_CACHE_HOME="$(HOME_DIR)/.cache" \
-	VIRTUAL_ENV="$(CURDIR)/.venv" PATH="$(CURDIR)/.venv/bin:$$PATH" && exec
+RUN = mkdir -p $(HOME_DIR) && export HOME=$(HOME_DIR) XDG_CACHE_HOME=$(HOME_DIR)/.cache \
+	TORCHINDUCTOR_CACHE_DIR=$(HOME_DIR)/.cache/inductor \
+	VIRTUAL_ENV=$(CURDIR)/.venv PATH="$(CURDIR)/.venv/bin:$$PATH" && exec
 
 help:
 	@echo 'make demo    train a small nested model, take submodels out of it, write a report page'
