@@ -134,7 +134,7 @@ class DataConfig(Section):
     validation: list[tuple[Annotated[float, Field(gt=0)], str]] | None = None
     split: tuple[NonNegative, NonNegative] = (99.0, 1.0)  # of train, where validation is not set
     tokenizer: Path
-    seed: int = 1234
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1234
 
 
 class OptimizerConfig(Section):

@@ -77,8 +77,7 @@ class Topology:
 def quiet_libraries() -> None:
     """Keep third-party notices off the user's screen; call before importing Megatron or DeepSpeed.
 
-    Their warnings name parts we do not use (Transformer Engine, Apex) or repeat what
-    `matformer doctor` says.
+    Their warnings name parts that are not used here (Transformer Engine, Apex, an accelerator).
     """
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\..*|deepspeed\..*")
     warnings.filterwarnings("ignore", category=FutureWarning)

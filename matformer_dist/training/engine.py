@@ -174,7 +174,7 @@ class Engine:
         self.accumulation = accumulation_steps(config, topology.data_size)
         dictionary = deepspeed_dictionary(config, topology.data_size)
         zero = dictionary["zero_optimization"]
-        offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+        offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
         optimizer = _optimizer(model, config.optimizer, offload, topology.device)
         if config.training.compile:
             for layer in model.layers:

@@ -102,34 +102,34 @@ class Run:
         self.watch.start()
         config = self.config
         self.lr = learning_rate(config.schedule, config.optimizer.lr, self.step, self.total_steps)
-        results = self.engine.train_step(batches, self._passes(), self.lr)
+        passes = self._passes()
+        mine = passes[self.topology.data_rank :: self.topology.data_size]
+        results = self.engine.train_step(batches, iter(mine), self.lr)
         self.losses.add(results)
         self.step += 1
         if self.topology.device.type == "cuda" and _due(self.step, config.logging.every):
             torch.cuda.synchronize()  # so that the interval's time is the work's, not the queue's
-        self.watch.stop(sum(self._training_flops(plan) for plan, _ in results))
+        self.watch.stop(self._training_flops(passes))
 
-    def _passes(self) -> Iterator[Pass]:
-        """The passes of this rank's micro-batches in the current step."""
-        ranks = self.topology.data_size
-        for i in range(self.engine.accumulation):
-            yield self.objective.plan(
-                self.step,
-                micro_batch=i * ranks + self.topology.data_rank,
-                micro_batches=self.engine.accumulation * ranks,
-                sequences=self.config.training.micro_batch_size,
-            )
+    def _passes(self) -> list[Pass]:
+        """The passes of all micro-batches of the current step, over accumulation and ranks."""
+        count = self.engine.accumulation * self.topology.data_size
+        sequences = self.config.training.micro_batch_size
+        return [self.objective.plan(self.step, i, count, sequences) for i in range(count)]
 
-    def _training_flops(self, plan: Pass) -> int:
-        """Forward, dX and dW of one data-parallel rank's pass, over its tensor-parallel ranks."""
-        forward = forward_flops(
-            self.config.model,
-            self.vocab_size,
-            plan.segments,
-            self.config.training.seq_len,
-            shared_tokens=plan.shared_tokens,
+    def _training_flops(self, passes: list[Pass]) -> int:
+        """Forward, dX and dW of a step over all ranks, which may run different granularities."""
+        forward = sum(
+            forward_flops(
+                self.config.model,
+                self.vocab_size,
+                plan.segments,
+                self.config.training.seq_len,
+                shared_tokens=plan.shared_tokens,
+            ).total
+            for plan in passes
         )
-        return 3 * forward.total
+        return 3 * forward
 
     def _batches(self, dataset: Any, consumed: int) -> Iterator[tuple[Tensor, Tensor]]:
         device = self.topology.device
@@ -161,7 +161,7 @@ class Run:
         config = self.config
         seconds, flops = self.watch.take()
         tokens_per_step = config.training.global_batch_size * config.training.seq_len
-        tflops_per_second = flops * self.topology.data_size / seconds / 1e12
+        tflops_per_second = flops / seconds / 1e12
         peak = config.logging.peak_tflops
         line: dict[str, Any] = {
             "step": self.step,

@@ -12,6 +12,7 @@ from typing import Any
 from matformer_dist.config import Config, load_config
 from matformer_dist.errors import UserError
 from matformer_dist.parallel.topology import Topology
+from matformer_dist.run_directory import list_checkpoints
 from matformer_dist.training.engine import zero_stage
 
 # A run may go on with these changed; every other section decides what the weights become.
@@ -20,9 +21,9 @@ _PACKAGES = ("matformer_dist", "torch", "deepspeed", "megatron-core")
 
 
 def check_run_directory(config: Config) -> None:
-    """UserError where the run directory holds a run of another configuration."""
+    """UserError where the run directory holds checkpoints of another configuration."""
     path = config.run.dir / "config.yaml"
-    if not path.exists():
+    if not path.exists() or not list_checkpoints(config.run.dir):
         return
     before = load_config(path).model_dump(mode="json")
     now = config.model_dump(mode="json")
