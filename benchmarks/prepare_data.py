@@ -31,9 +31,6 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-from pyarrow import parquet
-
 from matformer_dist.data.corpus import find_files
 from matformer_dist.data.tokenizer import Tokenizer, train_tokenizer
 
@@ -55,6 +52,9 @@ def documents(size: int) -> Iterator[str]:
 
 def write_corpus(folder: Path, kind: str, size: int) -> Path:
     """About `size` bytes of text as one file of a format; as files in a folder for "text"."""
+    import pyarrow  # here, or every worker process would import it too
+    from pyarrow import parquet
+
     path = folder / f"{size // 1_000_000}.{kind}"
     if kind == "text":
         path.mkdir()

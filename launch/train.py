@@ -48,8 +48,9 @@ def train(config: Config) -> None:
 
 def main() -> int:
     arguments = parse_arguments()
-    rank, _, _ = launched_world()
+    rank = 0
     try:
+        rank, _, _ = launched_world()
         train(load_config(arguments.config, arguments.overrides))
     except UserError as error:
         if rank == 0:

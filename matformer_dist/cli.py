@@ -76,12 +76,23 @@ def extract_command(
     output: Annotated[Path, typer.Option(help="Directory; one below it for each of several.")],
     format: Annotated[str, typer.Option(help="native or hf.")] = "native",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="The run's SentencePiece model, if its copy there is gone.")
+    ] = None,
     force: Annotated[bool, typer.Option(help="Replace what is at the output.")] = False,
 ) -> None:
     """Take submodels out of a training run, as models of their own."""
     from matformer_dist.submodels.extract import extract
 
-    for model in extract(run, submodel, output=output, format=format, dtype=dtype, force=force):
+    for model in extract(
+        run,
+        submodel,
+        output=output,
+        format=format,
+        dtype=dtype,
+        force=force,
+        tokenizer=tokenizer,
+    ):
         _out.print(f"{model.submodel}: {model.parameters:,} parameters in {model.path}")
 
 
@@ -95,7 +106,7 @@ def evaluate_command(
         bool, typer.Option(help="Also every Mix'n'Match submodel of the paper's heuristic.")
     ] = False,
     batches: Annotated[
-        int | None, typer.Option(min=1, help="Micro-batches; else the run's evaluation.batches.")
+        int | None, typer.Option(min=1, help="Global batches; else the run's evaluation.batches.")
     ] = None,
 ) -> None:
     """Validation loss and consistency with XL of every granularity, into RUN/evaluation.json."""
@@ -133,18 +144,23 @@ def generate_command(
     prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest.")] = 0.8,
-    top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
-    seed: Annotated[int, typer.Option()] = 0,
+    top_k: Annotated[
+        int, typer.Option(min=0, help="Draw among so many of the likeliest; 0: among all.")
+    ] = 0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Of these, among the fewest that hold this share.")
+    ] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
 ) -> None:
     """Sample text from an extracted model."""
     from matformer_dist.inference.generation import sample
 
-    typer.echo(prompt, nl=False)
     sample(
         model,
         prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_k=top_k,
         top_p=top_p,
         seed=seed,
         on_text=lambda text: typer.echo(text, nl=False),

@@ -19,8 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from matformer_dist.errors import UserError
 from matformer_dist.nesting import Nesting
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+# Strict: `true` is no number here, and "12" is text.
+Positive = Annotated[int, Field(gt=0, strict=True)]
+Count = Annotated[int, Field(ge=0, strict=True)]
+NonNegative = Annotated[float, Field(ge=0, strict=True)]
+AboveZero = Annotated[float, Field(gt=0, strict=True)]
+BelowOne = Annotated[float, Field(ge=0, lt=1, strict=True)]
 
 
 class Section(BaseModel):
@@ -39,12 +43,12 @@ class ModelConfig(Section):
     d_ff: Positive  # neurons of the widest granularity
     ffn: Literal["swiglu", "gelu"] = "swiglu"
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    norm_eps: AboveZero = 1e-5
     tied_embeddings: bool = False
     vocab_size: Positive | None = None  # None: the tokenizer's
     max_seq_len: Positive = 2048
-    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
-    init_std: Annotated[float, Field(gt=0)] = 0.02  # of weights at the start
+    rope_theta: AboveZero = 10000.0
+    init_std: AboveZero = 0.02  # of weights at the start
 
     @property
     def output_std(self) -> float:
@@ -83,9 +87,10 @@ class NestingConfig(Section):
         if self.fractions is not None and self.widths is not None:
             raise UserError("nesting.fractions and nesting.widths are both set; keep one")
         if self.widths is None:
-            return Nesting.from_fractions(
-                d_ff, self.fractions or ["1/8", "1/4", "1/2", 1], self.names
-            )
+            fractions = self.fractions
+            if fractions is None:
+                fractions = ["1/8", "1/4", "1/2", 1]
+            return Nesting.from_fractions(d_ff, fractions, self.names)
         if self.widths[-1:] != [d_ff]:
             raise UserError(
                 f"nesting.widths {self.widths} must end with model.d_ff, which is {d_ff}"
@@ -101,7 +106,7 @@ class ObjectiveConfig(Section):
     probabilities: dict[str, NonNegative] | None = None  # per_sequence, sampled, sandwich's middle
     z_loss: NonNegative = 0.0
     distillation: NonNegative = 0.0  # KL to XL, relative to the cross-entropy's weight
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: AboveZero = 1.0
 
     @model_validator(mode="after")
     def _check(self) -> ObjectiveConfig:
@@ -130,29 +135,38 @@ class ParallelConfig(Section):
 
 
 class DataConfig(Section):
-    train: list[tuple[Annotated[float, Field(gt=0)], str]] = Field(min_length=1)
-    validation: list[tuple[Annotated[float, Field(gt=0)], str]] | None = None
+    train: list[tuple[AboveZero, str]] = Field(min_length=1)
+    validation: list[tuple[AboveZero, str]] | None = None
     split: tuple[NonNegative, NonNegative] = (99.0, 1.0)  # of train, where validation is not set
     tokenizer: Path
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1234
+    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 1234
+    workers: Count = 0  # processes a rank that read ahead; 0: the rank reads itself
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.validation is None and not all(self.split):
+            raise ValueError(
+                f"data.split is {list(self.split)}; both shares, of training and of validation, "
+                "must be above 0, for example [99, 1], unless data.validation names data sets"
+            )
+        return self
 
 
 class OptimizerConfig(Section):
     name: Literal["adamw"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 3e-4
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
-        0.9,
-        0.95,
-    )
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    lr: AboveZero = 3e-4
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
+    eps: AboveZero = 1e-8
     weight_decay: NonNegative = 0.1
     grad_clip: NonNegative = 1.0  # 0: no clipping
 
 
 class ScheduleConfig(Section):
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1  # wsd: share of steps at the end
+    warmup_steps: Count = 0
+    decay_fraction: Annotated[float, Field(gt=0, le=1, strict=True)] = (
+        0.1  # wsd: share of steps at the end
+    )
     min_lr: NonNegative = 0.0
 
 
@@ -163,9 +177,9 @@ class TrainingConfig(Section):
     micro_batch_size: Positive  # sequences per rank and forward pass
     global_batch_size: Positive  # sequences per step, over all ranks
     precision: Literal["fp32", "bf16"] = "bf16"
-    seed: int = 1234
+    seed: Count = 1234
     activation_checkpointing: Literal["none", "full"] = "none"
-    compile: bool = False
+    compile: bool = False  # the blocks, by torch.compile
 
     @property
     def total_steps(self) -> int:
@@ -187,13 +201,13 @@ class TrainingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    every: Annotated[int, Field(ge=0)] = 0  # steps; 0: only at the end
-    batches: Positive = 16  # micro-batches per data-parallel rank
+    every: Count = 0  # steps; 0: only at the end
+    batches: Positive = 4  # of training.global_batch_size sequences, whatever the ranks
     submodels: list[str] = []  # Mix'n'Match submodels beside the uniform ones
 
 
 class CheckpointConfig(Section):
-    every: Annotated[int, Field(ge=0)] = 0  # steps; 0: only at the end
+    every: Count = 0  # steps; 0: only at the end
     keep_last: Positive = 2
     keep_every: Positive | None = None  # steps: these are never deleted
     resume: str = "auto"  # auto, never, or the path of a checkpoint
@@ -204,7 +218,7 @@ class LoggingConfig(Section):
     tensorboard: bool = True
     wandb: bool = False
     wandb_project: str = "matformer"
-    peak_tflops: Annotated[float, Field(gt=0)] | None = None  # of one device, for MFU
+    peak_tflops: AboveZero | None = None  # of one device, for MFU
 
 
 class Config(Section):
@@ -249,8 +263,16 @@ class Config(Section):
             )
         for field in ("weights", "probabilities"):
             _check_shares(f"objective.{field}", getattr(self.objective, field), nesting)
+        if self.schedule.min_lr > self.optimizer.lr:
+            raise ValueError(
+                f"schedule.min_lr {self.schedule.min_lr:g} is above optimizer.lr "
+                f"{self.optimizer.lr:g}, the peak it falls from; set it to at most that"
+            )
         for notation in self.evaluation.submodels:
-            nesting.parse(notation, self.model.n_layers)
+            try:
+                nesting.parse(notation, self.model.n_layers)
+            except UserError as error:
+                raise ValueError(f"evaluation.submodels: {error}") from None
         return self
 
     def to_yaml(self) -> str:
@@ -279,20 +301,33 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"the config file {path} is not text; it must be YAML") from None
     try:
         loaded = omegaconf.OmegaConf.create(text)
-        if not isinstance(loaded, omegaconf.DictConfig) or not all(
-            isinstance(loaded.get(key), omegaconf.DictConfig) for key in loaded
-        ):
-            raise UserError(
-                f"the config file {path} must hold sections ({', '.join(Config.model_fields)}), "
-                "each with its keys"
-            )
+        _check_sections(loaded, path)
         merged = omegaconf.OmegaConf.merge(loaded, _parse_overrides(overrides))
-        tree = omegaconf.OmegaConf.to_container(merged, resolve=True)
+        tree = omegaconf.OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except yaml.YAMLError as error:
         raise UserError(f"the config file {path} is not valid YAML: {error}") from None
     except omegaconf.errors.OmegaConfBaseException as error:
         raise UserError(f"the config file {path}: {error}".split("\n")[0]) from None
+    except (TypeError, ValueError) as error:  # OmegaConf, where a list is given a dictionary's keys
+        raise UserError(
+            f"overrides {list(overrides)} do not fit the config file {path} ({error}); a list is "
+            "overridden whole, as in data.train=[[1,corpus]]"
+        ) from None
     return validate_config(tree, source=str(path))
+
+
+def _check_sections(loaded: Any, path: str | Path) -> None:
+    if not isinstance(loaded, omegaconf.DictConfig) or not loaded:
+        raise UserError(
+            f"the config file {path} must hold sections ({', '.join(Config.model_fields)}), each "
+            "with its keys"
+        )
+    for key in loaded:
+        if not isinstance(loaded._get_node(key), omegaconf.DictConfig) or loaded[key] is None:
+            raise UserError(
+                f"the config file {path}: the section {key!s} is {loaded[key]!r}, but must hold "
+                "keys; write some below it, or take it out"
+            )
 
 
 def _parse_overrides(overrides: Sequence[str]) -> omegaconf.DictConfig:
@@ -304,7 +339,10 @@ def _parse_overrides(overrides: Sequence[str]) -> omegaconf.DictConfig:
                 "training.steps=100"
             )
     try:
-        return omegaconf.OmegaConf.from_dotlist(list(overrides))
+        parsed = omegaconf.OmegaConf.from_dotlist(list(overrides))
+        for key in omegaconf.OmegaConf.missing_keys(parsed):  # merging would pass over them
+            raise UserError(f"override {key}=??? sets no value; write one behind the =")
+        return parsed
     except (omegaconf.errors.OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"overrides {list(overrides)}: {error}".split("\n")[0]) from None
 

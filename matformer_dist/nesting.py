@@ -17,6 +17,7 @@ from matformer_dist.errors import UserError
 
 _DEFAULT_NAMES = {1: ("XL",), 2: ("S", "XL"), 3: ("S", "M", "XL"), 4: ("S", "M", "L", "XL")}
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
+_COUNT = re.compile(r"0*[1-9][0-9]{0,8}")  # of layers; a longer number is a slip of the finger
 
 
 def default_names(granularities: int) -> tuple[str, ...]:
@@ -147,21 +148,22 @@ class Nesting:
         text = notation.strip()
         if text in self.names:
             return self.uniform(self.index(text), n_layers)
-        granularities: list[int] = []
+        runs: list[tuple[int, int]] = []
         for part in text.split(","):
-            name, colon, count = part.strip().partition(":")
-            if colon and not (count.isascii() and count.isdigit() and int(count) > 0):
+            name, colon, count = (word.strip() for word in part.partition(":"))
+            if colon and not _COUNT.fullmatch(count):
                 raise UserError(
                     f"submodel {notation!r}: {part.strip()!r} needs a whole number of layers "
                     "above 0 behind the colon, as in S:8,M:8"
                 )
-            granularities += [self.index(name)] * (int(count) if colon else 1)
-        if len(granularities) != n_layers:
+            runs.append((self.index(name), int(count) if colon else 1))
+        covered = sum(count for _, count in runs)
+        if covered != n_layers:
             raise UserError(
-                f"submodel {notation!r} covers {len(granularities)} layers, the model has "
+                f"submodel {notation!r} covers {covered} layers, the model has "
                 f"{n_layers}; write runs that sum to {n_layers}, or one name for all layers"
             )
-        return Submodel(self, tuple(granularities))
+        return Submodel(self, tuple(i for i, count in runs for _ in range(count)))
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,14 @@ _LOSS_TENSORS_PER_CHUNK = 3  # logits in the compute dtype and in fp32, and a te
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that one rank needs, by part."""
+    """Bytes that one rank needs, by part, on its device; and those that ZeRO-Offload takes off."""
 
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
     activations_bytes: int
     loss_bytes: int
+    offloaded_bytes: int
 
     @property
     def total_bytes(self) -> int:
@@ -68,13 +69,24 @@ def estimate_memory(
     master = 4 if training.precision == "bf16" else 0
     states = local * (8 + master)
     gradients = local * 4
-    weights = local * element
+    parts = {
+        "weights": local * element // (data_size if zero_stage >= 3 else 1),
+        "gradients": gradients // (data_size if zero_stage >= 2 else 1),
+        "optimizer": states // (data_size if zero_stage >= 1 else 1),
+    }
+    zero = config.deepspeed.get("zero_optimization") or {}
+    offloaded = 0
+    for part, key in (("optimizer", "offload_optimizer"), ("weights", "offload_param")):
+        if (zero.get(key) or {}).get("device", "none") != "none":
+            offloaded += parts[part]
+            parts[part] = 0
     return MemoryEstimate(
-        weights_bytes=weights // (data_size if zero_stage >= 3 else 1),
-        gradients_bytes=gradients // (data_size if zero_stage >= 2 else 1),
-        optimizer_bytes=states // (data_size if zero_stage >= 1 else 1),
+        weights_bytes=parts["weights"],
+        gradients_bytes=parts["gradients"],
+        optimizer_bytes=parts["optimizer"],
         activations_bytes=_activation_bytes(config, element),
         loss_bytes=_loss_bytes(config, vocab_size, chunk_tokens),
+        offloaded_bytes=offloaded,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,12 +22,13 @@ Blend = Sequence[tuple[float, str]]
 
 
 def check_data(
-    config: Config, tokenizer: Tokenizer, wants_validation: bool
+    config: Config, tokenizer: Tokenizer, validation_samples: int
 ) -> dict[str, IndexedFiles]:
     """All data sets of a configuration by prefix, opened.
 
-    UserError for files that are missing or damaged, ids that are not of `tokenizer`, and parts
-    too small for one sample.
+    UserError for files that are missing or damaged, ids that are not of `tokenizer`, parts too
+    small for one sample, and validation data that hold less than `validation_samples`: they are
+    not counted twice.
     """
     data, sample = config.data, config.training.seq_len + 1
     blends = [*data.train, *(data.validation or [])]
@@ -36,11 +38,44 @@ def check_data(
     train_share = split_share(config)
     for _, prefix in data.train:
         _check_part(opened[prefix], "training", 0.0, train_share, sample)
-        if wants_validation and data.validation is None:
-            _check_part(opened[prefix], "validation", train_share, 1.0, sample)
-    for _, prefix in data.validation or []:
-        _check_part(opened[prefix], "validation", 0.0, 1.0, sample)
+    if validation_samples:
+        blend, start = (
+            (data.train, train_share) if data.validation is None else (data.validation, 0.0)
+        )
+        tokens = [
+            _check_part(opened[prefix], "validation", start, 1.0, sample) for _, prefix in blend
+        ]
+        weights = [weight for weight, _ in blend]
+        _check_validation(config, validation_samples, tokens, weights)
     return opened
+
+
+def _check_validation(
+    config: Config, wanted: int, tokens: Sequence[int], weights: Sequence[float]
+) -> None:
+    """UserError unless data sets of so many tokens, blended, hold `wanted` different samples."""
+    batch = config.training.global_batch_size
+    margin = 1.005 if len(weights) > 1 else 1.0  # which Megatron-Core adds to each of a blend
+    shares = [weight / sum(weights) for weight in weights]
+    held = [(count - 1) // config.training.seq_len for count in tokens]
+
+    def fits(samples: int) -> bool:
+        return all(
+            math.ceil(math.ceil(samples * share) * margin) <= count
+            for share, count in zip(shares, held, strict=True)
+        )
+
+    if fits(wanted):
+        return
+    most = next((n for n in range(sum(held) // batch, 0, -1) if fits(n * batch)), 0)
+    remedy = f"ask for at most {most} batches (evaluation.batches), or " if most else ""
+    blended = " in all, blended by weight" if len(weights) > 1 else ""
+    raise UserError(
+        f"evaluation takes {wanted:,} samples ({wanted // batch} batches of "
+        f"training.global_batch_size {batch}), and the validation data hold {sum(held):,} of "
+        f"training.seq_len {config.training.seq_len} tokens{blended}; {remedy}give validation a "
+        "larger share in data.split, or more data"
+    )
 
 
 def split_share(config: Config) -> float:
@@ -48,21 +83,16 @@ def split_share(config: Config) -> float:
     if config.data.validation is not None:
         return 1.0
     train, validation = config.data.split
-    if train == 0:
-        raise UserError(
-            f"data.split {train:g},{validation:g} leaves nothing to train on; its first number "
-            "is the share of training, for example 99,1"
-        )
     return train / (train + validation)
 
 
-def _check_part(files: IndexedFiles, purpose: str, start: float, stop: float, sample: int) -> None:
-    """UserError unless the documents between two shares of the data set hold a whole sample."""
+def _check_part(files: IndexedFiles, purpose: str, start: float, stop: float, sample: int) -> int:
+    """Tokens of the documents between two shares of a data set; UserError if not one sample."""
     documents = len(files.lengths)
     first, last = round(start * documents), round(stop * documents)  # as Megatron-Core rounds
     tokens = int(files.lengths[first:last].sum(dtype=np.int64))
     if tokens >= sample:
-        return
+        return tokens
     remedy = "add text, or set a smaller training.seq_len"
     if purpose == "validation":
         remedy = "give validation a larger share in data.split, or set data.validation to data sets"

@@ -36,20 +36,21 @@ def build_datasets(
 ) -> tuple[Dataset[Any], Dataset[Any] | None]:
     """Training data of at least `train_samples` samples, and validation data likewise.
 
-    Where the data hold less, they are passed over again. Validation comes from data.validation,
-    else from the last documents of data.train by data.split; None where `validation_samples` is
-    0. To be called on every rank if torch.distributed is initialised: rank 0 checks and builds
-    the indices of samples, under run.dir, and the others read them. UserError, on all of them,
-    for files that are missing, damaged, of another tokenizer, or too small.
+    Where training data hold less, they are passed over again. Validation comes from
+    data.validation, else from the last documents of data.train by data.split; None where
+    `validation_samples` is 0. To be called on every rank if torch.distributed is initialised:
+    rank 0 checks and builds the indices of samples, under run.dir, and the others read them.
+    UserError, on all of them, for files that are missing, damaged, of another tokenizer, or too
+    small.
     """
     samples = (train_samples, validation_samples)
     if not dist.is_initialized():
-        check_data(config, tokenizer, validation_samples > 0)
+        check_data(config, tokenizer, validation_samples)
         return _build(config, tokenizer, samples, cache=None)
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            check_data(config, tokenizer, validation_samples > 0)
+            check_data(config, tokenizer, validation_samples)
             answer[0] = _index_cache(config, tokenizer, samples)
         except UserError as error:
             answer[1] = str(error)
@@ -59,7 +60,8 @@ def build_datasets(
         raise UserError(message)
     datasets = _build(config, tokenizer, samples, cache)
     dist.barrier()
-    (cache / _COMPLETE).touch()
+    if dist.get_rank() == 0:
+        (cache / _COMPLETE).touch()
     return datasets
 
 

@@ -176,6 +176,11 @@ def prepare_data(
     )
     disk_bytes = sum(file.size for file in source.files())
     prefix = Path(output)
+    if not prefix.name or prefix.is_dir():
+        raise UserError(
+            f"the output {output} is a folder; give a prefix of files in it, for example "
+            f"{prefix / 'corpus'}"
+        )
     given = Tokenizer.load(tokenizer) if tokenizer is not None else None
     dtype = token_dtype(given.vocab_size if given else vocab_size)
     suffixes = (".json",) if given else (".model", ".json")

@@ -18,7 +18,7 @@ from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.evaluation.loss import SubmodelLoss, evaluate_submodels
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.nesting import Submodel, mix_n_match
-from matformer_dist.run_directory import find_checkpoint
+from matformer_dist.run_directory import TOKENIZER, find_checkpoint
 from matformer_dist.submodels.universal import load_universal
 
 
@@ -42,9 +42,10 @@ def evaluate_run(
 ) -> RunEvaluation:
     """Validation losses of the uniform submodels, those in `notations`, and the heuristic's.
 
-    `run` is RUN, RUN@STEP or a checkpoint. `batches` of the run's micro-batch size (default: its
-    evaluation.batches). Writes evaluation.json into the run directory. `progress` is called with
-    batches done and in all. UserError for a missing run or a submodel that does not fit.
+    `run` is RUN, RUN@STEP or a checkpoint. `batches` of the run's global batch size (default: its
+    evaluation.batches), so that the sequences are those that training evaluated. Writes
+    evaluation.json into the run directory. `progress` is called with micro-batches done and in
+    all. UserError for a missing run or a submodel that does not fit.
     """
     checkpoint = find_checkpoint(run)
     directory = checkpoint.path.parent.parent
@@ -58,10 +59,11 @@ def evaluate_run(
             chosen.setdefault(submodel, "heuristic")
     universal = load_universal(checkpoint)
     model = universal.build()
-    count = batches or config.evaluation.batches
     size = config.training.micro_batch_size
-    tokenizer = Tokenizer.load(config.data.tokenizer)
-    _, validation = build_datasets(config, tokenizer, size, count * size)
+    sequences = (batches or config.evaluation.batches) * config.training.global_batch_size
+    count = sequences // size
+    tokenizer = Tokenizer.load(directory / TOKENIZER)
+    _, validation = build_datasets(config, tokenizer, size, sequences)
     assert validation is not None
 
     def counted() -> Any:

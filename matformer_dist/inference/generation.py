@@ -137,7 +137,8 @@ def sample(
 ) -> GeneratedText:
     """Go on from `prompt` with an extracted model, `native` or `hf`, until its document ends.
 
-    An empty prompt begins a document. `on_text` gets the text in parts as they come. `device`
+    An empty prompt begins a document. `on_text` gets the text in parts as they come, the prompt
+    first, once all is known to be well. `device`
     defaults to the GPU, if there is one; on a CPU the arithmetic is fp32. UserError for a
     directory, a prompt or sampling options that do not fit.
     """
@@ -156,6 +157,8 @@ def sample(
         capacity = _check_context(len(ids), max_new_tokens, loaded.model.model.max_seq_len)
         step = next_logits(loaded.model, loaded.submodel, 1, capacity)
 
+    if prompt:
+        on_text(prompt)
     begun = time.monotonic()
     skipped = len(tokenizer.decode(ids))
     drawn = 0

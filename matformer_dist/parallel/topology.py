@@ -9,15 +9,18 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from matformer_dist.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,19 @@ class Topology:
             if message is not None:
                 raise UserError(message)
 
+    def on_main(self, decide: Callable[[], T]) -> T:
+        """What `decide` returns on the main rank, on every rank; so does its UserError."""
+        answer: list[T | UserError | None] = [None]
+        if self.is_main:
+            try:
+                answer[0] = decide()
+            except UserError as error:
+                answer[0] = error
+        dist.broadcast_object_list(answer)
+        if isinstance(answer[0], UserError):
+            raise answer[0]
+        return cast(T, answer[0])
+
 
 def quiet_libraries() -> None:
     """Keep third-party notices off the user's screen; call before importing Megatron or DeepSpeed.
@@ -102,8 +118,17 @@ def cpu_environment(ranks: int) -> dict[str, str]:
 
 
 def launched_world() -> tuple[int, int, int]:
-    """(rank, world size, local rank) as the launcher set them; (0, 1, 0) for plain `python`."""
+    """(rank, world size, local rank) as the launcher set them; (0, 1, 0) for plain `python`.
+
+    UserError where Slurm started several tasks that would each take itself for all of the job.
+    """
     if "RANK" not in os.environ:
+        tasks = os.environ.get("SLURM_NTASKS", "1")
+        if "SLURM_PROCID" in os.environ and tasks != "1":
+            raise UserError(
+                f"srun started {tasks} tasks without RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR "
+                "and MASTER_PORT; set these for each task, or start the deepspeed launcher"
+            )
         return 0, 1, 0
     return (
         int(os.environ["RANK"]),

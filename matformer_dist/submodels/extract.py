@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 
-from matformer_dist.config import load_config
 from matformer_dist.counting import count_parameters
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.errors import UserError
 from matformer_dist.nesting import Submodel
-from matformer_dist.run_directory import find_checkpoint
+from matformer_dist.run_directory import TOKENIZER, find_checkpoint
 from matformer_dist.submodels.model_card import model_card
 from matformer_dist.submodels.native import native_config, native_weights
 from matformer_dist.submodels.safetensors_files import SHARD_BYTES, write_weights
@@ -66,7 +65,7 @@ def extract(
 
     That is `output`, or for several `output/NAME`. fp32 is the default because it is what
     training kept: nothing is lost, and any other dtype can be made from it. `force` replaces a
-    model that was extracted before. `tokenizer` stands in where the run's own has moved. Memory:
+    model that was extracted before. `tokenizer` stands in where the run's copy is gone. Memory:
     one shard and one weight. UserError for input that does not fit, before anything is written.
     """
     if format not in FORMATS:
@@ -113,11 +112,10 @@ def read_entry(directory: Path) -> dict[str, Any]:
 
 
 def _tokenizer(universal: UniversalModel, run_dir: Path, path: Path | None) -> Tokenizer:
-    """The tokenizer that the run was trained with."""
-    if path is None:
-        path = load_config(run_dir / "config.yaml").data.tokenizer
-    tokenizer = Tokenizer.load(path)
-    if tokenizer.digest != universal.checkpoint.manifest["tokenizer_sha256"]:
+    """The tokenizer that the run was trained with: its own copy, if no other is named."""
+    tokenizer = Tokenizer.load(path or run_dir / TOKENIZER)
+    path = Path(tokenizer.source)
+    if tokenizer.digest != universal.checkpoint.manifest.tokenizer_sha256:
         raise UserError(
             f"the tokenizer {path} is not the one that {universal.checkpoint.path} was trained "
             "with (its SHA-256 differs); give the original file"
@@ -126,6 +124,11 @@ def _tokenizer(universal: UniversalModel, run_dir: Path, path: Path | None) -> T
 
 
 def _check_target(target: Path, force: bool) -> None:
+    if not target.name or target.name == "..":
+        raise UserError(
+            f"the output {target} has no name of its own; give the name of a new folder, for "
+            "example ./M"
+        )
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not force:
@@ -191,7 +194,7 @@ def _entry(
     padded = format == "hf" and not submodel.is_uniform
     if universal.stored_dtype != torch.float32:
         kept = "bf16 weights: the checkpoint holds no master weights"
-    elif universal.checkpoint.manifest["precision"] == "fp32":
+    elif universal.checkpoint.manifest.precision == "fp32":
         kept = "fp32 weights"
     else:
         kept = "fp32 master weights"

@@ -22,7 +22,6 @@ from matformer_dist.parallel.topology import SINGLE, TensorParallel
 from matformer_dist.run_directory import Checkpoint
 from matformer_dist.submodels.deepspeed_files import Pieces, rank_pieces
 
-MANIFEST_FORMAT = 1
 _UNSET = Initializer(seed=None)
 
 
@@ -75,18 +74,10 @@ class UniversalModel:
 
 
 def load_universal(checkpoint: Checkpoint) -> UniversalModel:
-    """Open a checkpoint; UserError where it is damaged, or in another version's format."""
+    """Open a checkpoint; UserError where its files are damaged."""
     manifest = checkpoint.manifest
-    if manifest.get("format") != MANIFEST_FORMAT:
-        raise UserError(
-            f"the checkpoint {checkpoint.path} has format {manifest.get('format')!r}, this "
-            f"version of matformer_dist reads format {MANIFEST_FORMAT}; use the version that "
-            "saved the checkpoint"
-        )
-    model = ModelConfig.model_validate(manifest["model"])
-    nesting = Nesting.from_widths(manifest["nesting"]["widths"], manifest["nesting"]["names"])
-    vocab_size = int(manifest["vocab_size"])
-    topology = manifest["topology"]
+    model, nesting, vocab_size = manifest.model, manifest.nesting, manifest.vocab_size
+    layout = manifest.layout
 
     def parameters(tensor: TensorParallel) -> dict[str, nn.Parameter]:
         with torch.device("meta"):
@@ -97,11 +88,11 @@ def load_universal(checkpoint: Checkpoint) -> UniversalModel:
         rank_pieces(
             checkpoint.path,
             rank,
-            zero_stage=topology["zero_stage"],
-            data_ranks=topology["data"],
-            precision=manifest["precision"],
+            zero_stage=layout.zero_stage,
+            data_ranks=layout.data,
+            precision=manifest.precision,
         )
-        for rank in range(topology["tensor"])
+        for rank in range(layout.tensor)
     ]
-    local = parameters(TensorParallel(0, topology["tensor"]))
+    local = parameters(TensorParallel(0, layout.tensor))
     return UniversalModel(checkpoint, model, nesting, vocab_size, ranks, parameters(SINGLE), local)

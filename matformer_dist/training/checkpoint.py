@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -20,14 +19,27 @@ from matformer_dist.parallel.topology import Topology
 from matformer_dist.run_directory import (
     MANIFEST,
     Checkpoint,
+    Checkpoints,
+    Manifest,
+    SavedFile,
     find_checkpoint,
-    list_checkpoints,
+    read_checkpoints,
 )
 from matformer_dist.training.engine import Engine
 
 
+class Start(NamedTuple):
+    """Where a run begins: at a checkpoint, or, without one, afresh."""
+
+    checkpoint: Checkpoint | None
+    damaged: list[str]  # why newer checkpoints than that were passed over
+
+
 class CheckpointStore:
-    """Saves, prunes and loads the checkpoints of one run; every rank calls every method."""
+    """Saves, prunes and loads the checkpoints of one run.
+
+    Every rank calls `save` and `load`; `choose_start` is for the main rank.
+    """
 
     def __init__(self, run_dir: Path, config: CheckpointConfig, topology: Topology) -> None:
         self.directory = run_dir / "checkpoints"
@@ -35,9 +47,9 @@ class CheckpointStore:
         self.config = config
         self.topology = topology
 
-    def save(self, engine: Engine, manifest: dict[str, Any], state: dict[str, Any]) -> None:
-        """Write the checkpoint of `manifest["step"]`; `state` comes back from `load`."""
-        tag = f"step-{manifest['step']}"
+    def save(self, engine: Engine, manifest: Manifest, state: dict[str, Any]) -> None:
+        """Write the checkpoint of `manifest.step`; `state` comes back from `load`."""
+        tag = f"step-{manifest.step}"
         incomplete = self.directory / f"{tag}.incomplete"
         if self.topology.is_main:
             for left_over in self.directory.glob("step-*.incomplete"):
@@ -58,33 +70,54 @@ class CheckpointStore:
             self._prune()
         dist.barrier()
 
-    def to_resume(self) -> Checkpoint | None:
-        """The checkpoint that `checkpoint.resume` asks for, or None for a fresh start."""
+    def choose_start(self) -> Start:
+        """What `checkpoint.resume` asks for; UserError where that would lose something."""
+        found = read_checkpoints(self.run_dir)
         if self.config.resume == "auto":
-            found = list_checkpoints(self.run_dir)
-            return found[-1] if found else None
+            return self._newest(found)
         if self.config.resume == "never":
-            if list_checkpoints(self.run_dir):
+            if any(found):
                 raise UserError(
                     f"checkpoint.resume is never, but {self.run_dir} holds checkpoints; choose "
                     "another run.dir, or delete that one"
                 )
-            return None
-        return find_checkpoint(self.config.resume)
+            return Start(None, [])
+        chosen = find_checkpoint(self.config.resume)
+        steps = [*(checkpoint.step for checkpoint in found.complete), *found.damaged]
+        later = sorted(step for step in steps if step > chosen.step)
+        if later:
+            raise UserError(
+                f"checkpoint.resume is {chosen.path}, but {self.directory} holds later steps "
+                f"({', '.join(map(str, later))}), which going on from step {chosen.step} would "
+                "write over; move these away, choose another run.dir, or resume=auto"
+            )
+        return Start(chosen, [])
+
+    def _newest(self, found: Checkpoints) -> Start:
+        if not found.complete:
+            if found.damaged:
+                raise UserError(
+                    f"no checkpoint in {self.directory} is whole, and a run does not begin again "
+                    f"unasked: {'; '.join(found.damaged.values())}; restore one, or choose another "
+                    "run.dir"
+                )
+            return Start(None, [])
+        newest = found.complete[-1]
+        return Start(newest, [why for step, why in found.damaged.items() if step > newest.step])
 
     def load(self, engine: Engine, checkpoint: Checkpoint) -> dict[str, Any]:
         """Load weights and optimizer state into the engine; returns the saved `state`."""
         return engine.load(str(checkpoint.path.parent), checkpoint.path.name)
 
     def _prune(self) -> None:
-        checkpoints = list_checkpoints(self.run_dir)
+        complete = read_checkpoints(self.run_dir).complete
         keep_every = self.config.keep_every
-        for checkpoint in checkpoints[: -self.config.keep_last]:
+        for checkpoint in complete[: -self.config.keep_last]:
             if keep_every is None or checkpoint.step % keep_every:
                 shutil.rmtree(checkpoint.path)
 
 
-def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+def _write_manifest(directory: Path, manifest: Manifest) -> None:
     files = {}
     for file in sorted(path for path in directory.rglob("*") if path.is_file()):
         digest = hashlib.sha256()
@@ -93,9 +126,9 @@ def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
                 digest.update(block)
             os.fsync(stream.fileno())
         name = str(file.relative_to(directory))
-        files[name] = {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+        files[name] = SavedFile(bytes=file.stat().st_size, sha256=digest.hexdigest())
     with (directory / MANIFEST).open("w") as stream:
-        json.dump({**manifest, "files": files}, stream, indent=1)
+        stream.write(manifest.model_copy(update={"files": files}).model_dump_json(indent=1))
         stream.flush()
         os.fsync(stream.fileno())
     _sync(directory)

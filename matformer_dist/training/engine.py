@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import deepspeed
 import omegaconf
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def accumulation_steps(config: Config, data_size: int) -> int:
     return config.training.global_batch_size // (config.training.micro_batch_size * data_size)
 
 
-def check_deepspeed_section(config: Config) -> None:
+def check_deepspeed_section(config: Config, data_size: int) -> None:
     """UserError for a key or value of the `deepspeed` section that DeepSpeed would not take."""
     for key in config.deepspeed:
         if key in _DERIVED_ELSEWHERE:
@@ -81,6 +82,23 @@ def check_deepspeed_section(config: Config) -> None:
             "deepspeed.zero_optimization.stage 0 with training.precision bf16: DeepSpeed has no "
             "fp32 accumulation there; use stage 1, or training.precision=fp32"
         )
+    for monitor in ("tensorboard", "wandb"):
+        section = config.deepspeed.get(monitor)
+        if isinstance(section, Mapping) and "enabled" in section:
+            raise UserError(
+                f"deepspeed.{monitor}.enabled is derived from logging.{monitor}; set that instead"
+            )
+    try:
+        dictionary = deepspeed_dictionary(config, data_size)
+        for key in ("train_batch_size", "gradient_accumulation_steps"):
+            del dictionary[key]  # checked by ourselves; DeepSpeed does not know its ranks yet
+        deepspeed.DeepSpeedConfig(dictionary)
+    except (ValidationError, DeepSpeedConfigError, AssertionError, AttributeError, TypeError,
+            ValueError, KeyError) as error:  # fmt: skip
+        raise UserError(
+            f"DeepSpeed does not take the section deepspeed {config.deepspeed}: "
+            f"{' '.join(str(error).split())[:300]}; see its documentation of that key"
+        ) from None
 
 
 def deepspeed_dictionary(config: Config, data_size: int) -> dict[str, Any]:
@@ -110,14 +128,15 @@ def deepspeed_dictionary(config: Config, data_size: int) -> dict[str, Any]:
 
 
 def zero_stage(config: Config) -> int:
-    return int(config.deepspeed.get("zero_optimization", {}).get("stage", 1))
+    return int((config.deepspeed.get("zero_optimization") or {}).get("stage", 1))
 
 
 def learning_rate(schedule: ScheduleConfig, peak: float, step: int, total_steps: int) -> float:
     """Learning rate of optimizer step `step` (from 0): linear warm-up, then the schedule's kind.
 
-    cosine falls to min_lr at the last step; wsd stays at the peak and falls linearly over the
-    last `decay_fraction` of the steps; constant stays.
+    cosine falls from the peak towards min_lr; wsd stays at the peak and falls linearly over the
+    last `decay_fraction` of the steps; constant stays. min_lr would be reached one step behind
+    the last, which would else do nothing where it is 0.
     """
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
@@ -125,10 +144,10 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, total_steps:
         return peak
     if schedule.kind == "cosine":
         length = max(1, total_steps - schedule.warmup_steps)
-        progress = min(1.0, (step - schedule.warmup_steps + 1) / length)
+        progress = min(1.0, (step - schedule.warmup_steps) / length)
         return schedule.min_lr + (peak - schedule.min_lr) * (1 + math.cos(math.pi * progress)) / 2
     decay = max(1, round(total_steps * schedule.decay_fraction))
-    remaining = min(1.0, max(0, total_steps - 1 - step) / decay)
+    remaining = min(1.0, max(0, total_steps - step) / decay)
     return schedule.min_lr + (peak - schedule.min_lr) * remaining
 
 

@@ -7,7 +7,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from matformer_dist.config import Config
@@ -17,6 +16,7 @@ from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.evaluation.loss import SubmodelLoss, evaluate_submodels
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.parallel.topology import Topology
+from matformer_dist.run_directory import TOKENIZER, Manifest
 from matformer_dist.training import setup
 from matformer_dist.training.checkpoint import CheckpointStore
 from matformer_dist.training.engine import (
@@ -47,30 +47,29 @@ class Run:
         self.total_steps = training.total_steps
 
         with topology.agreement():
-            check_deepspeed_section(config)
+            check_deepspeed_section(config, topology.data_size)
             setup.check_monitors(config)
-            setup.check_run_directory(config)
-            tokenizer = Tokenizer.load(config.data.tokenizer)
-            self.vocab_size = setup.check_vocabulary(config, tokenizer.vocab_size)
-            self.store = CheckpointStore(config.run.dir, config.checkpoint, topology)
-            resumed = self.store.to_resume()
-            if resumed is not None:
-                now = setup.topology_of(config, topology)
-                setup.check_topology(resumed.manifest["topology"], now, resumed.path)
-        evaluated = config.evaluation.batches * training.micro_batch_size * topology.data_size
+            self.tokenizer = Tokenizer.load(config.data.tokenizer)
+            self.vocab_size = setup.check_vocabulary(config, self.tokenizer)
+        topology.on_main(lambda: setup.check_run_directory(config))
+        self.store = CheckpointStore(config.run.dir, config.checkpoint, topology)
+        resumed, damaged = topology.on_main(self.store.choose_start)
+        if resumed is not None:
+            setup.check_checkpoint(resumed, self._manifest())
         self.train_data, self.validation_data = build_datasets(
-            config, tokenizer, self.total_steps * training.global_batch_size, evaluated
+            config,
+            self.tokenizer,
+            self.total_steps * training.global_batch_size,
+            config.evaluation.batches * training.global_batch_size,
         )
         self.objective = Objective(
             config.objective, self.nesting, config.model.n_layers, training.seed
         )
-        if topology.is_main:
-            config.run.dir.mkdir(parents=True, exist_ok=True)
-            (config.run.dir / "config.yaml").write_text(config.to_yaml())
-        dist.barrier()
+        topology.on_main(self._write_down)
 
         self.screen = Screen(config, topology, self.vocab_size)
-        self.screen.show_plan(resumed)
+        self.screen.show_plan(resumed, damaged)
+        self.screen.warn_of_uneven_work(self.objective.even_micro_batch())
         self.engine = Engine(config, build_model(config, self.vocab_size, topology), topology)
         self.losses = LossSums(self.nesting, topology)
         self.watch = Stopwatch()
@@ -78,7 +77,20 @@ class Run:
             state = self.store.load(self.engine, resumed)
             self.step = state["step"]
             self.losses.load(state["losses"])
-        self.log = MetricsLog(config, self.step) if topology.is_main else None
+        with topology.agreement():
+            self.log = MetricsLog(config, self.step) if topology.is_main else None
+
+    def _write_down(self) -> None:
+        """What the run directory holds from the start."""
+        directory = self.config.run.dir
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.yaml").write_text(self.config.to_yaml())
+        (directory / TOKENIZER).write_bytes(self.tokenizer.model)
+
+    def _manifest(self) -> Manifest:
+        return setup.describe(
+            self.config, self.topology, self.tokenizer.digest, self.vocab_size, self.step
+        )
 
     def train(self) -> None:
         """Run the remaining steps; evaluate, log and save when due, and at the end."""
@@ -139,6 +151,7 @@ class Run:
             micro_batch_size=self.config.training.micro_batch_size,
             data_parallel_rank=self.topology.data_rank,
             data_parallel_size=self.topology.data_size,
+            workers=self.config.data.workers,
         ):
             yield tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)
 
@@ -149,7 +162,7 @@ class Run:
         batches = self._batches(self.validation_data, 0)
         return evaluate_submodels(
             self.engine.evaluate,
-            islice(batches, self.config.evaluation.batches),
+            islice(batches, self.config.evaluation.batches * self.engine.accumulation),
             [*uniform, *mixed],
             uniform[0],
             per_pass=len(self.nesting),
@@ -184,15 +197,8 @@ class Run:
         self.screen.show_step(line)
 
     def _save(self) -> None:
-        consumed = self.step * self.config.training.global_batch_size
-        manifest = {
-            **setup.describe(self.config, self.topology, self.vocab_size),
-            "step": self.step,
-            "consumed_sequences": consumed,
-            "tokens": consumed * self.config.training.seq_len,
-        }
         state = {"step": self.step, "losses": self.losses.state()}
-        self.store.save(self.engine, manifest, state)
+        self.store.save(self.engine, self._manifest(), state)
 
 
 def _due(step: int, every: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from matformer_dist.config import Config
+from matformer_dist.errors import UserError
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.nesting import Nesting
 from matformer_dist.parallel.topology import Topology
@@ -90,7 +92,11 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line, flushed before the next step begins."""
+    """metrics.jsonl: one JSON object a line, flushed before the next step begins.
+
+    Numbers that are not finite are null: JSON has no others. UserError where the file of a run
+    that goes on cannot be read.
+    """
 
     def __init__(self, config: Config, resumed_step: int) -> None:
         self.path = config.run.dir / "metrics.jsonl"
@@ -101,19 +107,23 @@ class MetricsLog:
         """Drop lines of steps that a resumed run does again, and a line cut short by a kill."""
         if not self.path.exists():
             return
+        whole, _, _ = self.path.read_bytes().rpartition(b"\n")
         kept = []
-        for line in self.path.read_text().splitlines():
+        for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
             try:
                 if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
+                    kept.append(line + b"\n")
             except (ValueError, KeyError, TypeError):
-                break
+                raise UserError(
+                    f"{self.path}, line {number} is not a line of metrics: {line[:40]!r}; mend or "
+                    "delete that line, or move the file away"
+                ) from None
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
+        temporary.write_bytes(b"".join(kept))
         temporary.replace(self.path)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
         self._file.flush()
 
     @staticmethod
@@ -129,3 +139,9 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

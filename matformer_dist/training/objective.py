@@ -96,11 +96,14 @@ class Objective:
         random offset, and a point's granularity is where it falls among the cumulated
         probabilities. So over a step counts are within one of N * p_i and right on average.
         A micro-batch takes every (N/b)-th point: its own counts are within one of b * p_i, and
-        the same at every step where b * p_i are whole numbers.
+        the same at every step where b * p_i are whole numbers. Where they are not, who begins
+        with which point changes from step to step, or the same rank would always have the most
+        work.
         """
         n = micro_batches * b
         offset = self._random(step).random()
-        points = ((micro_batch + micro_batches * j + offset) / n for j in range(b))
+        first = (micro_batch + step) % micro_batches
+        points = ((first + micro_batches * j + offset) / n for j in range(b))
         return Counter(self._locate(point, self.probabilities) for point in points)
 
     def _draw(self, step: int, among: range) -> int:
@@ -124,6 +127,18 @@ class Objective:
 
     def _random(self, step: int) -> random.Random:
         return random.Random(f"objective:{self.seed}:{step}")
+
+    def even_micro_batch(self) -> int | None:
+        """Sequences of the smallest micro-batch at which all ranks always carry the same work.
+
+        Its multiples are as good. None where there is none of up to a thousand sequences.
+        """
+        if self.config.kind != "per_sequence":
+            return 1
+        for b in range(1, 1001):
+            if all(abs(b * p - round(b * p)) < 1e-6 for p in self.probabilities):
+                return b
+        return None
 
     @staticmethod
     def _locate(point: float, shares: list[float]) -> int:

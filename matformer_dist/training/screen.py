@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -14,7 +14,7 @@ from matformer_dist.config import Config
 from matformer_dist.counting import count_parameters, flops_per_token
 from matformer_dist.ops.multi_granularity_loss import default_chunk_tokens
 from matformer_dist.parallel.topology import Topology
-from matformer_dist.planning import estimate_memory
+from matformer_dist.planning import MemoryEstimate, estimate_memory
 from matformer_dist.run_directory import Checkpoint
 from matformer_dist.training.engine import accumulation_steps, zero_stage
 
@@ -31,7 +31,7 @@ class Screen:
         self._started: tuple[float, int] | None = None
         self._bar: Progress | None = None
 
-    def show_plan(self, resumed: Checkpoint | None) -> None:
+    def show_plan(self, resumed: Checkpoint | None, damaged: Sequence[str]) -> None:
         """What is about to be trained, on what, and the memory that it should take."""
         config, topology = self.config, self.topology
         training = config.training
@@ -65,15 +65,24 @@ class Screen:
             f"steps      {self.total_steps:,} = "
             f"{short_number(self.total_steps * training.global_batch_size * training.seq_len)} "
             "tokens\n"
-            f"memory     about {short_bytes(memory.total_bytes)} a rank: weights "
-            f"{short_bytes(memory.weights_bytes)}, gradients "
-            f"{short_bytes(memory.gradients_bytes)}, optimizer "
-            f"{short_bytes(memory.optimizer_bytes)}, activations "
-            f"{short_bytes(memory.activations_bytes)}, loss {short_bytes(memory.loss_bytes)}\n"
+            f"memory     {_in_words(memory)}\n"
             f"run        {config.run.dir}"
         )
+        for why in damaged:
+            self.console.print(f"passed over: {why}")
         if resumed is not None:
             self.console.print(f"resuming   {resumed.path}")
+
+    def warn_of_uneven_work(self, even: int | None) -> None:
+        """Where micro-batches are no multiple of `even` sequences (see Objective)."""
+        size = self.config.training.micro_batch_size
+        if self.topology.data_size > 1 and (even is None or size % even):
+            remedy = f"a multiple of {even} does" if even else "rounder probabilities do"
+            self.console.print(
+                f"warning    training.micro_batch_size {size} x objective.probabilities are not "
+                "whole numbers: at a step some data-parallel ranks run wider granularities than "
+                f"others, which wait; {remedy} away with that"
+            )
 
     def say(self, text: str) -> None:
         self.console.print(text)
@@ -117,6 +126,20 @@ class Screen:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def _in_words(memory: MemoryEstimate) -> str:
+    parts = {
+        "weights": memory.weights_bytes,
+        "gradients": memory.gradients_bytes,
+        "optimizer": memory.optimizer_bytes,
+        "activations": memory.activations_bytes,
+        "loss": memory.loss_bytes,
+    }
+    text = ", ".join(f"{name} {short_bytes(size)}" for name, size in parts.items() if size)
+    if memory.offloaded_bytes:
+        text += f"; offloaded to the host {short_bytes(memory.offloaded_bytes)}"
+    return f"about {short_bytes(memory.total_bytes)} a rank: {text}"
 
 
 def short_number(value: float) -> str:

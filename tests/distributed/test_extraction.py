@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from matformer_dist.config import Config
-from matformer_dist.data.tokenizer import train_tokenizer
+from matformer_dist.data.tokenizer import Tokenizer, train_tokenizer
 from matformer_dist.inference.loading import load_native
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.nesting import Submodel
 from matformer_dist.parallel.layers import Initializer
 from matformer_dist.parallel.topology import Topology, initialize, leave_groups
-from matformer_dist.run_directory import find_checkpoint
+from matformer_dist.run_directory import TOKENIZER, find_checkpoint
 from matformer_dist.submodels.extract import extract
 from matformer_dist.submodels.universal import load_universal
 from tests.distributed.ranks import run_ranks
@@ -97,10 +97,12 @@ def train_and_save(config: Config, topology: Topology) -> dict[str, np.ndarray]:
 
     _, engine, trained = train(config, topology)
     store = CheckpointStore(config.run.dir, config.checkpoint, topology)
-    manifest = {**setup.describe(config, topology, VOCAB), "step": STEPS}
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    manifest = setup.describe(config, topology, tokenizer.digest, VOCAB, STEPS)
     store.save(engine, manifest, {"step": STEPS})
     if topology.is_main:
         (config.run.dir / "config.yaml").write_text(config.to_yaml())
+        (config.run.dir / TOKENIZER).write_bytes(tokenizer.model)
     copy = local_copy(config, topology, trained)
     engine.deepspeed.destroy()
     if config.training.precision == "bf16":

@@ -38,11 +38,19 @@ def matformer(*words: object) -> subprocess.CompletedProcess[str]:
 def train(
     config: Path, *overrides: str, ranks: int | None = None
 ) -> subprocess.CompletedProcess[str]:
+    """Run `launch(...)` to its end."""
+    return run(*launch(config, *overrides, ranks=ranks))
+
+
+def launch(config: Path, *overrides: str, ranks: int | None = None) -> list[str]:
     """launch/train.py under plain python, or under the deepspeed launcher with `ranks`."""
+    words: list[object] = ["launch/train.py", "--config", config, *overrides]
     if ranks is None:
-        return run(sys.executable, "launch/train.py", "--config", config, *overrides)
-    launcher = [SCRIPTS / "deepspeed", "--quiet", "--num_gpus", ranks, "--master_port", _port()]
-    return run(*launcher, "launch/train.py", "--config", config, *overrides)
+        words = [sys.executable, *words]
+    else:
+        launcher = [SCRIPTS / "deepspeed", "--quiet", "--num_gpus", ranks]
+        words = [*launcher, "--master_port", _port(), *words]
+    return [str(word) for word in words]
 
 
 def _port() -> int:

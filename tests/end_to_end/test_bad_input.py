@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import matformer, refuse, train, write_config
+from tests.end_to_end.conftest import ROOT, launch, matformer, refuse, run, train, write_config
 
 
 @pytest.fixture
@@ -29,6 +29,10 @@ def config(corpus: Path, tmp_path: Path) -> Path:
         ("deepspeed.train_batch_size=3", "training.global_batch_size"),
         ("training.seq_len=100", "model.max_seq_len"),
         ("checkpoint.resume=/absent", "/absent"),
+        ("deepspeed.wandb.enabled=true", "set that instead"),
+        ("deepspeed.tensorboard=3", "DeepSpeed does not take"),
+        ("deepspeed.zero_optimization=3", "must hold keys"),
+        ("evaluation.batches=100000", "ask for at most"),
     ],
 )
 def test_bad_settings(config: Path, override: str, says: str) -> None:
@@ -74,3 +78,12 @@ def test_bad_commands(tmp_path: Path) -> None:
     refuse(matformer("generate", tmp_path), str(tmp_path))
     refuse(matformer("report", tmp_path), "config.yaml")
     refuse(matformer("evaluate", tmp_path / "absent"), "absent")
+    refuse(matformer("prepare-data", ROOT / "launch", "--output", tmp_path), "is a folder")
+    usage = matformer("generate", tmp_path, "--seed", 2**70)
+    assert usage.returncode == 2 and "Traceback" not in usage.stderr
+
+
+def test_tasks_of_srun_that_do_not_know_each_other(config: Path) -> None:
+    words = launch(config)
+    slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
+    refuse(run("env", *(f"{k}={v}" for k, v in slurm.items()), *words), "srun started 2 tasks")

@@ -76,7 +76,18 @@ def test_granularities_default_to_the_papers(path: Path) -> None:
         ("training.steps=null", "exactly one of training.steps and training.tokens"),
         ("training.global_batch_size=3", "multiple of training.micro_batch_size 2"),
         ("training.seq_len=4096", "longer than model.max_seq_len"),
-        ("evaluation.submodels=[S:1]", "covers 1 layers, the model has 2"),
+        ("evaluation.submodels=[S:1]", "evaluation.submodels: submodel 'S:1' covers 1 layers"),
+        ("evaluation.submodels=['S:99999999999999']", "needs a whole number of layers"),
+        ("evaluation.submodels=['S:999999999']", "covers 999999999 layers"),
+        ("evaluation.submodels=[Q]", "evaluation.submodels: there is no granularity 'Q'"),
+        ("training.steps='???'", "training.steps"),
+        ("training.steps=true", "training.steps is True"),
+        ("training.steps='7'", "training.steps is '7'"),
+        ("optimizer.lr=true", "optimizer.lr is True"),
+        ("nesting.fractions=[]", "must be above 0 and end with 1"),
+        ("schedule.min_lr=1", "schedule.min_lr 1 is above optimizer.lr 0.0003"),
+        ("data.split=[100,0]", "data.split is [100.0, 0.0]"),
+        ("data.train.0=[2,b]", "a list is overridden whole"),
         ("optimizer.lr=nan", "optimizer.lr is"),
         ("data.train=[]", "data.train"),
         ("steps=4", "section.key=value"),
@@ -102,7 +113,9 @@ def test_undividable_d_ff_and_rings_name_what_works(path: Path) -> None:
         load_config(path, ["nesting.widths=[99,256]", "parallel.tensor=4"])
 
 
-@pytest.mark.parametrize("text", ["", "just words", "[1, 2]", "a: [", "model: 3", "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "just words", "[1, 2]", "a: [", "model: 3", "\x00", "run: {dir: x}\nmodel:\n"]
+)
 def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(text)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from matformer_dist.config import Config, validate_config
+from matformer_dist.data.checks import check_data
 from matformer_dist.data.datasets import build_datasets, micro_batches
 from matformer_dist.data.prepare import prepare_data
 from matformer_dist.data.tokenizer import Tokenizer
@@ -159,10 +160,43 @@ def test_batches_leave_the_global_generator_alone(config: Config) -> None:
 
 def test_more_samples_than_there_are_pass_over_the_data_again(config: Config) -> None:
     once = len(build(config, 1, 4)[0])
-    train, validation = build(config, 3 * once, 50)
-    assert len(train) >= 3 * once and len(validation) >= 50
+    train, _ = build(config, 3 * once, 4)
+    assert len(train) >= 3 * once
     seen = Counter(itertools.chain(*(row[:-1] for row in rows(batches(train)))))
     assert seen.total() > 2.9 * once * SEQ_LEN
+
+
+def test_validation_is_not_passed_over_again(config: Config) -> None:
+    """All samples it holds are given once each; who asks for more is told how many there are."""
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    held = len(build(config, 4, 2)[1])
+    batch = config.training.global_batch_size
+    most = held // batch
+    validation = build(config, 4, most * batch)[1]
+    found = {tuple(sample["tokens"].tolist()) for sample in validation}
+    assert len(found) == len(validation) == held
+    with pytest.raises(UserError, match=rf"hold {held} of .* at most {most} batches"):
+        check_data(config, tokenizer, (most + 1) * batch)
+    large = config.training.model_copy(update={"global_batch_size": 1000})
+    large_batch = config.model_copy(update={"training": large})
+    with pytest.raises(UserError, match=rf"hold {held} of .* tokens; give validation"):
+        check_data(large_batch, tokenizer, 1000)
+
+
+def test_each_part_of_a_blended_validation_must_last(tmp_path: Path, tokenizer_path: Path) -> None:
+    blend = blend_case(tmp_path)
+    config = make_config(tmp_path, tokenizer_path, blend)
+    tokenizer = Tokenizer.load(tokenizer_path)
+    batch = config.training.global_batch_size
+    samples = 0
+    while True:
+        try:
+            check_data(config, tokenizer, samples + batch)
+        except UserError:
+            break
+        samples += batch
+    found = [tuple(row) for row in rows(batches(build(config, 4, samples)[1]))][:samples]
+    assert samples > 0 and len(set(found)) == len(found)
 
 
 def blend_case(tmp_path: Path) -> list[tuple[float, str]]:
@@ -183,7 +217,7 @@ def shares(found: list[list[int]]) -> list[float]:
 
 def test_blend_matches_its_weights_from_the_start(tmp_path: Path, tokenizer_path: Path) -> None:
     blend = blend_case(tmp_path)
-    config = make_config(tmp_path, tokenizer_path, blend)
+    config = make_config(tmp_path, tokenizer_path, blend, split=(60, 40))
     train, validation = build(config, 200, 40)
     found = rows(batches(train))
     assert len(found) == 200
@@ -221,10 +255,7 @@ def test_data_that_cannot_be_trained_on_are_named(
 
     failing(changed(train=[(1.0, str(tmp_path / "none"))]), r"no data file .*none\.idx")
     failing(changed(validation=[(1.0, str(tmp_path / "none"))]), r"no data file .*none\.idx")
-    failing(changed(split=(0, 1)), "data.split 0,1 leaves nothing to train on")
-    failing(changed(split=(100, 0)), r"too small for validation: 0 of its 200 documents")
     failing(changed(split=(99.9, 0.1)), r"too small for validation: 0 of its 200 documents")
-    assert build(changed(split=(100, 0)), 4, 0)[1] is None
     write_ours(tmp_path / "small", [np.arange(3, 19, dtype=np.int32)], np.uint16)
     (tmp_path / "small.json").unlink()
     small = [(1.0, str(tmp_path / "small"))]

@@ -164,7 +164,7 @@ def test_sample_matches_universal_model_in_place(
     assert tokenizer.eod not in expected
     assert result.text == tokenizer.decode(expected)
     assert result.tokens == new and result.seconds > 0
-    assert "".join(parts) == result.text and len(parts) > 5 and all(parts)
+    assert "".join(parts) == prompt + result.text and len(parts) > 5 and all(parts)
 
 
 def test_sample_stops_at_the_end_of_a_document(

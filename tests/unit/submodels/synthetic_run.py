@@ -70,13 +70,19 @@ def write_run(directory: Path, lm: MatLM, *, tensor: int = 1, step: int = 5) -> 
     manifest = {
         "format": 1,
         "step": step,
-        "topology": {"tensor": tensor, "data": 1, "zero_stage": 0},
+        "consumed_sequences": step,
+        "tokens": 8 * step,
+        "layout": {"tensor": tensor, "data": 1, "zero_stage": 0},
         "model": lm.model.model_dump(mode="json"),
         "vocab_size": VOCAB,
         "nesting": {"widths": list(NESTING.widths), "names": list(NESTING.names)},
         "precision": "fp32",
         "tokenizer_sha256": tokenizer.digest,
-        "files": {file.name: {"bytes": file.stat().st_size} for file in checkpoint.iterdir()},
+        "config_sha256": "",
+        "versions": {},
+        "files": {
+            file.name: {"bytes": file.stat().st_size, "sha256": ""} for file in checkpoint.iterdir()
+        },
     }
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     return directory

@@ -64,7 +64,7 @@ def _rewrite(path: Path, state: dict[str, Any]) -> None:
     torch.save(state, path)
     manifest_path = path.parent / "manifest.json"
     manifest = json.loads(manifest_path.read_text())
-    manifest["files"][path.name] = {"bytes": path.stat().st_size}
+    manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": ""}
     manifest_path.write_text(json.dumps(manifest))
 
 
@@ -93,7 +93,7 @@ def _newer_format(run: Path) -> None:
 def _other_stage(run: Path) -> None:
     path = run / "checkpoints/step-5/manifest.json"
     manifest = json.loads(path.read_text())
-    manifest["topology"]["zero_stage"] = 1
+    manifest["layout"]["zero_stage"] = 1
     path.write_text(json.dumps(manifest))
 
 

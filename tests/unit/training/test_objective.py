@@ -112,6 +112,27 @@ def test_per_sequence_is_right_on_average_for_one_sequence_a_step() -> None:
     assert all(abs(drawn[name] / 4000 - p[name]) < 0.03 for name in p)
 
 
+def test_no_rank_always_carries_the_widest_granularity() -> None:
+    """One sequence a micro-batch on four ranks: at a step one runs XL, and it is not the same."""
+    dealt = objective(kind="per_sequence")
+    widest = Counter(
+        rank
+        for step in range(200)
+        for rank in range(4)
+        if "XL" in counts(dealt.plan(step, rank, 4, 1))
+    )
+    assert set(widest.values()) == {50}
+
+
+def test_even_micro_batches_are_named() -> None:
+    assert objective(kind="joint").even_micro_batch() == 1
+    assert objective(kind="per_sequence").even_micro_batch() == 4
+    p = {"S": 0.44, "M": 0.31, "L": 0.15, "XL": 0.10}
+    assert objective(kind="per_sequence", probabilities=p).even_micro_batch() == 100
+    p = {"S": 2**-0.5, "M": 1 - 2**-0.5, "L": 0, "XL": 0}
+    assert objective(kind="per_sequence", probabilities=p).even_micro_batch() is None
+
+
 def test_plans_are_a_function_of_seed_and_step() -> None:
     settings = ObjectiveConfig(kind="sampled")
     one = [Objective(settings, NESTING, 2, 1).plan(s, 0, 1, 2) for s in range(50)]

@@ -1,0 +1,84 @@
+"""Which of a run's checkpoints count, and what is said of the others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from matformer_dist.errors import UserError
+from matformer_dist.run_directory import find_checkpoint, read_checkpoints
+from tests.unit.submodels.synthetic_run import model_config, random_model, write_run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run with checkpoints of steps 5 and 20."""
+    lm = random_model(model_config())
+    write_run(tmp_path, lm, step=20)
+    return write_run(tmp_path, lm, step=5)
+
+
+def manifest(run: Path, step: int) -> Path:
+    return run / f"checkpoints/step-{step}/manifest.json"
+
+
+def test_the_newest_is_found_and_any_can_be_named(run: Path) -> None:
+    assert find_checkpoint(run).step == 20
+    assert find_checkpoint(f"{run}@5").step == 5
+    assert find_checkpoint(run / "checkpoints/step-5").step == 5
+    (run / "checkpoints/step-30.incomplete").mkdir()
+    assert find_checkpoint(run).step == 20
+
+
+def test_a_damaged_newest_checkpoint_is_no_reason_to_take_an_older_one_unasked(run: Path) -> None:
+    manifest(run, 20).unlink()
+    with pytest.raises(UserError, match=r"step-20 is not a complete .* complete are: .*@5$"):
+        find_checkpoint(run)
+    with pytest.raises(UserError, match=r"step-20 is not a complete .*; choose another"):
+        find_checkpoint(f"{run}@20")
+    assert [checkpoint.step for checkpoint in read_checkpoints(run).complete] == [5]
+    assert list(read_checkpoints(run).damaged) == [20]
+
+
+def test_a_damaged_older_checkpoint_does_not_matter(run: Path) -> None:
+    manifest(run, 5).unlink()
+    assert find_checkpoint(run).step == 20
+
+
+def _set(key: str, value: Any) -> Any:
+    return lambda raw: {**raw, key: value}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (_set("format", 7), "has format 7, this version of matformer_dist reads format 1"),
+        (_set("files", {"a": 3}), r"in its manifest.json, files.a is wrong"),
+        (_set("files", {"a": {"bytes": 3, "sha256": ""}}), "a has None bytes, .* says 3"),
+        (_set("layout", {"tensor": 2}), "layout.data is wrong"),
+        (_set("nesting", {"widths": [3, 2], "names": ["S", "XL"]}), "nesting.* is wrong"),
+        (lambda raw: [raw], "no readable manifest.json"),
+        (lambda raw: {k: raw[k] for k in raw if k != "step"}, "step is wrong"),
+    ],
+)
+def test_what_is_wrong_with_a_manifest_is_said(run: Path, change: Any, says: str) -> None:
+    path = manifest(run, 5)
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(UserError, match=says):
+        find_checkpoint(f"{run}@5")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("{run}@x", "must be a number"),
+        ("{run}@6", "not a complete"),
+        ("absent", "no run directory"),
+    ],
+)
+def test_what_is_not_there_is_named(run: Path, name: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        find_checkpoint(name.format(run=run))
