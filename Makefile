@@ -13,7 +13,7 @@ help:
 	@echo 'make demo    train a small nested model, take submodels out of it, write a report page'
 	@echo 'make test    ruff, mypy and all tests that this machine can run'
 	@echo 'make lint    ruff and mypy alone'
-	@echo 'make bench   measure: every file of benchmarks/'
+	@echo 'make bench   measure: every question of benchmarks/, results under benchmarks/results/'
 	@echo 'make env     the environment alone, in .venv; the others make it too, and reuse it'
 	@echo 'make clean   remove .venv, caches and build outputs; runs/ stays'
 	@echo
@@ -36,7 +36,8 @@ lint: env
 	@$(RUN) mypy
 
 bench: env
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; ($(RUN) python "$$file"); done
+	@set -e; for name in nested_ffn training_step prepare_data; do \
+		echo "== $$name"; ($(RUN) python -m benchmarks.$$name); done
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

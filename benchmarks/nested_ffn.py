@@ -1,6 +1,6 @@
 """Nested FFN against a loop of passes and against masks, forward + backward:
 
-    python benchmarks/nested_ffn.py [--activation gelu] [--dtype bfloat16] [--device cuda]
+    python -m benchmarks.nested_ffn [--activation gelu] [--dtype bfloat16] [--device cuda]
 
     nested  one call of matformer_dist.ops.nested_ffn for all granularities
     loop    one plain pass a granularity over prefix-sliced weights, gradients accumulated by
@@ -22,19 +22,16 @@ machine, and less of the loop's, whose buffers are smaller. Prints a table and w
 from __future__ import annotations
 
 import argparse
-import ctypes
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.machine import RESULTS, keep_freed_memory, write_result
 from matformer_dist.nesting import Nesting
 from matformer_dist.ops.nested_ffn import nested_ffn
 
@@ -86,14 +83,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--fresh-memory", action="store_true", help="see above")
     parser.add_argument("--output", type=Path, help="JSON; default: in benchmarks/results/")
     return parser.parse_args()
-
-
-def keep_freed_memory() -> None:
-    """Have glibc serve large buffers from memory that was freed before; no effect elsewhere."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, in bytes
-            libc.mallopt(option, 2**31 - 1)
 
 
 def size(text: str) -> tuple[int, int]:
@@ -229,28 +218,16 @@ def table_line(result: dict[str, object]) -> str:
 
 
 def write(results: list[dict[str, object]], args: argparse.Namespace) -> None:
-    device = args.device
-    if args.device.startswith("cuda"):
-        device = torch.cuda.get_device_name(args.device)
     name = f"nested_ffn_{args.activation}_{args.dtype}_{args.device.partition(':')[0]}.json"
-    path = args.output or Path(__file__).parent / "results" / name
-    record = {
-        "question": "nested FFN against a loop of passes and against masks, forward + backward",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": device,
-        "machine": platform.machine(),
+    settings = {
         "fresh_memory": args.fresh_memory,
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
         "activation": args.activation,
         "dtype": args.dtype,
         "fractions": FRACTIONS,
-        "results": results,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"written to {path}")
+    path = args.output or RESULTS / name
+    write_result(path, args.device, ("torch",), settings, results=results)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Speed and memory of `matformer prepare-data` against bare SentencePiece encoding.
 
-    python benchmarks/prepare_data.py
+    python -m benchmarks.prepare_data
 
 The corpus is the Python standard library's own source, repeated. Bare is one process that calls
 SentencePiece's `encode` on the same documents, strings in memory, and does nothing else. In turns:
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -25,12 +24,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from datetime import date
-from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import RESULTS, write_result
 from matformer_dist.data.corpus import find_files
 from matformer_dist.data.tokenizer import Tokenizer, train_tokenizer
 
@@ -82,7 +80,15 @@ def bare(tokenizer: Tokenizer, texts: list[str]) -> tuple[float, float]:
 
 def prepare(corpus: Path, tokenizer: Path, workers: int) -> dict[str, Any]:
     """One preparation in a process of its own: seconds, CPU seconds, and memory."""
-    words = [sys.executable, __file__, "--prepare", str(corpus), str(tokenizer), str(workers)]
+    words = [
+        sys.executable,
+        "-m",
+        "benchmarks.prepare_data",
+        "--prepare",
+        str(corpus),
+        str(tokenizer),
+        str(workers),
+    ]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
@@ -183,19 +189,9 @@ def main() -> None:
             row = {"corpus_bytes": size, **prepare(corpus, model, workers)}
             memory.append(row)
             print(f"| {size / 1e6:.0f} MB | {row['peak_bytes'] / 2**20:.0f} MiB |", flush=True)
-    if arguments.output:
-        written = {
-            "command": " ".join(["python", *sys.argv]),
-            "date": date.today().isoformat(),
-            "device": f"{platform.machine()}, {os.cpu_count()} cores",
-            "python": platform.python_version(),
-            "sentencepiece": version("sentencepiece"),
-            "vocab_size": arguments.vocab_size,
-            "repeats": arguments.repeats,
-            "rows": speeds,
-            "memory": memory,
-        }
-        arguments.output.write_text(json.dumps(written, indent=1) + "\n")
+    settings = {"vocab_size": arguments.vocab_size, "repeats": arguments.repeats}
+    path = arguments.output or RESULTS / "prepare_data.json"
+    write_result(path, "cpu", ("sentencepiece",), settings, results=speeds, memory=memory)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A whole training step: joint in one pass against a loop of g passes, and per_sequence.
 
-    python benchmarks/training_step.py
+    python -m benchmarks.training_step [--dtype bfloat16] [--device cuda]
 
 Side by side in one process, in turns: (a) `joint`, one pass over all granularities; (b) the
 authors' way, for the same model: g passes of the whole network, one a granularity, gradients
@@ -13,20 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.machine import RESULTS, keep_freed_memory, write_result
 from matformer_dist.config import ModelConfig, ObjectiveConfig
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.models.matlm import MatLM
@@ -146,19 +144,38 @@ def peak_mib(case: Case, kind: str, device: torch.device, dtype: torch.dtype) ->
         for _ in range(3):
             stepper.step(kind)
         return torch.cuda.max_memory_allocated(device) / 2**20
-    words = [sys.executable, __file__, "--peak", kind, json.dumps(asdict(case)), "--dtype"]
+    words = [
+        sys.executable,
+        "-m",
+        "benchmarks.training_step",
+        "--peak",
+        kind,
+        json.dumps(asdict(case)),
+        "--dtype",
+    ]
     name = str(dtype).removeprefix("torch.")
     done = subprocess.run([*words, name], capture_output=True, text=True, check=True)
     return float(done.stdout)
 
 
 def print_peak(kind: str, case: Case, dtype: torch.dtype) -> None:
-    """The resident memory that steps add to a process that has made model and optimizer."""
+    """The memory that steps add to a process that has made the model and its optimizer's states."""
     stepper = Stepper(case, torch.device("cpu"), dtype)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with torch.no_grad():
+        for parameter in stepper.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+    stepper.optimizer.step()
+    stepper.optimizer.zero_grad()
+    before = _resident_kib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     for _ in range(3):
         stepper.step(kind)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print((_resident_kib("VmHWM") - before) / 1024)
+
+
+def _resident_kib(key: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith(key)))
 
 
 def main() -> None:
@@ -174,6 +191,7 @@ def main() -> None:
         kind, case = arguments.peak
         print_peak(kind, Case(**json.loads(case)), dtype)
         return
+    keep_freed_memory()
     rows = []
     print("| d | layers | d_ff | V | b x s | joint ms | loop ms | joint/loop | per_seq/joint |"
           " joint/XL | MiB joint | MiB loop | MiB per_seq | MiB XL |")  # fmt: skip
@@ -190,19 +208,13 @@ def main() -> None:
             f"| {mib['per_sequence']:.0f} | {mib['xl']:.0f} |",
             flush=True,
         )
-    if arguments.output:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        written = {
-            "command": " ".join(["python", *sys.argv]),
-            "date": date.today().isoformat(),
-            "device": name,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "dtype": arguments.dtype,
-            "repeats": arguments.repeats,
-            "rows": rows,
-        }
-        arguments.output.write_text(json.dumps(written, indent=1) + "\n")
+    settings = {
+        "threads": torch.get_num_threads(),
+        "dtype": arguments.dtype,
+        "repeats": arguments.repeats,
+    }
+    path = arguments.output or RESULTS / f"training_step_{arguments.dtype}_{device.type}.json"
+    write_result(path, str(device), ("torch",), settings, results=rows)
 
 
 if __name__ == "__main__":

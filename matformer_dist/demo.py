@@ -40,7 +40,7 @@ def main() -> None:
         leave_out = ("--exclude", "site-packages", "--exclude", "test")
         matformer(
             "prepare-data", stdlib, "--include", "*.py", *leave_out, "--output", corpus,
-            "--vocab-size", 4096,
+            "--vocab-size", 2048,
         )  # fmt: skip
     # Tensor-parallel ranks cannot share a GPU: with fewer GPUs than ranks, the demo runs on CPU.
     on_cpu = torch.cuda.device_count() < ranks
