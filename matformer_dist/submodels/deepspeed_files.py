@@ -4,7 +4,7 @@ Legend: T tensor-parallel ranks, d data-parallel rank, mp tensor-parallel rank.
 
 | ZeRO | weights, in fp32 where training kept fp32 masters                                  |
 |------|------------------------------------------------------------------------------------|
-| 0    | `mp_rank_MP_model_states.pt`: the module's, and the masters of a bf16 optimizer     |
+| 0    | `mp_rank_MP_model_states.pt`: the module's (training is fp32 there)                 |
 | 1, 2 | `[bf16_]zero_pp_rank_D_mp_rank_MP_optim_states.pt`: flat fp32 groups, cut over d at |
 |      | any element; a map names the fragments                                              |
 | 3    | the same files: every weight cut over d, padded; `zero_pp_rank_0_mp_rank_MP_model_  |
@@ -65,7 +65,8 @@ def rank_pieces(
     """
     try:
         if zero_stage == 0:
-            return _whole(_load(directory / f"mp_rank_{rank:02d}_model_states.pt"))
+            module = _load(directory / f"mp_rank_{rank:02d}_model_states.pt")["module"]
+            return {name: [weight.flatten()] for name, weight in module.items()}
         prefix = "bf16_" if precision == "bf16" else ""
         states = [
             _load(directory / f"{prefix}zero_pp_rank_{d}_mp_rank_{rank:02d}_optim_states.pt")
@@ -97,20 +98,6 @@ def _load(path: Path) -> Any:
             f"the checkpoint is damaged: cannot read {path} ({str(error).splitlines()[0]}); "
             "choose another"
         ) from None
-
-
-def _whole(state: Mapping[str, Any]) -> Pieces:
-    """Stage 0. A bf16 optimizer's masters lie in its groups' order: matrices, then the rest."""
-    module: dict[str, Tensor] = dict(state["module"])
-    groups = (state["optimizer"] or {}).get("fp32_groups")
-    if groups is None:
-        return {name: [weight.flatten()] for name, weight in module.items()}
-    names = sorted(module, key=lambda name: module[name].dim() < 2)
-    masters = [master for group in groups for master in group]
-    for name, master in zip(names, masters, strict=True):
-        if not torch.equal(master.to(module[name].dtype), module[name]):
-            raise KeyError(f"master weight of {name}")
-    return {name: [master.flatten()] for name, master in zip(names, masters, strict=True)}
 
 
 def _fragments(optimizers: list[Mapping[str, Any]]) -> Pieces:

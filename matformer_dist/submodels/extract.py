@@ -192,12 +192,7 @@ def _entry(
     count = count_parameters(universal.model, universal.vocab_size, submodel)
     widest = max(submodel.widths)
     padded = format == "hf" and not submodel.is_uniform
-    if universal.stored_dtype != torch.float32:
-        kept = "bf16 weights: the checkpoint holds no master weights"
-    elif universal.checkpoint.manifest.precision == "fp32":
-        kept = "fp32 weights"
-    else:
-        kept = "fp32 master weights"
+    is_fp32 = universal.checkpoint.manifest.precision == "fp32"
     nesting = universal.nesting
     return {
         "submodel": str(submodel),
@@ -209,7 +204,7 @@ def _entry(
         "step": universal.checkpoint.step,
         "run": str(run_dir),
         "bytes": size,
-        "trained": kept,
+        "trained": "fp32 weights" if is_fp32 else "fp32 master weights",
         "loss": _measured_loss(run_dir, universal.checkpoint.step, str(submodel)),
         "padded_width": widest if padded else None,
         "nesting": {"widths": list(nesting.widths), "names": list(nesting.names)},

@@ -37,13 +37,8 @@ class UniversalModel:
     whole: dict[str, nn.Parameter]  # shapes and partitions by MatLM's names, without memory
     local: dict[str, nn.Parameter]  # the same on one rank
 
-    @property
-    def stored_dtype(self) -> torch.dtype:
-        """fp32 where training kept fp32 weights or fp32 master weights."""
-        return self._shard("embedding.weight", 0).dtype
-
     def weight(self, name: str) -> Tensor:
-        """The whole weight `name` on the CPU; UserError where the checkpoint is cut short."""
+        """The whole fp32 weight `name` on the CPU; UserError where the checkpoint is cut short."""
         parameter = self.whole[name]
         partition: Partition = getattr(parameter, "partition", REPLICATED)
         if partition.dim is None:

@@ -28,36 +28,10 @@ def test_whole_weights_match_the_model_that_was_dealt(
     universal = load_universal(find_checkpoint(write_run(tmp_path, lm, tensor=tensor)))
     expected = dict(lm.named_parameters())
     assert list(universal.whole) == list(expected)
-    assert universal.stored_dtype == torch.float32
     built = dict(universal.build().named_parameters())
     for name, weight in expected.items():
         assert torch.equal(universal.weight(name), weight), name
         assert torch.equal(built[name], weight), name
-
-
-def test_master_weights_of_a_bf16_optimizer_are_preferred(tmp_path: Path) -> None:
-    lm = random_model(model_config())
-    run = write_run(tmp_path, lm)
-    path = run / "checkpoints/step-5/mp_rank_00_model_states.pt"
-    state = torch.load(path)
-    module = state["module"]
-    matrices = [weight for weight in module.values() if weight.dim() == 2]
-    others = [weight for weight in module.values() if weight.dim() == 1]
-    low = {name: weight.bfloat16() for name, weight in module.items()}
-    groups = {"fp32_groups": [matrices, others]}
-    _rewrite(path, {"module": low, "optimizer": groups})
-    universal = load_universal(find_checkpoint(run))
-    assert all(torch.equal(universal.weight(name), module[name]) for name in module)
-
-    _rewrite(path, {"module": low, "optimizer": {}})
-    universal = load_universal(find_checkpoint(run))
-    assert universal.stored_dtype == torch.bfloat16
-    assert all(torch.equal(universal.weight(name), low[name]) for name in module)
-
-    groups["fp32_groups"][0].reverse()
-    _rewrite(path, {"module": low, "optimizer": groups})
-    with pytest.raises(UserError, match="not laid out as DeepSpeed"):
-        load_universal(find_checkpoint(run))
 
 
 def _rewrite(path: Path, state: dict[str, Any]) -> None:
