@@ -9,7 +9,10 @@ Exit codes: 0 done, 2 the input is wrong (one message says how), anything else a
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+
+import torch.distributed as dist
 
 from matformer_dist.config import Config, load_config
 from matformer_dist.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
@@ -48,13 +51,18 @@ def train(config: Config) -> None:
 
 def main() -> int:
     arguments = parse_arguments()
-    rank = 0
+    rank = local_rank = 0
     try:
-        rank, _, _ = launched_world()
+        rank, _, local_rank = launched_world()
         train(load_config(arguments.config, arguments.overrides))
     except UserError as error:
-        if rank == 0:
+        # Ranks that have joined agree; before, a node may be alone with its trouble.
+        if rank == 0 or (local_rank == 0 and not dist.is_initialized()):
             print(f"error: {error}", file=sys.stderr)
+        if dist.is_initialized():  # threads of the process groups would abort an orderly end
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(EXIT_USER_ERROR)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

@@ -79,7 +79,7 @@ class ModelConfig(Section):
 
 
 class NestingConfig(Section):
-    fractions: list[float | str] | None = None  # of d_ff; default 1/8, 1/4, 1/2, 1
+    fractions: list[AboveZero | str] | None = None  # of d_ff; default 1/8, 1/4, 1/2, 1
     widths: list[Positive] | None = None  # or explicit widths, the last equal to d_ff
     names: list[str] | None = None
 

@@ -66,7 +66,7 @@ def estimate_memory(
     count = count_parameters(model, vocab_size, nesting.uniform(nesting.largest, model.n_layers))
     local = (count.total - count.norms) // tensor + count.norms
     element = 2 if training.precision == "bf16" else 4
-    master = 4 if training.precision == "bf16" else 0
+    master = 4 if training.precision == "bf16" or zero_stage else 0  # ZeRO copies fp32 weights too
     states = local * (8 + master)
     gradients = local * 4
     parts = {

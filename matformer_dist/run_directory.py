@@ -68,6 +68,10 @@ class Manifest(BaseModel):
     files: dict[str, SavedFile]
 
 
+class UnknownFormatError(UserError):
+    """A checkpoint of another version: not damaged, and not to be passed over."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A complete checkpoint on disk."""
@@ -97,7 +101,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{path} is not a complete checkpoint: it has no readable {MANIFEST}"
         ) from None
     if written != MANIFEST_FORMAT:
-        raise UserError(
+        raise UnknownFormatError(
             f"the checkpoint {path} has format {written!r}, this version of matformer_dist reads "
             f"format {MANIFEST_FORMAT}; use the version that saved the checkpoint"
         )
@@ -122,12 +126,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_checkpoints(run_dir: Path) -> Checkpoints:
-    """Every checkpoint of a run, whole or damaged."""
+    """Every checkpoint of a run, whole or damaged; UserError for one of an unknown format."""
     found = Checkpoints([], {})
     for path in (run_dir / "checkpoints").glob("step-*"):
         if name := _STEP.fullmatch(path.name):
             try:
                 found.complete.append(read_checkpoint(path))
+            except UnknownFormatError:
+                raise
             except UserError as error:
                 found.damaged[int(name[1])] = str(error)
     found.complete.sort(key=lambda checkpoint: checkpoint.step)
@@ -139,7 +145,7 @@ def find_checkpoint(run: str | Path) -> Checkpoint:
 
     A damaged newest checkpoint is an error, not a reason to take an older one unasked.
     """
-    path = Path(run)
+    path = Path(run).absolute() if (Path(run) / MANIFEST).exists() else Path(run)
     if (path / MANIFEST).exists():
         return _read_chosen(path)
     name, at, step = str(run).rpartition("@")

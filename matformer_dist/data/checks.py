@@ -21,10 +21,8 @@ _LARGEST_DESCRIPTION_BYTES = 1 << 24
 Blend = Sequence[tuple[float, str]]
 
 
-def check_data(
-    config: Config, tokenizer: Tokenizer, validation_samples: int
-) -> dict[str, IndexedFiles]:
-    """All data sets of a configuration by prefix, opened.
+def check_data(config: Config, tokenizer: Tokenizer, validation_samples: int) -> None:
+    """Check all data sets of a configuration.
 
     UserError for files that are missing or damaged, ids that are not of `tokenizer`, parts too
     small for one sample, and validation data that hold less than `validation_samples`: they are
@@ -47,7 +45,6 @@ def check_data(
         ]
         weights = [weight for weight, _ in blend]
         _check_validation(config, validation_samples, tokens, weights)
-    return opened
 
 
 def _check_validation(

@@ -27,6 +27,7 @@ from matformer_dist.config import Config
 from matformer_dist.data.checks import Blend, check_data, split_share
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.errors import UserError
+from matformer_dist.parallel.agreement import on_main
 
 _COMPLETE = "complete"
 
@@ -44,24 +45,13 @@ def build_datasets(
     small.
     """
     samples = (train_samples, validation_samples)
+    on_main(lambda: check_data(config, tokenizer, validation_samples))
     if not dist.is_initialized():
-        check_data(config, tokenizer, validation_samples)
         return _build(config, tokenizer, samples, cache=None)
-    answer: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            check_data(config, tokenizer, validation_samples)
-            answer[0] = _index_cache(config, tokenizer, samples)
-        except UserError as error:
-            answer[1] = str(error)
-    dist.broadcast_object_list(answer)
-    cache, message = answer
-    if message is not None:
-        raise UserError(message)
+    cache = on_main(lambda: _index_cache(config, tokenizer, samples))
     datasets = _build(config, tokenizer, samples, cache)
     dist.barrier()
-    if dist.get_rank() == 0:
-        (cache / _COMPLETE).touch()
+    on_main((cache / _COMPLETE).touch)
     return datasets
 
 

@@ -104,7 +104,9 @@ class IndexedWriter:
         self.close()
 
     def close(self) -> None:
-        """Remove what is unfinished; after `publish` nothing is."""
+        """Remove what is unfinished; after `publish` nothing is. Again: no effect."""
+        if self._bin.closed:  # with the lock gone, what lies there may be another writer's
+            return
         self._lengths.close()
         for suffix in (*self.suffixes, ".lengths"):
             self._partial(suffix).unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from matformer_dist.errors import UserError
@@ -75,7 +76,7 @@ def load_transformers(
         model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype or "auto", local_files_only=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"transformers cannot load {directory} ({error}); extract the model again"
         ) from None

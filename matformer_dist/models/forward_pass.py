@@ -14,7 +14,8 @@ class Pass:
 
     `ce_weights`, `z_weights` and `kl_weights` weigh each segment's mean losses (see
     ops/multi_granularity_loss.py). With `shared_tokens`, every segment holds the same sequences,
-    widest first, and the first is the teacher.
+    widest first, and the first is the teacher. `order` lists the sequences of a micro-batch as
+    segments take them; None: as they come. Whoever hands a batch to the model puts it in order.
     """
 
     segments: tuple[Segment, ...]
@@ -23,6 +24,7 @@ class Pass:
     z_weights: tuple[float, ...]
     kl_weights: tuple[float, ...]
     temperature: float = 1.0
+    order: tuple[int, ...] | None = None
 
     @classmethod
     def evaluation(cls, submodels: Sequence[Submodel], sequences: int) -> Pass:

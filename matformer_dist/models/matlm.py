@@ -73,7 +73,14 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """The output projection and the losses over it, vocabulary cut over ranks.
+    """The output projection and the losses over it, vocabulary cut over T ranks.
+
+    | operand | whole  | local                     |                                          |
+    |---------|--------|---------------------------|------------------------------------------|
+    | weight  | [V, D] | [ceil(V/T), D]            | rows, the last rank's padded             |
+    | hidden  | [R, D] | the whole                 | backward: all-reduces its gradient       |
+    | logits  | [R, V] | a chunk's [c, ceil(V/T)]  | forward: one all-gather a chunk, of a few |
+    |         |        |                           | numbers a row                            |
 
     Where embeddings are tied, it works on the embedding's weight, which the caller passes in.
     """

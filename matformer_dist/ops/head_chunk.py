@@ -227,19 +227,19 @@ def overwrite_with_gradient(
     teacher = None
     if any(students):
         teacher = _softmax(logits[0].clone(), rows.lse_tau[0], temperature)
-    factor = ce + 2 * z * rows.lse
+    strength = ce + 2 * z * rows.lse
     for i, learns in enumerate(students):
         if teacher is None or not learns:
-            _softmax(logits[i], rows.lse[i], 1.0).mul_(factor[i, :, None])
+            _softmax(logits[i], rows.lse[i], 1.0).mul_(strength[i, :, None])
             continue
         pull = kl[i, :, None] * temperature
         if temperature == 1:
             p = _softmax(logits[i], rows.lse[i], 1.0)
-            p.mul_(factor[i, :, None] + pull).sub_(teacher * pull)
+            p.mul_(strength[i, :, None] + pull).sub_(teacher * pull)
         else:
             warm = _softmax(logits[i].clone(), rows.lse_tau[i], temperature)
             p = _softmax(logits[i], rows.lse[i], 1.0)
-            p.mul_(factor[i, :, None]).add_(warm.sub_(teacher).mul_(pull))
+            p.mul_(strength[i, :, None]).add_(warm.sub_(teacher).mul_(pull))
     inside, owned = _own(columns, logits.shape[-1])
     logits.scatter_add_(-1, inside[..., None], torch.where(owned, -ce, 0)[..., None])
 

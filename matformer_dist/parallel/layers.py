@@ -91,7 +91,8 @@ class Initializer:
             full.normal_(0.0, std, generator=generator)
         weight = nn.Parameter(partition.deal(full, tensor.rank, tensor.size))
         # DeepSpeed counts an unmarked weight once per group in its gradient norm.
-        weight.tensor_model_parallel = tensor.size > 1  # type: ignore[attr-defined]
+        is_cut = tensor.size > 1 and partition.dim is not None
+        weight.tensor_model_parallel = is_cut  # type: ignore[attr-defined]
         weight.partition = partition  # type: ignore[attr-defined]
         return weight
 

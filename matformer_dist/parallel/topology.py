@@ -9,18 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from matformer_dist.errors import UserError
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,33 +56,6 @@ class Topology:
     @property
     def world_size(self) -> int:
         return self.tensor.size * self.data_size
-
-    @contextmanager
-    def agreement(self) -> Iterator[None]:
-        """Turn a UserError of any rank into one of every rank, so that none is left waiting."""
-        mine = None
-        try:
-            yield
-        except UserError as error:
-            mine = str(error)
-        everyone: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
-        for message in everyone:
-            if message is not None:
-                raise UserError(message)
-
-    def on_main(self, decide: Callable[[], T]) -> T:
-        """What `decide` returns on the main rank, on every rank; so does its UserError."""
-        answer: list[T | UserError | None] = [None]
-        if self.is_main:
-            try:
-                answer[0] = decide()
-            except UserError as error:
-                answer[0] = error
-        dist.broadcast_object_list(answer)
-        if isinstance(answer[0], UserError):
-            raise answer[0]
-        return cast(T, answer[0])
 
 
 def quiet_libraries() -> None:

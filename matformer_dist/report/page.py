@@ -21,6 +21,7 @@ from matformer_dist.report import curves, series, text
 from matformer_dist.report.charts import palette
 from matformer_dist.report.inputs import Run, Sample, read_run
 from matformer_dist.report.tradeoff import tradeoff_charts
+from matformer_dist.submodels.formats import directory_name, has_transformers_architecture
 
 SAMPLE_CHARACTERS = 4000  # of one text; the rest stays in samples.json
 TABLED_EVALUATIONS = 40
@@ -219,28 +220,33 @@ def _submodel_rows(run: Run) -> list[dict[str, Any]]:
                 "item": item,
                 "difference": nan if item is widest else item.loss - reference,
                 "color": color,
-                "command": extract_command(run.directory, item.submodel),
+                "command": extract_command(run, item.submodel),
             }
         )
     return rows
 
 
-def extract_command(run_dir: Path, submodel: str) -> str:
+def extract_command(run: Run, submodel: str) -> str:
     """The command that writes this submodel as a model of its own, quoted for a shell."""
-    directory = submodel.replace(":", "x").replace(",", "-").replace("/", "-")
-    words = ["matformer", "extract", str(run_dir), "--submodel", submodel]
-    words += ["--format", "hf", "--output", str(run_dir / "submodels" / directory)]
+    kind = "hf" if has_transformers_architecture(run.config.model) else "native"
+    words = ["matformer", "extract", str(run.directory), "--submodel", submodel]
+    words += ["--format", kind, "--output", str(_extracted_to(run, submodel))]
     return shlex.join(words)
+
+
+def _extracted_to(run: Run, submodel: str) -> Path:
+    return run.directory / "submodels" / directory_name(submodel)
 
 
 def _commands(run: Run) -> dict[str, str]:
     """What to run where a section has nothing to show."""
     directory = shlex.quote(str(run.directory))
     one = run.nesting.names[max(0, len(run.nesting) - 2)]
+    model = run.extracted[0][0] if run.extracted else _extracted_to(run, one)
     return {
         "evaluation": f"matformer evaluate {directory}",
-        "extracted": extract_command(run.directory, one),
-        "samples": f"matformer generate {directory}",
+        "extracted": extract_command(run, one),
+        "samples": shlex.join(["matformer", "generate", str(model)]),
         "report": f"matformer report {directory}",
     }
 

@@ -11,6 +11,7 @@ tokenizer.json, tokenizer_config.json, generation_config.json         format hf 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.errors import UserError
 from matformer_dist.nesting import Submodel
 from matformer_dist.run_directory import TOKENIZER, find_checkpoint
+from matformer_dist.submodels.formats import FORMATS, directory_name
 from matformer_dist.submodels.model_card import model_card
 from matformer_dist.submodels.native import native_config, native_weights
 from matformer_dist.submodels.safetensors_files import SHARD_BYTES, write_weights
@@ -35,7 +37,6 @@ from matformer_dist.submodels.transformers_format import (
 from matformer_dist.submodels.transformers_tokenizer import write_tokenizer
 from matformer_dist.submodels.universal import UniversalModel, load_universal
 
-FORMATS = ("native", "hf")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ENTRY = "submodel.json"
 
@@ -66,7 +67,8 @@ def extract(
     That is `output`, or for several `output/NAME`. fp32 is the default because it is what
     training kept: nothing is lost, and any other dtype can be made from it. `force` replaces a
     model that was extracted before. `tokenizer` stands in where the run's copy is gone. Memory:
-    one shard and one weight. UserError for input that does not fit, before anything is written.
+    one shard and one weight. UserError for input that does not fit, before anything is written, and
+    for weights that overflow in fp16, before the model they belong to is in place.
     """
     if format not in FORMATS:
         raise UserError(f"there is no format {format!r}; choose one of {', '.join(FORMATS)}")
@@ -90,11 +92,6 @@ def extract(
         _write(universal, submodel, target, text, run_dir, format, dtype, shard_bytes)
         for submodel, target in zip(chosen, targets, strict=True)
     ]
-
-
-def directory_name(submodel: Submodel) -> str:
-    """ "S:2,M:2" as "Sx2-Mx2"."""
-    return str(submodel).replace(":", "x").replace(",", "-")
 
 
 def read_entry(directory: Path) -> dict[str, Any]:
@@ -150,8 +147,7 @@ def _write(
     shard_bytes: int,
 ) -> ExtractedModel:
     """Write under a temporary name beside the target, and rename last."""
-    temporary = target.with_name(f"{target.name}.incomplete")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.incomplete")
     try:
         temporary.mkdir(parents=True)
         if format == "hf":

@@ -19,6 +19,7 @@ from torch import Tensor
 from matformer_dist.config import ModelConfig
 from matformer_dist.errors import UserError
 from matformer_dist.nesting import Submodel
+from matformer_dist.submodels.formats import has_transformers_architecture
 from matformer_dist.submodels.universal import UniversalModel
 
 _NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
@@ -26,7 +27,7 @@ _NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layer
 
 def check_architecture(model: ModelConfig) -> None:
     """UserError where no architecture of transformers is this model's."""
-    if (model.ffn, model.norm) not in (("swiglu", "rmsnorm"), ("gelu", "layernorm")):
+    if not has_transformers_architecture(model):
         raise UserError(
             f"transformers has no architecture with model.ffn {model.ffn} and model.norm "
             f"{model.norm} (it has swiglu with rmsnorm, and gelu with layernorm); extract with "

@@ -15,11 +15,13 @@ import torch.distributed as dist
 
 from matformer_dist.config import CheckpointConfig
 from matformer_dist.errors import UserError
+from matformer_dist.parallel.agreement import on_main
 from matformer_dist.parallel.topology import Topology
 from matformer_dist.run_directory import (
     MANIFEST,
     Checkpoint,
     Checkpoints,
+    Layout,
     Manifest,
     SavedFile,
     find_checkpoint,
@@ -49,26 +51,29 @@ class CheckpointStore:
 
     def save(self, engine: Engine, manifest: Manifest, state: dict[str, Any]) -> None:
         """Write the checkpoint of `manifest.step`; `state` comes back from `load`."""
-        tag = f"step-{manifest.step}"
-        incomplete = self.directory / f"{tag}.incomplete"
-        if self.topology.is_main:
-            for left_over in self.directory.glob("step-*.incomplete"):
-                shutil.rmtree(left_over)
-            incomplete.mkdir(parents=True)
-        dist.barrier()
+        incomplete = self.directory / f"step-{manifest.step}.incomplete"
+        on_main(lambda: self._begin(incomplete))
         engine.save(str(self.directory), incomplete.name, state)
         dist.barrier()
-        if self.topology.is_main:
-            # DeepSpeed's own converters, which know nothing of tensor parallelism or rings.
-            for script in self.directory.glob("zero_to_*.py"):
-                script.unlink()
-            _write_manifest(incomplete, manifest)
-            final = self.directory / tag
-            shutil.rmtree(final, ignore_errors=True)
-            incomplete.rename(final)
-            _sync(self.directory)
-            self._prune()
-        dist.barrier()
+        on_main(lambda: self._publish(incomplete, manifest))
+
+    def _begin(self, incomplete: Path) -> None:
+        for left_over in self.directory.glob("step-*.incomplete"):
+            shutil.rmtree(left_over)
+        incomplete.mkdir(parents=True)
+
+    def _publish(self, incomplete: Path, manifest: Manifest) -> None:
+        """Make what all ranks have written a checkpoint."""
+        # DeepSpeed's own converters, which know nothing of tensor parallelism or rings.
+        for script in self.directory.glob("zero_to_*.py"):
+            script.unlink()
+        _check_files(incomplete, manifest.layout)
+        _write_manifest(incomplete, manifest)
+        final = self.directory / f"step-{manifest.step}"
+        shutil.rmtree(final, ignore_errors=True)
+        incomplete.rename(final)
+        _sync(self.directory)
+        self._prune()
 
     def choose_start(self) -> Start:
         """What `checkpoint.resume` asks for; UserError where that would lose something."""
@@ -115,6 +120,19 @@ class CheckpointStore:
         for checkpoint in complete[: -self.config.keep_last]:
             if keep_every is None or checkpoint.step % keep_every:
                 shutil.rmtree(checkpoint.path)
+
+
+def _check_files(directory: Path, layout: Layout) -> None:
+    """UserError unless the files of all ranks are there."""
+    ranks = layout.tensor * layout.data
+    models = ranks if layout.zero_stage == 3 else layout.tensor
+    for kind, wanted in (("model", models), ("optim", ranks if layout.zero_stage else 0)):
+        found = len(list(directory.glob(f"*_{kind}_states.pt")))
+        if found != wanted:
+            raise UserError(
+                f"{directory} holds {found} files of {kind} states, of {ranks} ranks {wanted} were "
+                "expected: run.dir must be a folder that the ranks of all nodes share"
+            )
 
 
 def _write_manifest(directory: Path, manifest: Manifest) -> None:

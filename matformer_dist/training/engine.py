@@ -35,13 +35,14 @@ _DERIVED_ELSEWHERE = {
     "gradient_accumulation_steps": "training.global_batch_size",
     "gradient_clipping": "optimizer.grad_clip",
     "bf16": "training.precision",
+    "checkpoint": "the section checkpoint",
     "fp16": "training.precision",
     "optimizer": "optimizer",
     "scheduler": "schedule",
 }
 # DeepSpeed takes a key that it does not know without a word.
 _PASSED_ON = (
-    "aio", "checkpoint", "comet", "comms_logger", "communication_data_type", "csv_monitor",
+    "aio", "comet", "comms_logger", "communication_data_type", "csv_monitor",
     "data_types", "flops_profiler", "gradient_predivide_factor", "memory_breakdown",
     "prescale_gradients", "seq_parallel_communication_data_type", "steps_per_print", "tensorboard",
     "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer",
@@ -152,12 +153,14 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, total_steps:
 
 
 def build_model(config: Config, vocab_size: int, topology: Topology) -> MatLM:
-    """The universal model's local part, on this rank's device."""
+    """The universal model's local part: on this rank's device, or for ZeRO-3 still on the host,
+    from where DeepSpeed takes weight after weight and leaves each rank its part.
+    """
     nestings = [config.granularities] * config.model.n_layers
     init = Initializer(config.training.seed)
     model = MatLM(config.model, nestings, vocab_size, init, topology.tensor)
     model.activation_checkpointing = config.training.activation_checkpointing == "full"
-    return model.to(topology.device)
+    return model if zero_stage(config) == 3 else model.to(topology.device)
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -198,15 +201,29 @@ class Engine:
         if config.training.compile:
             for layer in model.layers:
                 layer.compile()
-        if zero_stage(config) == 3 and model.tied_weight is not None:
-            # The head reads the embedding's weight: ZeRO-3 must gather it there too.
-            deepspeed.zero.register_external_parameter(model.head, model.tied_weight)
+        if zero_stage(config) == 3:
+            self._partition_weights(model, dictionary)
         self.deepspeed, _, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, mpu=DeepSpeedView(), config=dictionary
         )
         # DeepSpeed steps a plain optimizer without telling the gradient norm.
         self._plain = zero_stage(config) == 0 and config.training.precision == "fp32"
         self._plain_norm = 0.0
+
+    def _partition_weights(self, model: MatLM, dictionary: dict[str, Any]) -> None:
+        """ZeRO-3: weight after weight to the device, where each rank keeps its part.
+
+        The optimizer is made before, while weights still have their shapes.
+        """
+        deepspeed.zero.Init(
+            module=model,
+            data_parallel_group=self.topology.data_group,
+            config_dict_or_path=dictionary,
+            mpu=DeepSpeedView(),
+        )
+        if model.tied_weight is not None:
+            # The head reads the embedding's weight: ZeRO-3 must gather it there too.
+            deepspeed.zero.register_external_parameter(model.head, model.tied_weight)
 
     def train_step(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -15,6 +15,7 @@ from matformer_dist.data.datasets import build_datasets, micro_batches
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.evaluation.loss import SubmodelLoss, evaluate_submodels
 from matformer_dist.models.forward_pass import Pass
+from matformer_dist.parallel.agreement import agreement, on_main
 from matformer_dist.parallel.topology import Topology
 from matformer_dist.run_directory import TOKENIZER, Manifest
 from matformer_dist.training import setup
@@ -34,6 +35,8 @@ from matformer_dist.training.metrics import (
 from matformer_dist.training.objective import Objective
 from matformer_dist.training.screen import Screen
 
+Batch = tuple[Tensor, Tensor]  # tokens and targets, [b, s] each
+
 
 class Run:
     """What one rank holds of a training run."""
@@ -46,16 +49,16 @@ class Run:
         training = config.training
         self.total_steps = training.total_steps
 
-        with topology.agreement():
+        with agreement():
             check_deepspeed_section(config, topology.data_size)
             setup.check_monitors(config)
             self.tokenizer = Tokenizer.load(config.data.tokenizer)
             self.vocab_size = setup.check_vocabulary(config, self.tokenizer)
-        topology.on_main(lambda: setup.check_run_directory(config))
+        notices = on_main(lambda: setup.check_run_directory(config))
         self.store = CheckpointStore(config.run.dir, config.checkpoint, topology)
-        resumed, damaged = topology.on_main(self.store.choose_start)
+        resumed, damaged = on_main(self.store.choose_start)
         if resumed is not None:
-            setup.check_checkpoint(resumed, self._manifest())
+            setup.check_checkpoint(resumed, self._manifest(), training)
         self.train_data, self.validation_data = build_datasets(
             config,
             self.tokenizer,
@@ -65,11 +68,12 @@ class Run:
         self.objective = Objective(
             config.objective, self.nesting, config.model.n_layers, training.seed
         )
-        topology.on_main(self._write_down)
+        on_main(self._write_down)
 
         self.screen = Screen(config, topology, self.vocab_size)
-        self.screen.show_plan(resumed, damaged)
+        self.screen.show_plan(resumed, [*notices, *damaged])
         self.screen.warn_of_uneven_work(self.objective.even_micro_batch())
+        self.screen.warn_of_unaligned_widths()
         self.engine = Engine(config, build_model(config, self.vocab_size, topology), topology)
         self.losses = LossSums(self.nesting, topology)
         self.watch = Stopwatch()
@@ -77,7 +81,7 @@ class Run:
             state = self.store.load(self.engine, resumed)
             self.step = state["step"]
             self.losses.load(state["losses"])
-        with topology.agreement():
+        with agreement():
             self.log = MetricsLog(config, self.step) if topology.is_main else None
 
     def _write_down(self) -> None:
@@ -100,60 +104,79 @@ class Run:
         batches = self._batches(self.train_data, self.step * config.training.global_batch_size)
         while self.step < self.total_steps:
             self._train_step(batches)
-            last = self.step == self.total_steps
-            evaluate = last or _due(self.step, config.evaluation.every)
-            if evaluate or _due(self.step, config.logging.every):
+            if self._is_reported(self.step):
+                evaluate = self._is_evaluated(self.step)
                 self._report(self._evaluate() if evaluate else {})
-            if last or _due(self.step, config.checkpoint.every):
+            if self.step == self.total_steps or _due(self.step, config.checkpoint.every):
                 self._save()
         self.screen.close()
         if self.log is not None:
             self.log.close()
 
-    def _train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+    def _train_step(self, batches: Iterator[Batch]) -> None:
         self.watch.start()
         config = self.config
         self.lr = learning_rate(config.schedule, config.optimizer.lr, self.step, self.total_steps)
         passes = self._passes()
-        mine = passes[self.topology.data_rank :: self.topology.data_size]
-        results = self.engine.train_step(batches, iter(mine), self.lr)
+        results = self.engine.train_step(self._in_order(batches, passes), iter(passes), self.lr)
         self.losses.add(results)
         self.step += 1
-        if self.topology.device.type == "cuda" and _due(self.step, config.logging.every):
+        if self.topology.device.type == "cuda" and self._is_reported(self.step):
             torch.cuda.synchronize()  # so that the interval's time is the work's, not the queue's
-        self.watch.stop(self._training_flops(passes))
+        self.watch.stop(self._training_flops(self.step - 1))
+
+    def _is_reported(self, step: int) -> bool:
+        return _due(step, self.config.logging.every) or self._is_evaluated(step)
+
+    def _is_evaluated(self, step: int) -> bool:
+        return step == self.total_steps or _due(step, self.config.evaluation.every)
 
     def _passes(self) -> list[Pass]:
-        """The passes of all micro-batches of the current step, over accumulation and ranks."""
-        count = self.engine.accumulation * self.topology.data_size
+        """The passes of this rank's micro-batches of the current step."""
+        ranks, accumulation = self.topology.data_size, self.engine.accumulation
         sequences = self.config.training.micro_batch_size
-        return [self.objective.plan(self.step, i, count, sequences) for i in range(count)]
+        return [
+            self.objective.plan(
+                self.step, i * ranks + self.topology.data_rank, accumulation * ranks, sequences
+            )
+            for i in range(accumulation)
+        ]
 
-    def _training_flops(self, passes: list[Pass]) -> int:
+    def _training_flops(self, step: int) -> int:
         """Forward, dX and dW of a step over all ranks, which may run different granularities."""
-        forward = sum(
-            forward_flops(
-                self.config.model,
-                self.vocab_size,
-                plan.segments,
-                self.config.training.seq_len,
-                shared_tokens=plan.shared_tokens,
-            ).total
-            for plan in passes
+        whole = self.objective.plan(step, 0, 1, self.config.training.global_batch_size)
+        forward = forward_flops(
+            self.config.model,
+            self.vocab_size,
+            whole.segments,
+            self.config.training.seq_len,
+            shared_tokens=whole.shared_tokens,
         )
-        return 3 * forward
+        return 3 * forward.total
 
-    def _batches(self, dataset: Any, consumed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        device = self.topology.device
-        for tokens, targets in micro_batches(
+    def _batches(self, dataset: Any, consumed: int) -> Iterator[Batch]:
+        return micro_batches(
             dataset,
             consumed=consumed,
             micro_batch_size=self.config.training.micro_batch_size,
             data_parallel_rank=self.topology.data_rank,
             data_parallel_size=self.topology.data_size,
             workers=self.config.data.workers,
-        ):
+        )
+
+    def _on_device(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        device = self.topology.device
+        for tokens, targets in batches:
             yield tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+
+    def _in_order(self, batches: Iterator[Batch], passes: list[Pass]) -> Iterator[Batch]:
+        """A step's micro-batches, each as its pass wants it (see Pass)."""
+        return self._on_device(
+            (tokens, targets)
+            if plan.order is None
+            else (tokens[list(plan.order)], targets[list(plan.order)])
+            for plan, (tokens, targets) in zip(passes, batches, strict=False)
+        )
 
     def _evaluate(self) -> dict[str, SubmodelLoss]:
         layers = self.config.model.n_layers
@@ -162,7 +185,9 @@ class Run:
         batches = self._batches(self.validation_data, 0)
         return evaluate_submodels(
             self.engine.evaluate,
-            islice(batches, self.config.evaluation.batches * self.engine.accumulation),
+            islice(
+                self._on_device(batches), self.config.evaluation.batches * self.engine.accumulation
+            ),
             [*uniform, *mixed],
             uniform[0],
             per_pass=len(self.nesting),

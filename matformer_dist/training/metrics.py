@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import resource
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,8 +102,20 @@ class MetricsLog:
 
     def __init__(self, config: Config, resumed_step: int) -> None:
         self.path = config.run.dir / "metrics.jsonl"
-        self._forget_after(resumed_step)
+        if resumed_step == 0:
+            self._set_aside()
+        else:
+            self._forget_after(resumed_step)
         self._file = self.path.open("a")
+
+    def _set_aside(self) -> None:
+        """Keep the lines of a run that left no checkpoint, under another name."""
+        if self.path.exists() and self.path.stat().st_size:
+            numbers = (n for n in itertools.count(1) if not self._earlier(n).exists())
+            self.path.rename(self._earlier(next(numbers)))
+
+    def _earlier(self, number: int) -> Path:
+        return self.path.with_name(f"metrics.{number}.jsonl")
 
     def _forget_after(self, step: int) -> None:
         """Drop lines of steps that a resumed run does again, and a line cut short by a kill."""

@@ -13,10 +13,12 @@ is random is a pure function of (seed, step), so all ranks agree and a resumed r
 
 from __future__ import annotations
 
+import math
 import random
 from bisect import bisect_right
 from collections import Counter
-from itertools import accumulate
+from dataclasses import replace
+from itertools import accumulate, pairwise
 
 from matformer_dist.config import ObjectiveConfig
 from matformer_dist.models.forward_pass import Pass
@@ -58,7 +60,8 @@ class Objective:
             counts = Counter({self._draw(step, range(len(self.nesting))): sequences})
         else:
             counts = self._deal(step, micro_batch, micro_batches, sequences)
-        return self._separate(counts)
+        order = self._order(step, micro_batch, sequences) if len(counts) > 1 else None
+        return replace(self._separate(counts), order=order)
 
     def _shared(self, granularities: range | list[int], weights: list[float], b: int) -> Pass:
         """The same b sequences at each of `granularities`, XL first: it teaches the others.
@@ -95,16 +98,27 @@ class Objective:
         Systematic sampling: the step's N sequences lie on a grid of N points in [0, 1) with one
         random offset, and a point's granularity is where it falls among the cumulated
         probabilities. So over a step counts are within one of N * p_i and right on average.
-        A micro-batch takes every (N/b)-th point: its own counts are within one of b * p_i, and
+        Micro-batch k of M takes points k, k + M, ...: its own counts are within one of b * p_i, and
         the same at every step where b * p_i are whole numbers. Where they are not, who begins
         with which point changes from step to step, or the same rank would always have the most
         work.
         """
-        n = micro_batches * b
-        offset = self._random(step).random()
-        first = (micro_batch + step) % micro_batches
-        points = ((first + micro_batches * j + offset) / n for j in range(b))
-        return Counter(self._locate(point, self.probabilities) for point in points)
+        first = (micro_batch + step) % micro_batches + self._random(step).random()
+        last = max(i for i, p in enumerate(self.probabilities) if p > 0)
+        below = [0]  # of the b points, those that lie below each cumulated probability
+        for i, p in enumerate(accumulate(self.probabilities)):
+            points = math.ceil(p * b - first / micro_batches)
+            below.append(b if i >= last else min(max(points, below[-1]), b))
+        return Counter({i: after - before for i, (before, after) in enumerate(pairwise(below))})
+
+    def _order(self, step: int, micro_batch: int, b: int) -> tuple[int, ...]:
+        """Which sequence takes which place in the segments.
+
+        Drawn anew for every micro-batch: a blend deals its data sets in a fixed pattern, and a
+        granularity must not always meet the same one.
+        """
+        draw = random.Random(f"order:{self.seed}:{step}:{micro_batch}")
+        return tuple(draw.sample(range(b), b))
 
     def _draw(self, step: int, among: range) -> int:
         shares = [self.probabilities[i] for i in among]

@@ -12,11 +12,14 @@ from rich.table import Table
 
 from matformer_dist.config import Config
 from matformer_dist.counting import count_parameters, flops_per_token
+from matformer_dist.errors import UserError
 from matformer_dist.ops.multi_granularity_loss import default_chunk_tokens
 from matformer_dist.parallel.topology import Topology
 from matformer_dist.planning import MemoryEstimate, estimate_memory
 from matformer_dist.run_directory import Checkpoint
 from matformer_dist.training.engine import accumulation_steps, zero_stage
+
+_BF16_MULTIPLE = 8  # values in the 16 bytes that tensor cores want operands aligned to
 
 
 class Screen:
@@ -31,7 +34,7 @@ class Screen:
         self._started: tuple[float, int] | None = None
         self._bar: Progress | None = None
 
-    def show_plan(self, resumed: Checkpoint | None, damaged: Sequence[str]) -> None:
+    def show_plan(self, resumed: Checkpoint | None, notices: Sequence[str]) -> None:
         """What is about to be trained, on what, and the memory that it should take."""
         config, topology = self.config, self.topology
         training = config.training
@@ -68,10 +71,19 @@ class Screen:
             f"memory     {_in_words(memory)}\n"
             f"run        {config.run.dir}"
         )
-        for why in damaged:
-            self.console.print(f"passed over: {why}")
+        for notice in notices:
+            self.console.print(f"notice     {notice}")
         if resumed is not None:
             self.console.print(f"resuming   {resumed.path}")
+
+    def warn_of_unaligned_widths(self) -> None:
+        """Where a rank's part of a ring is no multiple of what a GPU multiplies at full speed."""
+        if self.topology.device.type != "cuda" or self.config.training.precision != "bf16":
+            return
+        try:
+            self.config.granularities.check_dealable(self.topology.tensor.size, _BF16_MULTIPLE)
+        except UserError as error:
+            self.console.print(f"warning    matrix products will be slow: {error}")
 
     def warn_of_uneven_work(self, even: int | None) -> None:
         """Where micro-batches are no multiple of `even` sequences (see Objective)."""

@@ -8,33 +8,44 @@ import importlib.util
 import platform
 from collections.abc import Iterator, Mapping
 
-from matformer_dist.config import Config, load_config
+from matformer_dist.config import Config, TrainingConfig, load_config
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.errors import UserError
 from matformer_dist.parallel.topology import Topology
 from matformer_dist.run_directory import Checkpoint, Layout, Manifest, read_checkpoints
 from matformer_dist.training.engine import zero_stage
 
-# A run may go on with these changed. All else decides what its weights become; how a checkpoint's
-# files are laid out and which tokenizer it belongs to is checked against its manifest.
-_FREE_SECTIONS = ("run", "parallel", "evaluation", "checkpoint", "logging", "deepspeed")
+# A run may go on with these changed, and with another length (whoever changes that is told what it
+# does to the schedule). All else decides what its weights become. Which tokenizer a checkpoint
+# belongs to, and how its files are laid out, is checked against its manifest.
+_FREE_SECTIONS = ("run", "nesting", "parallel", "evaluation", "checkpoint", "logging")
 _FREE_KEYS = {
+    "model": ("init_std", "max_seq_len", "vocab_size"),
     "data": ("tokenizer", "workers"),
-    "training": ("steps", "tokens", "micro_batch_size", "compile", "activation_checkpointing"),
-}
-# Neither changes what trained weights compute.
-_FREE_OF_MODEL = ("init_std", "max_seq_len", "vocab_size")
+    "training": ("steps", "tokens", "compile", "activation_checkpointing"),
+    "deepspeed": (
+        "aio", "comms_logger", "flops_profiler", "memory_breakdown", "steps_per_print",
+        "tensorboard", "wandb", "wall_clock_breakdown", "zero_optimization",
+    ),
+}  # fmt: skip
 _PACKAGES = ("matformer_dist", "torch", "deepspeed", "megatron-core")
 
 
-def check_run_directory(config: Config) -> None:
-    """UserError where the run directory holds checkpoints of another configuration."""
+def check_run_directory(config: Config) -> list[str]:
+    """UserError where the run directory holds checkpoints of another configuration.
+
+    Returns what whoever goes on with that run should know.
+    """
     path = config.run.dir / "config.yaml"
     if not path.exists() or not any(read_checkpoints(config.run.dir)):
-        return
-    before = load_config(path).model_dump(mode="json")
-    now = config.model_dump(mode="json")
+        return []
+    saved = load_config(path)
+    before, now = saved.model_dump(mode="json"), config.model_dump(mode="json")
     changed = [
+        f"nesting (was {saved.granularities}, now {config.granularities})"
+        for _ in range(saved.granularities != config.granularities)
+    ]
+    changed += [
         change
         for section in now
         if section not in _FREE_SECTIONS
@@ -45,6 +56,14 @@ def check_run_directory(config: Config) -> None:
             f"the run directory {config.run.dir} holds a run with another configuration: "
             f"{'; '.join(changed)}; set these back, or choose another run.dir"
         )
+    was, is_ = saved.training.total_steps, config.training.total_steps
+    if was == is_ or config.schedule.kind == "constant":
+        return []
+    notice = (
+        f"the run's length was {was} steps and is now {is_}: the learning rate follows the "
+        f"{config.schedule.kind} schedule of the new length from here on"
+    )
+    return [notice]
 
 
 def _changes(
@@ -74,14 +93,18 @@ def check_monitors(config: Config) -> None:
         )
 
 
-def check_checkpoint(checkpoint: Checkpoint, now: Manifest) -> None:
-    """UserError where a checkpoint is not of the model, tokenizer and layout of this run."""
+def check_checkpoint(checkpoint: Checkpoint, now: Manifest, training: TrainingConfig) -> None:
+    """UserError where a checkpoint is not of the model, tokenizer, batch and layout of this run.
+
+    The batch too, because the steps done say which data are to come.
+    """
+    batch_size, seq_len = training.global_batch_size, training.seq_len
     saved = checkpoint.manifest
     wrong = list(
         _changes(
             saved.model.model_dump(mode="json"),
             now.model.model_dump(mode="json"),
-            _FREE_OF_MODEL,
+            _FREE_KEYS["model"],
             "model",
         )
     )
@@ -91,6 +114,8 @@ def check_checkpoint(checkpoint: Checkpoint, now: Manifest) -> None:
         "vocabulary": (saved.vocab_size, now.vocab_size),
         "SHA-256 of the tokenizer": (saved.tokenizer_sha256[:12], now.tokenizer_sha256[:12]),
         "training.precision": (saved.precision, now.precision),
+        "training.global_batch_size": (_per(saved.consumed_sequences, saved.step), batch_size),
+        "training.seq_len": (_per(saved.tokens, saved.consumed_sequences), seq_len),
     }
     wrong += [
         f"{key} (was {was!r}, now {is_!r})" for key, (was, is_) in pairs.items() if was != is_
@@ -101,6 +126,10 @@ def check_checkpoint(checkpoint: Checkpoint, now: Manifest) -> None:
             "back, or choose another checkpoint.resume"
         )
     _check_layout(checkpoint, now.layout)
+
+
+def _per(total: int, parts: int) -> int:
+    return total // max(parts, 1)
 
 
 def _check_layout(checkpoint: Checkpoint, now: Layout) -> None:

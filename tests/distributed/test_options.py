@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import Any
 
 import pytest
 
+from matformer_dist.parallel.topology import initialize
+from matformer_dist.training.engine import Engine, build_model
+from matformer_dist.training.objective import Objective
 from tests.distributed.ranks import run_ranks
-from tests.distributed.training_cases import tiny_config, train_each
+from tests.distributed.training_cases import (
+    VOCAB,
+    synthetic_batches,
+    tiny_config,
+    train_each,
+)
 
 History = list[dict[str, float]]
 
@@ -64,6 +73,25 @@ def test_options_match_plain_training_over_tensor_parallel_ranks() -> None:
     _assert_close(found["checkpointing"], found["plain"], 1e-6)
     _assert_close(found["compiled"], found["plain"], 1e-5)
     _assert_close(found["bf16, ZeRO 1"], found["plain"], 0.05)
+
+
+def test_bf16_gradients_are_summed_in_fp32() -> None:
+    """512 equal micro-batches: a sum in bf16 would no longer grow after 256 of them."""
+    norms = {count: run_ranks(1, norm_of_equal_micro_batches, count)[0] for count in (1, 512)}
+    assert norms[512] == pytest.approx(norms[1], rel=0.01)
+
+
+def norm_of_equal_micro_batches(count: int) -> float:
+    training = {"precision": "bf16", "global_batch_size": count}
+    config = tiny_config(**zero(1), training=_merged("training", training))
+    topology = initialize(1)
+    engine = Engine(config, build_model(config, VOCAB, topology), topology)
+    tokens, targets = next(synthetic_batches(config, topology))
+    plan = Objective(config.objective, config.granularities, config.model.n_layers, 5).plan(
+        0, 0, 1, 1
+    )
+    engine.train_step(repeat((tokens, targets)), repeat(plan), 1e-3)
+    return engine.grad_norm
 
 
 def test_options_match_plain_training_over_data_parallel_ranks() -> None:

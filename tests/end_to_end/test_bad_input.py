@@ -1,4 +1,4 @@
-"""A user's mistake costs one message and exit code 2, under every launcher."""
+"""A user's mistake costs one message and exit code 2, in one process and on several ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import ROOT, launch, matformer, refuse, run, train, write_config
+from tests.end_to_end.conftest import (
+    ROOT,
+    launch,
+    matformer,
+    refuse,
+    run,
+    succeed,
+    train,
+    write_config,
+)
 
 
 @pytest.fixture
@@ -31,6 +40,7 @@ def config(corpus: Path, tmp_path: Path) -> Path:
         ("checkpoint.resume=/absent", "/absent"),
         ("deepspeed.wandb.enabled=true", "set that instead"),
         ("deepspeed.tensorboard=3", "DeepSpeed does not take"),
+        ("deepspeed.checkpoint.use_node_local_storage=true", "the section checkpoint"),
         ("deepspeed.zero_optimization=3", "must hold keys"),
         ("evaluation.batches=100000", "ask for at most"),
     ],
@@ -65,6 +75,19 @@ def test_bad_data(corpus: Path, tmp_path: Path) -> None:
 def test_bad_layout_of_ranks(config: Path) -> None:
     refuse(train(config, "parallel.tensor=4", ranks=2), "2 ranks were started")
     refuse(train(config, "training.global_batch_size=4", ranks=2), "does not divide by 8")
+
+
+def test_what_the_main_rank_finds_stops_every_rank(config: Path, tmp_path: Path) -> None:
+    """After the ranks have joined: in the run directory, checkpoints, data, permissions."""
+    succeed(train(config, "training.steps=2", ranks=2))
+    refuse(train(config, "optimizer.lr=0.5", ranks=2), "optimizer.lr (was 0.003, now 0.5)")
+    (tmp_path / "run/checkpoints/step-2/manifest.json").unlink()
+    refuse(train(config, ranks=2), "no checkpoint in")
+    fresh = f"run.dir={tmp_path / 'other'}"
+    refuse(train(config, fresh, f"data.train=[[1,{tmp_path}/none]]", ranks=2), "none.idx")
+    (tmp_path / "file").write_text("")
+    below = f"run.dir={tmp_path / 'file' / 'run'}"
+    refuse(train(config, below, ranks=2), f"{tmp_path / 'file'}")
 
 
 def test_empty_corpus(tmp_path: Path) -> None:

@@ -181,6 +181,22 @@ def test_two_writers_of_one_data_set_do_not_meet(tmp_path: Path) -> None:
     write_ours(tmp_path / "d", make_documents(3), np.uint16)
 
 
+def test_closing_again_leaves_the_next_writer_alone(tmp_path: Path) -> None:
+    def writer() -> IndexedWriter:
+        return IndexedWriter(tmp_path / "d", np.dtype(np.uint16), suffixes=(".json",), force=True)
+
+    documents = make_documents(3)
+    first = writer()
+    first.write_file(".json", b"{}")
+    first.publish()
+    second = writer()
+    second.write_file(".json", b"{}")
+    second.add(documents[0].astype(np.uint16).tobytes(), np.array([len(documents[0])], np.int32))
+    first.close()  # as a `finally` does
+    second.publish()
+    assert open_indexed(str(tmp_path / "d")).token_ids().tolist() == documents[0].tolist()
+
+
 def test_existing_data_are_replaced_only_on_demand(tmp_path: Path) -> None:
     write_ours(tmp_path / "d", make_documents(3), np.uint16)
     with pytest.raises(UserError, match=r"d\.json and .*d\.bin and .*d\.idx exist already"):

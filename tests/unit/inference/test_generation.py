@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,21 @@ def test_low_precision_weights_run_in_fp32_on_a_cpu(lm: MatLM, tmp_path: Path) -
             for prompt in prompts
         ]
         assert texts == continuations(torch.float32) != continuations(torch.bfloat16)
+
+
+@pytest.mark.parametrize("format", ["native", "hf"])
+@pytest.mark.parametrize("kept", [0, 5, 500, -100])  # of the bytes: none, of the header, of weights
+def test_truncated_weights_are_named(
+    extracted: dict[str, Path], tmp_path: Path, format: str, kept: int
+) -> None:
+    if format == "hf":
+        pytest.importorskip("transformers")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(extracted[format], damaged)
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"cannot .* the model again"):
+        sample(damaged, "x", max_new_tokens=4)
 
 
 def test_directories_and_prompts_that_do_not_fit_are_named(

@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
+import yaml
 
+from matformer_dist import cli
 from matformer_dist.errors import UserError
 from matformer_dist.report import write_report
 from matformer_dist.report.inputs import read_run
 from matformer_dist.report.page import SAMPLE_CHARACTERS, training_seconds
+from matformer_dist.submodels.formats import FORMATS
+from matformer_dist.submodels.transformers_format import check_architecture
 
 VOID = {"meta", "link", "br", "path"}
 
@@ -139,6 +144,49 @@ def test_commands_extract_the_submodel_of_their_row(make_run: Any) -> None:
     assert len(set(outputs)) == len(outputs) == 14
 
 
+@pytest.mark.parametrize(
+    ("ffn", "norm"),
+    [("swiglu", "rmsnorm"), ("gelu", "layernorm"), ("swiglu", "layernorm"), ("gelu", "rmsnorm")],
+)
+@pytest.mark.parametrize("lacks", ["nothing", "samples", "all but training"])
+def test_every_command_matches_what_the_cli_takes(
+    make_run: Any, ffn: str, norm: str, lacks: str
+) -> None:
+    run = make_run(complete=lacks != "all but training")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"] |= {"ffn": ffn, "norm": norm}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    if lacks == "samples":
+        (run / "samples.json").unlink()
+    model = read_run(run).config.model
+    calls = [parsed(code) for code in page_of(run).texts("code") if code.startswith("matformer ")]
+    models = {path.parent for path in run.rglob("submodel.json")}
+    expected = {"report"}
+    expected |= {"evaluate"} if lacks == "all but training" else set()
+    expected |= {"generate"} if lacks != "nothing" else set()
+    assert {name for name, _ in calls} == expected | {"extract"}
+    for name, options in calls:
+        if name == "generate":
+            assert options["model"] in models  # made by a command above, or there already
+            continue
+        assert Path(options["run"]) == run
+        if name == "extract":
+            models.add(options["output"])
+            for submodel in options["submodel"]:
+                read_run(run).nesting.parse(submodel, model.n_layers)
+            assert options["format"] in FORMATS
+            if options["format"] == "hf":
+                check_architecture(model)
+
+
+def parsed(line: str) -> tuple[str, dict[str, Any]]:
+    """Name and options of a command line, read by the parser of the command itself."""
+    program, name, *words = shlex.split(line)
+    assert program == "matformer"
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    return name, commands[name].make_context(name, words).params
+
+
 def test_extracted_models_and_samples_are_shown(make_run: Any) -> None:
     page = page_of(make_run())
     assert any(re.match(r"S hf 984 k 3\.94 MB .* 300 .*/submodels/S$", r) for r in page.texts("tr"))
@@ -192,7 +240,7 @@ def test_run_that_only_trained_names_the_commands(make_run: Any) -> None:
     codes = page.texts("code")
     assert f"matformer evaluate {run}" in codes
     assert any(code.startswith(f"matformer extract {run} --submodel L") for code in codes)
-    assert any(code.startswith("matformer generate") for code in codes)
+    assert f"matformer generate {run / 'submodels' / 'L'}" in codes
     assert any("No validation loss yet" in words for words in page.texts("p"))
     assert page.texts("tr")[1] == "S 128 984 k – – –"
     assert "Training loss" in page.texts("h3")

@@ -42,6 +42,16 @@ def test_a_resumed_run_does_its_later_lines_again(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_lines_of_a_run_that_begins_again_are_set_aside(tmp_path: Path) -> None:
+    for attempt in (1, 2, 3):
+        log = MetricsLog(config(tmp_path), 0)
+        log.write({"step": attempt})
+        log.close()
+    assert written(tmp_path) == [{"step": 3}]
+    aside = [(tmp_path / f"metrics.{n}.jsonl").read_text() for n in (1, 2)]
+    assert aside == ['{"step": 1}\n', '{"step": 2}\n']
+
+
 @pytest.mark.parametrize("damage", [b"{", b"\xff\xfe", b"[3]", b'{"step": "x"}', b""])
 def test_a_damaged_line_is_named_and_nothing_is_dropped(tmp_path: Path, damage: bytes) -> None:
     content = b'{"step": 1}\n' + damage + b'\n{"step": 3}\n'

@@ -124,6 +124,31 @@ def test_no_rank_always_carries_the_widest_granularity() -> None:
     assert set(widest.values()) == {50}
 
 
+def test_every_granularity_sees_every_place_of_a_micro_batch() -> None:
+    """A blend puts its data sets into the same places of every micro-batch."""
+    dealt = objective(kind="per_sequence")
+    seen: Counter[tuple[str, int]] = Counter()
+    for step in range(1000):
+        plan = dealt.plan(step, step % 3, 3, 4)
+        assert plan.order is not None and sorted(plan.order) == [0, 1, 2, 3]
+        for place, name in zip(plan.order, counts(plan), strict=True):  # one sequence each
+            seen[name, place] += 1
+    assert all(abs(seen[name, place] - 250) < 60 for name in NESTING.names for place in range(4))
+    assert dealt.plan(7, 1, 3, 4).order == dealt.plan(7, 1, 3, 4).order
+    assert len({dealt.plan(7, i, 9, 4).order for i in range(9)}) > 1
+    for kind in ("joint", "sampled", "sandwich"):
+        assert objective(kind=kind).plan(0, 0, 1, 4).order is None
+
+
+def test_a_steps_counts_are_those_of_its_micro_batches() -> None:
+    """The whole step as one micro-batch: what the FLOPs of a step are counted from."""
+    p = {"S": 0.44, "M": 0.31, "L": 0.15, "XL": 0.10}
+    dealt = objective(kind="per_sequence", probabilities=p)
+    for step in range(50):
+        parts = sum((Counter(counts(dealt.plan(step, i, 5, 3))) for i in range(5)), Counter())
+        assert parts == Counter(counts(dealt.plan(step, 0, 1, 15)))
+
+
 def test_even_micro_batches_are_named() -> None:
     assert objective(kind="joint").even_micro_batch() == 1
     assert objective(kind="per_sequence").even_micro_batch() == 4

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
-from matformer_dist.config import CheckpointConfig, load_config
+from matformer_dist.config import CheckpointConfig, TrainingConfig, load_config
 from matformer_dist.errors import UserError
+from matformer_dist.models.forward_pass import Pass
 from matformer_dist.parallel.topology import Topology
-from matformer_dist.run_directory import Manifest, find_checkpoint
-from matformer_dist.training.checkpoint import CheckpointStore
+from matformer_dist.run_directory import Layout, Manifest, find_checkpoint
+from matformer_dist.training.checkpoint import CheckpointStore, _check_files
+from matformer_dist.training.loop import Run
 from matformer_dist.training.setup import check_checkpoint, check_run_directory
 from tests.unit.submodels.synthetic_run import model_config, random_model, write_run
+
+BATCH = TrainingConfig(steps=5, seq_len=8, micro_batch_size=1, global_batch_size=1)
 
 
 @pytest.fixture
@@ -56,6 +63,47 @@ def test_a_run_without_a_whole_checkpoint_does_not_begin_again(run: Path) -> Non
             step_of(run, resume=resume)
 
 
+def test_a_checkpoint_of_another_version_is_not_passed_over(run: Path) -> None:
+    path = run / "checkpoints/step-6/manifest.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(UserError, match="has format 2"):
+        step_of(run)
+
+
+@pytest.mark.parametrize(
+    ("layout", "names", "says"),
+    [
+        ((2, 2, 0), ["mp_rank_00_model_states.pt"], "1 files of model states"),
+        (
+            (1, 2, 1),
+            ["mp_rank_00_model_states.pt", "zero_pp_rank_0_optim_states.pt"],
+            "1 files of opt",
+        ),
+        ((1, 2, 3), ["zero_pp_rank_0_mp_rank_00_model_states.pt"], "1 files of model .* 2 were"),
+    ],
+)
+def test_a_checkpoint_without_the_files_of_all_nodes_is_none(
+    tmp_path: Path, layout: tuple[int, int, int], names: list[str], says: str
+) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    tensor, data, stage = layout
+    with pytest.raises(UserError, match=says):
+        _check_files(tmp_path, Layout(tensor=tensor, data=data, zero_stage=stage))
+
+
+def test_batches_are_put_in_the_order_of_their_pass() -> None:
+    plain = Pass((), False, (), (), ())
+    passes = [replace(plain, order=(2, 0, 1)), plain]
+    batch = (torch.arange(6).view(3, 2), torch.arange(6).view(3, 2) + 1)
+    more = iter([batch, batch, batch])
+    run = cast(Run, SimpleNamespace(_on_device=iter))
+    (tokens, targets), (as_they_came, _) = Run._in_order(run, more, passes)
+    assert tokens.tolist() == [[4, 5], [0, 1], [2, 3]]
+    assert torch.equal(targets, tokens + 1) and torch.equal(as_they_came, batch[0])
+    assert len(list(more)) == 1, "the next step's batch stays where it is"
+
+
 def test_going_back_does_not_write_over_later_checkpoints(run: Path) -> None:
     with pytest.raises(UserError, match=r"holds later steps \(4, 6\)"):
         step_of(run, resume=f"{run}@2")
@@ -89,19 +137,26 @@ def test_a_checkpoint_of_another_model_or_layout_is_refused(
     checkpoint = find_checkpoint(run)
     raw = checkpoint.manifest.model_dump(mode="json")
     with pytest.raises(UserError, match=says):
-        check_checkpoint(checkpoint, Manifest.model_validate({**raw, **change}))
+        check_checkpoint(checkpoint, Manifest.model_validate({**raw, **change}), BATCH)
 
 
 def test_what_trained_weights_do_not_depend_on_may_change(run: Path) -> None:
     checkpoint = find_checkpoint(run)
     longer = model_config(max_seq_len=4096, init_std=1.0)
-    check_checkpoint(checkpoint, checkpoint.manifest.model_copy(update={"model": longer}))
+    check_checkpoint(checkpoint, checkpoint.manifest.model_copy(update={"model": longer}), BATCH)
+
+
+@pytest.mark.parametrize("key", ["global_batch_size", "seq_len"])
+def test_another_batch_is_refused_because_steps_count_data(run: Path, key: str) -> None:
+    checkpoint = find_checkpoint(run)
+    other = BATCH.model_copy(update={key: 2})
+    with pytest.raises(UserError, match=rf"training.{key} \(was \d, now 2\)"):
+        check_checkpoint(checkpoint, checkpoint.manifest, other)
 
 
 @pytest.mark.parametrize(
     "override",
     [
-        "training.steps=9",
         "training.compile=true",
         "training.activation_checkpointing=full",
         "data.tokenizer=elsewhere.model",
@@ -113,11 +168,25 @@ def test_what_trained_weights_do_not_depend_on_may_change(run: Path) -> None:
 def test_a_run_goes_on_with_settings_that_do_not_decide_its_weights(
     run: Path, override: str
 ) -> None:
-    check_run_directory(load_config(run / "config.yaml", [override]))
+    assert check_run_directory(load_config(run / "config.yaml", [override])) == []
+
+
+def test_whoever_changes_a_runs_length_is_told_what_that_does(run: Path) -> None:
+    longer = load_config(run / "config.yaml", ["training.steps=9"])
+    assert "was 5 steps and is now 9" in check_run_directory(longer)[0]
+    constant = (run / "config.yaml").read_text() + "schedule: {kind: constant}\n"
+    (run / "config.yaml").write_text(constant)
+    assert check_run_directory(load_config(run / "config.yaml", ["training.steps=9"])) == []
 
 
 @pytest.mark.parametrize(
-    "override", ["optimizer.lr=0.5", "training.seed=3", "objective.kind=joint", "data.seed=3"]
+    "override",
+    [
+        "optimizer.lr=0.5",
+        "training.seed=3",
+        "objective.kind=joint",
+        "data.seed=3",
+    ],
 )
 def test_a_run_does_not_go_on_with_other_settings(run: Path, override: str) -> None:
     key, _, value = override.partition("=")
