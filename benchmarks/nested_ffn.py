@@ -9,8 +9,8 @@
 
 Every way computes the same outputs and the same gradients of x and of all weights, which is
 checked before it is timed. Weights of the plain ways lie as torch.nn.Linear keeps them, gate and
-up apart. `joint`: every granularity sees the same number of rows. `split`: the rows are dealt
-evenly to the granularities, as in the per_sequence objective.
+up apart. `joint`: every granularity sees all of `--rows` rows. `split`: they are dealt evenly to
+the granularities, as in the per_sequence objective.
 
 The three ways take turns within each repetition, so a busy machine disturbs all of them alike;
 ratios are medians of the ratios of single repetitions. On a CPU the process keeps the memory that
@@ -40,7 +40,7 @@ DEFAULT_SIZES = ((256, 1024), (512, 2048), (1024, 4096))
 DEFAULT_ROWS = (256, 1024, 4096)
 MAX_FLOPS_CPU = 4e11  # of masks, forward + backward; beyond it a repetition takes tens of seconds
 
-Way = Callable[[], None]
+Way = Callable[[], list[Tensor]]
 
 
 def main() -> None:
@@ -51,8 +51,10 @@ def main() -> None:
     if args.device == "cpu" and not args.fresh_memory:
         keep_freed_memory()
     results, left_out = [], []
-    print("| rows | D | d_ff | layout | nested ms | loop ms | masks ms | of loop | of masks |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| rows | of each granularity | D | d_ff | layout | nested ms | loop ms | masks ms | of loop | of masks |"
+    )
+    print("|" + "---|" * 10)
     for d_model, d_ff in args.sizes:
         for n_rows in args.rows:
             for layout in ("joint", "split"):
@@ -129,7 +131,7 @@ class Case:
         gate, up = self.projections
         return F.silu(F.linear(x, gate[:width])) * F.linear(x, up[:width])
 
-    def nested(self) -> None:
+    def nested(self) -> list[Tensor]:
         y = nested_ffn(
             self.x,
             self.w_in,
@@ -139,40 +141,46 @@ class Case:
             activation=self.activation,
         )
         y.backward(self.d_y)
+        return [y]
 
-    def loop(self) -> None:
+    def loop(self) -> list[Tensor]:
+        outputs = []
         segments = zip(self.x.split(self.rows), self.d_y.split(self.rows), self.widths, strict=True)
         for x, d_y, width in segments:
-            F.linear(self.activate(x, width), self.down[:, :width]).backward(d_y)
+            outputs.append(F.linear(self.activate(x, width), self.down[:, :width]))
+            outputs[-1].backward(d_y)
+        return outputs
 
-    def masks(self) -> None:
-        F.linear(self.activate(self.x, self.d_ff) * self.mask, self.down).backward(self.d_y)
+    def masks(self) -> list[Tensor]:
+        y = F.linear(self.activate(self.x, self.d_ff) * self.mask, self.down)
+        y.backward(self.d_y)
+        return [y]
 
-    def gradients(self, way: Way) -> list[Tensor]:
-        """Gradients after one pass, in the layout of torch.nn.Linear."""
+    def results(self, way: Way) -> list[Tensor]:
+        """Output and gradients of one pass, in the layout of torch.nn.Linear."""
         self.clear()
-        way()
+        y = torch.cat(way()).detach()
         if way == self.nested:
             assert self.w_in.grad is not None and self.w_out.grad is not None
             weights = [*self.w_in.grad.split(self.d_model, 1), self.w_out.grad.t()]
         else:
             weights = [w.grad for w in (*self.projections, self.down) if w.grad is not None]
         assert self.x.grad is not None
-        return [self.x.grad, *weights]
+        return [y, self.x.grad, *weights]
 
     def clear(self) -> None:
         for operand in (self.x, self.w_in, self.w_out, self.down, *self.projections):
             operand.grad = None
 
     def check(self) -> None:
-        """Raise unless the three ways give the same gradients, to the rounding of the dtype."""
-        expected = self.gradients(self.masks)
+        """Raise unless the three ways give the same results, to the rounding of the dtype."""
+        expected = self.results(self.masks)
         tolerance = 30 * torch.finfo(self.x.dtype).eps
         for way in (self.nested, self.loop):
-            for got, want in zip(self.gradients(way), expected, strict=True):
+            for got, want in zip(self.results(way), expected, strict=True):
                 error = ((got - want).float().norm() / want.float().norm()).item()
                 if not error <= tolerance:
-                    raise RuntimeError(f"{way.__name__}: gradients differ by {error:.1e}")
+                    raise RuntimeError(f"{way.__name__}: results differ by {error:.1e}")
 
     def time_ms(self, way: Way) -> float:
         self.clear()
@@ -197,7 +205,7 @@ class Case:
         nested, loop, masks = (statistics.median(times) for times in zip(*repetitions, strict=True))
         return {
             "rows_per_granularity": self.rows[0],
-            "rows": self.n_rows,
+            "rows": len(self.x),
             "d_model": self.d_model,
             "d_ff": self.d_ff,
             "layout": self.layout,
@@ -211,7 +219,8 @@ class Case:
 
 
 def table_line(result: dict[str, object]) -> str:
-    cells = [result[key] for key in ("rows", "d_model", "d_ff", "layout")]
+    keys = ("rows", "rows_per_granularity", "d_model", "d_ff", "layout")
+    cells = [result[key] for key in keys]
     cells += [f"{result[key]:.1f}" for key in ("nested_ms", "loop_ms", "masks_ms")]
     cells += [f"{result[key]:.2f}" for key in ("nested_of_loop", "nested_of_masks")]
     return "| " + " | ".join(map(str, cells)) + " |"
