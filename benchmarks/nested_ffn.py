@@ -52,7 +52,8 @@ def main() -> None:
         keep_freed_memory()
     results, left_out = [], []
     print(
-        "| rows | of each granularity | D | d_ff | layout | nested ms | loop ms | masks ms | of loop | of masks |"
+        "| rows | of each granularity | D | d_ff | layout | nested ms | loop ms | masks ms "
+        "| of loop | of masks |"
     )
     print("|" + "---|" * 10)
     for d_model, d_ff in args.sizes:

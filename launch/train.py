@@ -14,7 +14,8 @@ import sys
 
 import torch.distributed as dist
 
-from matformer_dist.config import Config, load_config
+from matformer_dist.config import Config
+from matformer_dist.config_file import load_config
 from matformer_dist.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from matformer_dist.parallel.topology import (
     check_ranks,

@@ -1,4 +1,4 @@
-"""One tree of validated settings per run: read from YAML, overridden by section.key=value.
+"""One tree of validated settings per run; config_file.py reads it.
 
 Every check that needs nothing but the settings themselves is made here, before a process group
 or a file is touched, so that a mistake costs a second and one message.
@@ -6,15 +6,12 @@ or a file is touched, so that a mistake costs a second and one message.
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import omegaconf
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from matformer_dist.errors import UserError
 from matformer_dist.nesting import Nesting
@@ -289,91 +286,3 @@ def _check_shares(key: str, shares: dict[str, float] | None, nesting: Nesting) -
         )
     if abs(sum(shares.values()) - 1) > 1e-6:
         raise ValueError(f"{key} sum to {sum(shares.values()):g}; they must sum to 1")
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides, validate; UserError on any mistake."""
-    try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise UserError(f"cannot read the config file {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"the config file {path} is not text; it must be YAML") from None
-    try:
-        loaded = omegaconf.OmegaConf.create(text)
-        _check_sections(loaded, path)
-        merged = omegaconf.OmegaConf.merge(loaded, _parse_overrides(overrides))
-        tree = omegaconf.OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
-    except yaml.YAMLError as error:
-        raise UserError(f"the config file {path} is not valid YAML: {error}") from None
-    except omegaconf.errors.OmegaConfBaseException as error:
-        raise UserError(f"the config file {path}: {error}".split("\n")[0]) from None
-    except (TypeError, ValueError) as error:  # OmegaConf, where a list is given a dictionary's keys
-        raise UserError(
-            f"overrides {list(overrides)} do not fit the config file {path} ({error}); a list is "
-            "overridden whole, as in data.train=[[1,corpus]]"
-        ) from None
-    return validate_config(tree, source=str(path))
-
-
-def _check_sections(loaded: Any, path: str | Path) -> None:
-    if not isinstance(loaded, omegaconf.DictConfig) or not loaded:
-        raise UserError(
-            f"the config file {path} must hold sections ({', '.join(Config.model_fields)}), each "
-            "with its keys"
-        )
-    for key in loaded:
-        if not isinstance(loaded._get_node(key), omegaconf.DictConfig) or loaded[key] is None:
-            raise UserError(
-                f"the config file {path}: the section {key!s} is {loaded[key]!r}, but must hold "
-                "keys; write some below it, or take it out"
-            )
-
-
-def _parse_overrides(overrides: Sequence[str]) -> omegaconf.DictConfig:
-    for item in overrides:
-        key, equals, _ = item.partition("=")
-        if not equals or "." not in key:
-            raise UserError(
-                f"override {item!r} must be written section.key=value, for example "
-                "training.steps=100"
-            )
-    try:
-        parsed = omegaconf.OmegaConf.from_dotlist(list(overrides))
-        for key in omegaconf.OmegaConf.missing_keys(parsed):  # merging would pass over them
-            raise UserError(f"override {key}=??? sets no value; write one behind the =")
-        return parsed
-    except (omegaconf.errors.OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(f"overrides {list(overrides)}: {error}".split("\n")[0]) from None
-
-
-def validate_config(tree: Any, source: str) -> Config:
-    """Build a Config from plain dictionaries; every mistake becomes a line of one UserError."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
-        raise UserError("\n".join([f"{source}: {lines[0]}", *lines[1:]])) from None
-
-
-def _explain(item: Any) -> str:
-    """One line for one finding of pydantic, in the words of the config file."""
-    location = [str(part) for part in item["loc"]]
-    key = ".".join(location)
-    if item["type"] == "extra_forbidden":
-        known = _keys_of(location[:-1])
-        close = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean {'.'.join([*location[:-1], close[0]])}?" if close else ""
-        return f"unknown key {key}; {hint or 'known here: ' + ', '.join(known)}"
-    if item["type"] == "missing":
-        return f"{key} is not set, and has no default"
-    if item["type"] == "value_error":
-        return str(item["ctx"]["error"])
-    return f"{key} is {item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}"
-
-
-def _keys_of(location: Sequence[str]) -> list[str]:
-    section: Any = Config
-    for part in location:
-        section = section.model_fields[part].annotation
-    return list(section.model_fields)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from matformer_dist.config import load_config
+from matformer_dist.config_file import load_config
 from matformer_dist.errors import EXIT_USER_ERROR, UserError
 from matformer_dist.inference.generation import sample
 from matformer_dist.parallel.topology import cpu_environment

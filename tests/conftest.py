@@ -1,4 +1,4 @@
-"""What all tests share: one thread a process, and tests that start processes take turns."""
+"""What all tests share: one thread a process, and tests of several ranks take turns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 
 class _ProcessesTakeTurns(LoadScopeScheduling):
-    """One worker runs all tests that start ranks or commands; the others share the rest.
+    """One worker runs the distributed and end-to-end tests; the others share the rest.
+
+    Those start several ranks or a whole command for each of their steps. The few unit tests that
+    start a process are short, and run beside them.
 
     The mark xdist_group would do, but pytest 9.2 ignores it without a word
     (pytest-dev/pytest-xdist#1386).

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from matformer_dist.config import load_config
+from matformer_dist.config_file import load_config
 from matformer_dist.counting import count_parameters, flops_per_token
 from matformer_dist.data.datasets import build_datasets, micro_batches
 from matformer_dist.data.tokenizer import Tokenizer

@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from matformer_dist.config import Config, load_config
+from matformer_dist.config import Config
+from matformer_dist.config_file import load_config
 from matformer_dist.errors import UserError
 from matformer_dist.nesting import Nesting
 

@@ -8,7 +8,8 @@ import importlib.util
 import platform
 from collections.abc import Iterator, Mapping
 
-from matformer_dist.config import Config, TrainingConfig, load_config
+from matformer_dist.config import Config, TrainingConfig
+from matformer_dist.config_file import load_config
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.errors import UserError
 from matformer_dist.parallel.topology import Topology

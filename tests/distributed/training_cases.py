@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matformer_dist.config import Config, validate_config
+from matformer_dist.config import Config
+from matformer_dist.config_file import validate_config
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.parallel.topology import Topology, initialize, leave_groups

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from matformer_dist.config import Config, load_config
+from matformer_dist.config import Config
+from matformer_dist.config_file import load_config
 from matformer_dist.errors import UserError
 
 MINIMAL = """

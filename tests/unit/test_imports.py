@@ -11,7 +11,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "matformer_dist"
 
-BOTTOM = ("errors", "nesting", "config", "counting", "planning", "run_directory")
+BOTTOM = (
+    "errors", "nesting", "config", "config_file", "counting", "planning", "run_directory",
+)  # fmt: skip
 MAY_IMPORT: dict[str, set[str]] = {  # a part of the package: the other parts that it may import
     "__init__": set(),
     **{part: set(BOTTOM[:i]) for i, part in enumerate(BOTTOM)},  # each those before it

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from matformer_dist.config import Config, validate_config
+from matformer_dist.config import Config
+from matformer_dist.config_file import validate_config
 from matformer_dist.data.checks import check_data
 from matformer_dist.data.datasets import build_datasets, micro_batches
 from matformer_dist.data.prepare import prepare_data
@@ -369,7 +370,7 @@ def test_building_prints_nothing(tmp_path: Path, config: Config) -> None:
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     script = (
         "import sys\n"
-        "from matformer_dist.config import load_config\n"
+        "from matformer_dist.config_file import load_config\n"
         "from matformer_dist.data.datasets import build_datasets\n"
         "from matformer_dist.data.tokenizer import Tokenizer\n"
         "config = load_config(sys.argv[1])\n"

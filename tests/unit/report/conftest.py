@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from matformer_dist.config import Config, load_config
+from matformer_dist.config import Config
+from matformer_dist.config_file import load_config
 from matformer_dist.counting import count_parameters, flops_per_token
 from matformer_dist.nesting import Submodel, mix_n_match
 

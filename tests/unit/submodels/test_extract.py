@@ -53,6 +53,20 @@ def test_directory_holds_what_is_promised(run: Path, tmp_path: Path, format: str
     assert list((tmp_path / "a").iterdir()) == [one.path]
 
 
+@pytest.mark.parametrize("format", ["native", "hf"])
+def test_the_model_cards_code_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str
+) -> None:
+    if format == "hf":
+        pytest.importorskip("transformers")
+    run = write_run(tmp_path / "run", random_model(model_config(max_seq_len=96)))
+    (one,) = extract(str(run), ["S:2,M:1"], output=tmp_path / "out", format=format)
+    card = (one.path / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    exec(code.replace("PATH", str(one.path)), {})
+    assert len(capsys.readouterr().out) > 10
+
+
 def test_shards_and_index_hold_every_weight_once(run: Path, tmp_path: Path) -> None:
     (whole,) = extract(str(run), ["XL"], output=tmp_path / "whole")
     (cut,) = extract(str(run), ["XL"], output=tmp_path / "cut", shard_bytes=30_000)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from matformer_dist.config import Config, validate_config
+from matformer_dist.config import Config
+from matformer_dist.config_file import validate_config
 from matformer_dist.errors import UserError
 from matformer_dist.training.metrics import MetricsLog
 

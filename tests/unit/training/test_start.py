@@ -11,7 +11,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from matformer_dist.config import CheckpointConfig, TrainingConfig, load_config
+from matformer_dist.config import CheckpointConfig, TrainingConfig
+from matformer_dist.config_file import load_config
 from matformer_dist.errors import UserError
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.parallel.topology import Topology
