@@ -213,8 +213,12 @@ class Engine:
     def _partition_weights(self, model: MatLM, dictionary: dict[str, Any]) -> None:
         """ZeRO-3: weight after weight to the device, where each rank keeps its part.
 
-        The optimizer is made before, while weights still have their shapes.
+        The optimizer is made before, while weights still have their shapes. DeepSpeed casts
+        weights at the other stages, but not the parts of these.
         """
+        if self.config.training.precision == "bf16":
+            for parameter in model.parameters():
+                parameter.data = parameter.data.bfloat16()
         deepspeed.zero.Init(
             module=model,
             data_parallel_group=self.topology.data_group,
