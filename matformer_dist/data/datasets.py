@@ -128,7 +128,9 @@ def _megatron() -> tuple[Any, Any, Any]:
 
     On import they tell of parts that we do not use; later, that no cache folder is set.
     """
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    # The second warns of a CUDA torch with nvcc on a machine without a GPU.
+    for name in ("megatron.core", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core.datasets.blended_megatron_dataset_builder import (
