@@ -18,8 +18,10 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from matformer_dist.errors import UserError
 
@@ -39,7 +41,7 @@ _CHUNK = 1 << 20
 PARTIAL = ".partial"
 
 
-def token_dtype(vocab_size: int) -> np.dtype:
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """What Megatron stores ids of such a vocabulary in."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
@@ -52,7 +54,7 @@ class IndexedWriter:
     `write_file` and appear with it. A later writer removes what a killed one left.
     """
 
-    def __init__(self, prefix: Path, dtype: np.dtype, *, suffixes: Sequence[str], force: bool):
+    def __init__(self, prefix: Path, dtype: np.dtype[Any], *, suffixes: Sequence[str], force: bool):
         self.prefix = prefix
         self.dtype = dtype
         self.suffixes = (*suffixes, ".bin", ".idx")  # in the order of publishing
@@ -72,7 +74,7 @@ class IndexedWriter:
         self._bin.truncate(0)
         self._lengths = open(self._partial(".lengths"), "wb+")  # noqa: SIM115
 
-    def add(self, tokens: bytes, lengths: np.ndarray) -> None:
+    def add(self, tokens: bytes, lengths: NDArray[Any]) -> None:
         """Append documents of `lengths` int32 [documents] tokens each, one after the other."""
         assert lengths.dtype == np.int32
         self._bin.write(tokens)
@@ -150,14 +152,14 @@ class IndexedFiles:
     """A whole pair of files. `lengths` [sequences] is mapped from the index, in tokens."""
 
     prefix: str
-    dtype: np.dtype
-    lengths: np.ndarray
+    dtype: np.dtype[Any]
+    lengths: NDArray[Any]
 
     @property
     def tokens(self) -> int:
         return os.path.getsize(f"{self.prefix}.bin") // self.dtype.itemsize
 
-    def token_ids(self) -> np.ndarray:
+    def token_ids(self) -> NDArray[Any]:
         """All ids [tokens], mapped."""
         return np.memmap(f"{self.prefix}.bin", self.dtype, "r")
 

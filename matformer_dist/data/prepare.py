@@ -16,8 +16,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 
 from matformer_dist.data import corpus
@@ -80,7 +82,7 @@ class _Corpus:
 @dataclass(frozen=True)
 class _Encoded:
     tokens: bytes
-    lengths: np.ndarray  # int32 [documents]
+    lengths: NDArray[Any]  # int32 [documents]
     empty_documents: int
     text_bytes: int
     disk_bytes: int

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
+from numpy.typing import NDArray
 
 from matformer_dist.errors import UserError
 
@@ -94,7 +95,7 @@ class Tokenizer:
         ids: list[int] = self.encode_array(text).tolist()
         return ids
 
-    def encode_array(self, text: str) -> np.ndarray:
+    def encode_array(self, text: str) -> NDArray[Any]:
         """The same as an int32 array [tokens]."""
         arrays = []
         for i, between in enumerate(text.split(_SPACE) if self._is_exact else [text]):
@@ -107,9 +108,9 @@ class Tokenizer:
         """The text; bytes that are not UTF-8 become U+FFFD."""
         return str(self._processor.decode(list(ids)))
 
-    def _encode_part(self, part: str) -> np.ndarray:
+    def _encode_part(self, part: str) -> NDArray[Any]:
         try:
-            ids: np.ndarray = self._processor.encode(part, out_type="numpy")
+            ids: NDArray[Any] = self._processor.encode(part, out_type="numpy")
         except RuntimeError:
             raise UserError(
                 f"the text {part[:40]!a} holds a lone surrogate, which is not valid Unicode; "

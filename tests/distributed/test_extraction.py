@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from matformer_dist.config import Config
@@ -74,7 +74,7 @@ def submodel_of(config: Config, notation: str) -> Submodel:
     return config.granularities.parse(notation, config.model.n_layers)
 
 
-def train_and_save_each(directory: Path) -> dict[str, dict[str, np.ndarray]]:
+def train_and_save_each(directory: Path) -> dict[str, dict[str, NDArray[Any]]]:
     """What `train_and_save` finds in every case, on the same ranks."""
     results = {}
     for tensor in sorted({case[0] for case in CASES.values()}):
@@ -86,7 +86,7 @@ def train_and_save_each(directory: Path) -> dict[str, dict[str, np.ndarray]]:
     return results
 
 
-def train_and_save(config: Config, topology: Topology) -> dict[str, np.ndarray]:
+def train_and_save(config: Config, topology: Topology) -> dict[str, NDArray[Any]]:
     """Logits by submodel (fp32), or this rank's weights (bf16), as they are after training."""
     from matformer_dist.training import setup
     from matformer_dist.training.checkpoint import CheckpointStore

@@ -9,18 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from matformer_dist.data import indexed_files
 from matformer_dist.data.indexed_files import IndexedWriter, open_indexed, token_dtype
 from matformer_dist.errors import UserError
 
 
-def make_documents(count: int = 50, seed: int = 0, high: int = 400) -> list[np.ndarray]:
+def make_documents(count: int = 50, seed: int = 0, high: int = 400) -> list[NDArray[Any]]:
     rng = np.random.default_rng(seed)
     return [rng.integers(3, high, rng.integers(1, 40)).astype(np.int32) for _ in range(count)]
 
 
-def write_ours(prefix: Path, documents: list[np.ndarray], dtype: Any, force: bool = False) -> None:
+def write_ours(
+    prefix: Path, documents: list[NDArray[Any]], dtype: Any, force: bool = False
+) -> None:
     writer = IndexedWriter(prefix, np.dtype(dtype), suffixes=(".json",), force=force)
     try:
         for start in range(0, len(documents), 7):
@@ -33,7 +36,7 @@ def write_ours(prefix: Path, documents: list[np.ndarray], dtype: Any, force: boo
         writer.close()
 
 
-def write_megatrons(prefix: Path, documents: list[np.ndarray], dtype: Any) -> None:
+def write_megatrons(prefix: Path, documents: list[NDArray[Any]], dtype: Any) -> None:
     """As Megatron-LM's tools/preprocess_data.py does."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -160,7 +163,7 @@ def test_dying_at_any_moment_of_publishing_leaves_no_half_data(
     assert calls > 8
 
 
-def state_of(prefix: Path, old: list[np.ndarray], new: list[np.ndarray]) -> str:
+def state_of(prefix: Path, old: list[NDArray[Any]], new: list[NDArray[Any]]) -> str:
     try:
         files = open_indexed(str(prefix))
     except UserError as error:
