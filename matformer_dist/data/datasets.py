@@ -28,6 +28,7 @@ from matformer_dist.data.checks import Blend, check_data, split_share
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.errors import UserError
 from matformer_dist.parallel.agreement import on_main
+from matformer_dist.parallel.topology import MEGATRON_LOGGERS
 
 _COMPLETE = "complete"
 
@@ -128,8 +129,7 @@ def _megatron() -> tuple[Any, Any, Any]:
 
     On import they tell of parts that we do not use; later, that no cache folder is set.
     """
-    # The second warns of a CUDA torch with nvcc on a machine without a GPU.
-    for name in ("megatron.core", "torch.utils.cpp_extension"):
+    for name in MEGATRON_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

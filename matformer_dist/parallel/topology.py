@@ -58,6 +58,10 @@ class Topology:
         return self.tensor.size * self.data_size
 
 
+# What importing Megatron-Core sets talking. torch's extension builder warns of nvcc without a GPU.
+MEGATRON_LOGGERS = ("megatron.core", "torch.utils.cpp_extension")
+
+
 def quiet_libraries() -> None:
     """Keep third-party notices off the user's screen; call before importing Megatron or DeepSpeed.
 
@@ -66,7 +70,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\..*|deepspeed\..*")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    for name in ("DeepSpeed", "megatron.core", "torch.distributed", "torch.utils.cpp_extension"):
+    for name in ("DeepSpeed", "torch.distributed", *MEGATRON_LOGGERS):
         logging.getLogger(name).setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
