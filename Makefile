@@ -36,9 +36,10 @@ lint: env
 	@$(RUN) mypy
 
 bench: env
-	@set -e; for name in nested_ffn training_step prepare_data; do \
+	@set -e; for name in loss nested_ffn training_step prepare_data; do \
 		echo "== $$name"; ($(RUN) python -m benchmarks.$$name); done
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -f matformer_dist/_native.so
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
