@@ -177,6 +177,7 @@ class TrainingConfig(Section):
     seed: Count = 1234
     activation_checkpointing: Literal["none", "full"] = "none"
     compile: bool = False  # the blocks, by torch.compile
+    operators: Literal["auto", "native", "reference"] = "auto"  # compiled or plain torch
 
     @property
     def total_steps(self) -> int:

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from matformer_dist.config import Config
 from matformer_dist.counting import count_parameters
 
-_LOSS_TENSORS_PER_CHUNK = 3  # logits in the compute dtype and in fp32, and a temporary of softmax
-
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -111,6 +109,9 @@ def _loss_bytes(config: Config, vocab_size: int, chunk_tokens: int) -> int:
     copies, _ = passes_per_sequence(config)
     tokens = config.training.micro_batch_size * config.training.seq_len
     local_vocab = -(-vocab_size // config.parallel.tensor)
-    chunk = min(chunk_tokens, tokens) * copies * local_vocab * 4 * _LOSS_TENSORS_PER_CHUNK
+    # fp32 logits of all granularities, and one more where the operators are plain torch
+    chunk = min(chunk_tokens, tokens) * (copies + 1) * local_vocab * 4
     head_gradient = local_vocab * config.model.d_model * 4
+    if config.training.precision == "bf16":
+        head_gradient += head_gradient // 2  # it is summed up in fp32, then rounded
     return int(chunk + head_gradient)

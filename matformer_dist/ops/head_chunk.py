@@ -3,103 +3,24 @@
 Legend: G rows of one token (row 0 the teacher), c tokens of the chunk, V rows of the head on this
 rank, T tensor-parallel ranks, tau temperature.
 
-All arithmetic is in the dtype of the logits (fp32 or fp64). Segments are taken one by one, so that
-scratch is one segment's logits and not all of them.
+Two passes with one small gather over the ranks between them. Both have compiled twins under the
+same arguments (csrc/multi_granularity_loss/); these here are the reference:
+
+    chunk_statistics   logits [G, c, V] -> seven numbers a row, over this rank's share
+    chunk_gradient_    all ranks' numbers -> a row's losses; its logits become their gradient
+
+All arithmetic is in fp32, or fp64 for fp64 logits. Segments are taken one by one, so that scratch
+is one segment's logits and not all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _ID_BASE = 1 << 20  # ids travel as two digits: fp32 does not hold every whole number above 2^24
-
-
-@dataclass(frozen=True)
-class VocabShard:
-    """This rank's rows of the head.
-
-    offset   global id of the first row; grows with the rank
-    size     rows that are real vocabulary; what `weight` holds beyond is padding: no part in the
-             softmax, zero gradient
-    gather   [m, k] -> [T, m, k] over the tensor-parallel ranks; None on one rank
-    """
-
-    offset: int
-    size: int
-    gather: Callable[[Tensor], Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What does not depend on the values: layout, weights of the rows [G, n], options."""
-
-    ce: Tensor
-    z: Tensor
-    kl: Tensor
-    students: tuple[bool, ...]  # which of the G rows of a token learn from the first
-    temperature: float
-    shared: bool
-    ignore_index: int
-    vocab: VocabShard
-    chunk: int
-    check_targets: bool
-
-
-class RowResults(NamedTuple):
-    """Results per row, [G, c] of a chunk or [G, n] of all."""
-
-    loss: Tensor
-    nll: Tensor
-    lse: Tensor
-    kl: Tensor
-    agrees: Tensor
-
-
-def reduce_chunk(
-    logits: Tensor, y: Tensor, part: slice, plan: Plan, write_gradient: bool
-) -> RowResults:
-    """Numbers of the rows of a chunk; its logits [G, c, V] become their gradient if asked."""
-    ce, z, kl = (weights[:, part] for weights in (plan.ce, plan.z, plan.kl))
-    columns = y - plan.vocab.offset
-    local = torch.stack(
-        local_numbers(
-            logits,
-            columns,
-            offset=plan.vocab.offset,
-            students=plan.students,
-            temperature=plan.temperature,
-            find_best=plan.shared,
-        ),
-        -1,
-    )
-    gather = plan.vocab.gather
-    ranks = gather(local.flatten(0, 1)) if gather else local
-    rows = join(ranks.view(-1, *local.shape), plan.temperature)
-    valid = y != plan.ignore_index
-    unowned = valid & (rows.target == -torch.inf)
-    if plan.check_targets and bool(unowned.any()):
-        raise ValueError(f"targets {y[unowned][:5].tolist()} are not ids of the vocabulary")
-    nll = torch.where(valid, rows.lse - rows.target, 0).masked_fill(unowned, torch.nan)
-    row_kl = torch.where(valid & (kl != 0), rows.kl, 0)
-    loss = ce * nll + z * rows.lse.square() + kl * plan.temperature**2 * row_kl
-    if write_gradient:
-        overwrite_with_gradient(
-            logits,
-            columns,
-            rows,
-            ce=(ce * valid).masked_fill(unowned, torch.nan),
-            z=z * valid,
-            kl=kl * valid,
-            students=plan.students,
-            temperature=plan.temperature,
-        )
-    agrees = valid & (rows.best == rows.best[:1]).all(-1)
-    return RowResults(torch.where(valid, loss, 0), nll, rows.lse, row_kl, agrees)
 
 
 class LocalNumbers(NamedTuple):
@@ -132,44 +53,99 @@ class RowNumbers(NamedTuple):
     best: Tensor
 
 
-def local_numbers(
+def chunk_statistics(
     logits: Tensor,
-    columns: Tensor,
-    *,
+    targets: Tensor,
     offset: int,
-    students: Sequence[bool],
     temperature: float,
+    distills: bool,
     find_best: bool,
-) -> LocalNumbers:
-    """Numbers of logits [G, c, V] whose first column is the global id `offset`.
+) -> Tensor:
+    """LocalNumbers, stacked to [G, c, 7], of logits whose first column is the global id `offset`.
 
-    columns [G, c]: the target's column here, outside [0, V) where it is another rank's. students:
-    which of the G rows are compared with row 0.
+    targets [G, c]: global ids. distills: whether rows are compared with row 0 of their token.
+    find_best: whether the ids of the largest logits are wanted; 0 otherwise.
     """
-    nothing = torch.zeros_like(columns, dtype=logits.dtype)
+    nothing = torch.zeros_like(targets, dtype=_wide(logits))
     lowest = torch.full_like(nothing, -torch.inf)
     if logits.shape[-1] == 0:  # a rank whose share is padding alone
-        return LocalNumbers(lowest, nothing, nothing, lowest, nothing, nothing, nothing)
+        return torch.stack((lowest, nothing, nothing, lowest, nothing, nothing, nothing), -1)
     top, best = logits.max(-1)
+    top = top.to(nothing.dtype)
     sums = _sums(logits, top, 1.0)
     sums_tau, difference = sums, nothing
-    if any(students):
+    if distills:
         if temperature != 1:
             sums_tau = _sums(logits, top, temperature)
-        teacher = logits[0].sub(top[0, :, None]).div_(temperature).exp_()
-        difference = torch.stack(
-            [
-                (teacher * (logits[0] - z)).sum(-1) / temperature if learns else nothing[0]
-                for z, learns in zip(logits, students, strict=True)
-            ]
-        )
-    inside, owned = _own(columns, logits.shape[-1])
-    target = torch.where(owned, logits.gather(-1, inside[..., None])[..., 0], lowest)
+        first = logits[0].to(nothing.dtype)
+        share = first.sub(top[0, :, None]).div_(temperature).exp_()
+        unseen = share == 0  # where the teacher is -inf, for one
+        parts = [
+            (share * (first - z)).masked_fill_(unseen, 0).sum(-1) / temperature for z in logits[1:]
+        ]
+        difference = torch.stack([nothing[0], *parts])
+    inside, owned = _own(targets - offset, logits.shape[-1])
+    at_target = logits.gather(-1, inside[..., None])[..., 0].to(nothing.dtype)
+    target = torch.where(owned, at_target, lowest)
     high = low = nothing
     if find_best:
         best = best + offset
-        high, low = (best // _ID_BASE).to(logits.dtype), (best % _ID_BASE).to(logits.dtype)
-    return LocalNumbers(top, sums, sums_tau, target, difference, high, low)
+        high, low = (best // _ID_BASE).to(top.dtype), (best % _ID_BASE).to(top.dtype)
+    return torch.stack((top, sums, sums_tau, target, difference, high, low), -1)
+
+
+def chunk_gradient_(
+    logits: Tensor,
+    targets: Tensor,
+    ranks: Tensor,
+    ce: Tensor,
+    z: Tensor,
+    kl: Tensor,
+    offset: int,
+    ignore_index: int,
+    temperature: float,
+    distills: bool,
+    gradient: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """Results [4, G, c] (loss, nll, lse, kl), and whether a row's best id is its teacher's [G, c].
+
+    ranks [T, G, c, 7]: everybody's numbers. ce, z and kl [G, c] weigh a row's losses; loss is
+    ce CE + z LSE^2 + kl tau^2 KL. All but lse is 0 at ignored rows; kl is 0 where it has no weight.
+    Where no rank owns a target, loss, nll and gradient are NaN.
+
+    gradient: the dtype in which logits become their gradient, their own or a narrower one, packed
+    into the front of each row (see `packed`); None leaves them alone.
+    """
+    rows = _join(ranks, temperature)
+    valid = targets != ignore_index
+    unowned = valid & (rows.target == -torch.inf)
+    nll = torch.where(valid, rows.lse - rows.target, 0).masked_fill(unowned, torch.nan)
+    learns = valid & (kl != 0)
+    learns[:1] = False
+    row_kl = torch.where(learns, rows.kl, 0) if distills else torch.zeros_like(nll)
+    loss = torch.where(valid, ce * nll + z * rows.lse.square() + kl * temperature**2 * row_kl, 0)
+    if gradient is not None:
+        _overwrite_with_gradient(
+            logits,
+            targets - offset,
+            rows,
+            ce=(ce * valid).masked_fill(unowned, torch.nan),
+            z=z * valid,
+            pull=kl * temperature * learns if distills else None,
+            temperature=temperature,
+            dtype=gradient,
+        )
+    agrees = valid & (rows.best == rows.best[:1]).all(-1)
+    return torch.stack((loss, nll, rows.lse, row_kl)), agrees
+
+
+def packed(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient [..., V] in `dtype` that lies in the front of each row of logits [..., V]."""
+    return logits.view(dtype)[..., : logits.shape[-1]]
+
+
+def _wide(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _sums(logits: Tensor, top: Tensor, temperature: float) -> Tensor:
@@ -186,7 +162,7 @@ def _own(columns: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return columns.clamp(0, size - 1), (columns >= 0) & (columns < size)
 
 
-def join(ranks: Tensor, temperature: float) -> RowNumbers:
+def _join(ranks: Tensor, temperature: float) -> RowNumbers:
     """Numbers of the whole vocabulary from stacked LocalNumbers [T, G, c, 7].
 
     A target that no rank owns comes out as -inf. A row equal to the teacher's has a KL of exactly
@@ -206,44 +182,51 @@ def join(ranks: Tensor, temperature: float) -> RowNumbers:
     )
 
 
-def overwrite_with_gradient(
+def _overwrite_with_gradient(
     logits: Tensor,
     columns: Tensor,
     rows: RowNumbers,
     *,
     ce: Tensor,
     z: Tensor,
-    kl: Tensor,
-    students: Sequence[bool],
+    pull: Tensor | None,
     temperature: float,
+    dtype: torch.dtype,
 ) -> None:
-    """Turn logits [G, c, V] into the gradient of sum(ce CE + z LSE^2 + kl tau^2 KL).
+    """Turn logits [G, c, V] into the gradient of sum(ce CE + z LSE^2 + kl tau^2 KL), packed.
 
-    ce, z, kl [G, c]; kl is read where `students` says so. With p = softmax(z), t = the teacher:
-        (ce + 2 z LSE) p  -  ce at the target  +  kl tau (softmax(z / tau) - softmax(t / tau))
+    columns [G, c]: the target's column here, outside [0, V) where it is another rank's. With
+    p = softmax(z), t = the teacher, pull = kl tau:
+        (ce + 2 z LSE) p  -  ce at the target  +  pull (softmax(z / tau) - softmax(t / tau))
     """
     if logits.shape[-1] == 0:
         return
     teacher = None
-    if any(students):
-        teacher = _softmax(logits[0].clone(), rows.lse_tau[0], temperature)
+    if pull is not None:
+        teacher = _softmax_(_copy(logits[0]), rows.lse_tau[0], temperature)
     strength = ce + 2 * z * rows.lse
-    for i, learns in enumerate(students):
-        if teacher is None or not learns:
-            _softmax(logits[i], rows.lse[i], 1.0).mul_(strength[i, :, None])
-            continue
-        pull = kl[i, :, None] * temperature
-        if temperature == 1:
-            p = _softmax(logits[i], rows.lse[i], 1.0)
-            p.mul_(strength[i, :, None] + pull).sub_(teacher * pull)
-        else:
-            warm = _softmax(logits[i].clone(), rows.lse_tau[i], temperature)
-            p = _softmax(logits[i], rows.lse[i], 1.0)
-            p.mul_(strength[i, :, None]).add_(warm.sub_(teacher).mul_(pull))
     inside, owned = _own(columns, logits.shape[-1])
-    logits.scatter_add_(-1, inside[..., None], torch.where(owned, -ce, 0)[..., None])
+    minus_ce = torch.where(owned, -ce, 0)
+    for i, row_logits in enumerate(logits):
+        wide = row_logits.to(_wide(logits))  # the logits themselves, where they are wide already
+        if pull is None or teacher is None or i == 0:
+            d = _softmax_(wide, rows.lse[i], 1.0).mul_(strength[i, :, None])
+        elif temperature == 1:
+            d = _softmax_(wide, rows.lse[i], 1.0)
+            d.mul_((strength[i] + pull[i])[:, None]).sub_(teacher * pull[i, :, None])
+        else:
+            warm = _softmax_(_copy(wide), rows.lse_tau[i], temperature)
+            d = _softmax_(wide, rows.lse[i], 1.0).mul_(strength[i, :, None])
+            d.add_(warm.sub_(teacher).mul_(pull[i, :, None]))
+        d.scatter_add_(-1, inside[i, :, None], minus_ce[i, :, None])
+        if d.dtype != dtype or d.dtype != logits.dtype:
+            packed(row_logits, dtype).copy_(d)
 
 
-def _softmax(z: Tensor, lse: Tensor, temperature: float) -> Tensor:
+def _copy(z: Tensor) -> Tensor:
+    return z.to(_wide(z), copy=True)
+
+
+def _softmax_(z: Tensor, lse: Tensor, temperature: float) -> Tensor:
     """softmax(z / tau) in place of z [c, V]."""
     return z.div_(temperature).sub_(lse[:, None]).exp_()

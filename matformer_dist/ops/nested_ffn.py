@@ -11,7 +11,9 @@ Rows of x come in segments, widest first. Work is sum_i R_i * m_i, without masks
     dW             one GEMM a ring: ring [m_{i-1}, m_i) is used by the first P_i rows
 Both views of the same activations need one row stride. So the saved pre-activations are ragged
 (segment after segment, no gaps), and only the two temporaries of the backward pass that feed dW
-have the widest segment's row stride; what lies right of a narrower segment is never touched.
+have the widest segment's row stride; what lies right of a narrower segment is never touched. The
+activation of all segments is one launch either way, and made again in the backward pass instead of
+being kept (see nested_activation.py).
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from matformer_dist.ops.first_order import first_order_only
+from matformer_dist.ops.native import Implementation
+from matformer_dist.ops.nested_activation import activate, activate_backward
 
 Activation = Literal["swiglu", "gelu"]
 _INPUTS = {"swiglu": 2, "gelu": 1}
@@ -37,6 +41,7 @@ def nested_ffn(
     rows: Sequence[int],
     widths: Sequence[int],
     activation: Activation,
+    impl: Implementation = "auto",
 ) -> Tensor:
     """y [R, D]: for the rows x_i of segment i, y_i = act(x_i w_in[:m_i]^T) w_out[:m_i].
 
@@ -46,8 +51,10 @@ def nested_ffn(
 
     Where gradients are needed the widths must not increase from segment to segment; without, any
     order works. Weights beyond the widest segment get zero gradient. No double backward.
+    impl: of the activation, see native.py; the GEMMs are torch's.
 
-    Raises ValueError where shapes, dtypes, rows or widths do not fit.
+    Raises ValueError where shapes, dtypes, rows or widths do not fit, RuntimeError where impl is
+    "native" and there is none.
     """
     _check(x, w_in, w_out, rows, widths, activation)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w_in, w_out))
@@ -56,7 +63,7 @@ def nested_ffn(
             f"widths {list(widths)} must not increase where gradients are needed: lay the rows "
             "out widest granularity first, or call under torch.no_grad()"
         )
-    y: Tensor = _NestedFFN.apply(x, w_in, w_out, tuple(rows), tuple(widths), activation)
+    y: Tensor = _NestedFFN.apply(x, w_in, w_out, tuple(rows), tuple(widths), activation, impl)
     return y
 
 
@@ -140,39 +147,6 @@ def _rings(segments: Sequence[_Segment]) -> Iterator[tuple[int, int, int]]:
         low = segment.width
 
 
-# The two activation functions below take gate and up apart into contiguous scratch where they are
-# read more than once: stride-2 operands cost SIMD.
-
-
-def _activate(h: Tensor) -> Tensor:
-    """act [n] from pre-activations h [n, k], whatever the segments."""
-    if h.shape[1] == 1:
-        return F.gelu(h[:, 0])
-    gate, up = h.unbind(1)
-    return F.silu(_contiguous_copy(gate), inplace=True).mul_(up)
-
-
-def _activate_backward(h: Tensor, d_act: Tensor, d_h: Tensor, act: Tensor | None) -> None:
-    """Write d_h [R_i, k*m], and act [R_i, m] if wanted, from h like d_h and d_act like act."""
-    if h.shape == d_act.shape:
-        d_h.copy_(torch.ops.aten.gelu_backward(d_act, h))
-        if act is not None:
-            act.copy_(F.gelu(h))
-        return
-    gate, up = map(_contiguous_copy, h.view(*d_act.shape, 2).unbind(-1))
-    d_gate, d_up = d_h.view(*d_act.shape, 2).unbind(-1)
-    silu = F.silu(gate)
-    if act is not None:
-        act.copy_(silu).mul_(up)
-    d_up.copy_(silu.mul_(d_act))
-    d_gate.copy_(torch.ops.aten.silu_backward(up.mul_(d_act), gate))
-
-
-def _contiguous_copy(part: Tensor) -> Tensor:
-    """Scratch to write to. Not .contiguous(): of a single pair that is the saved h itself."""
-    return part.clone(memory_format=torch.contiguous_format)
-
-
 class _NestedFFN(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -183,6 +157,7 @@ class _NestedFFN(torch.autograd.Function):
         rows: tuple[int, ...],
         widths: tuple[int, ...],
         activation: str,
+        impl: Implementation,
     ) -> Tensor:
         d_model, inputs = w_out.shape[1], _INPUTS[activation]
         segments = _segments(rows, widths)
@@ -190,47 +165,49 @@ class _NestedFFN(torch.autograd.Function):
         for s in segments:
             w = w_in[: s.width].view(-1, d_model)
             torch.mm(x[s.start : s.stop], w.t(), out=s.of(h))
-        act = _activate(h)
+        act = activate(h, impl)
         y = x.new_empty(x.shape)
         for s in segments:
             torch.mm(s.of(act), w_out[: s.width], out=y[s.start : s.stop])
         # Whole weights, not slices: a saved view would keep ZeRO-3's gathered weights alive.
         ctx.save_for_backward(x, w_in, w_out, h)
-        ctx.segments = segments
+        ctx.segments, ctx.impl = segments, impl
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
         x, w_in, w_out, h = ctx.saved_tensors
         segments: list[_Segment] = ctx.segments
         needs_x, needs_in, needs_out = ctx.needs_input_grad[:3]
-        (n_rows, d_model), inputs = x.shape, h.shape[1]
-        widest = segments[0].width if segments else 0
-        act = x.new_empty(n_rows, widest) if needs_out else None
-        d_h = x.new_empty(n_rows, inputs * widest) if needs_x or needs_in else None
+        d_model = x.shape[1]
+        d_act = None
+        if needs_x or needs_in:
+            d_act = h.new_empty(len(h))
+            for s in segments:
+                torch.mm(d_y[s.start : s.stop], w_out[: s.width].t(), out=s.of(d_act))
+        act, d_h = activate_backward(
+            h,
+            d_act,
+            [s.rows for s in segments],
+            [s.width for s in segments],
+            wants_act=needs_out,
+            impl=ctx.impl,
+        )
         d_x = x.new_empty(x.shape) if needs_x else None
-        for s in segments:
-            taken = slice(s.start, s.stop)
-            act_s = None if act is None else act[taken, : s.width]
-            if d_h is None:
-                assert act_s is not None  # w_out alone needs a gradient
-                act_s.copy_(_activate(s.of(h).view(-1, inputs)).view_as(act_s))
-                continue
-            d_h_s = d_h[taken, : inputs * s.width]
-            _activate_backward(s.of(h), d_y[taken] @ w_out[: s.width].t(), d_h_s, act_s)
-            if d_x is not None:
-                torch.mm(d_h_s, w_in[: s.width].view(-1, d_model), out=d_x[taken])
+        if d_x is not None:
+            for s in segments:
+                w = w_in[: s.width].view(-1, d_model)
+                torch.mm(d_h[s.start : s.stop, : len(w)], w, out=d_x[s.start : s.stop])
         d_w_in = _weight_gradient(w_in, d_h, x, segments) if needs_in else None
         d_w_out = _weight_gradient(w_out, act, d_y, segments) if needs_out else None
-        return d_x, d_w_in, d_w_out, None, None, None
+        return d_x, d_w_in, d_w_out, None, None, None, None
 
 
 def _weight_gradient(
-    w: Tensor, left: Tensor | None, right: Tensor, segments: Sequence[_Segment]
+    w: Tensor, left: Tensor, right: Tensor, segments: Sequence[_Segment]
 ) -> Tensor:
     """d w [F, k*D] from left [R, k*widest] and right [R, D]: one GEMM a ring."""
-    assert left is not None
     d_w = torch.empty_like(w)
     inputs = w.shape[1] // right.shape[1]
     for low, high, used in _rings(segments):

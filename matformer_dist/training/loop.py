@@ -52,6 +52,7 @@ class Run:
         with agreement():
             check_deepspeed_section(config, topology.data_size)
             setup.check_monitors(config)
+            setup.choose_operators(config, topology)
             self.tokenizer = Tokenizer.load(config.data.tokenizer)
             self.vocab_size = setup.check_vocabulary(config, self.tokenizer)
         notices = on_main(lambda: setup.check_run_directory(config))

@@ -13,6 +13,7 @@ from rich.table import Table
 from matformer_dist.config import Config
 from matformer_dist.counting import count_parameters, flops_per_token
 from matformer_dist.errors import UserError
+from matformer_dist.ops import native
 from matformer_dist.ops.multi_granularity_loss import default_chunk_tokens
 from matformer_dist.parallel.topology import Topology
 from matformer_dist.planning import MemoryEstimate, estimate_memory
@@ -56,12 +57,17 @@ class Screen:
         stage = zero_stage(config)
         local_vocab = -(-self.vocab_size // topology.tensor.size)
         memory = estimate_memory(
-            config, self.vocab_size, stage, topology.data_size, default_chunk_tokens(local_vocab)
+            config,
+            self.vocab_size,
+            stage,
+            topology.data_size,
+            default_chunk_tokens(local_vocab, topology.device.type),
         )
         steps = accumulation_steps(config, topology.data_size)
         self.console.print(
             f"ranks      {topology.world_size} = tensor {topology.tensor.size} x data "
             f"{topology.data_size}, ZeRO {stage}, {training.precision}, {topology.device.type}\n"
+            f"operators  {native.describe(topology.device)}\n"
             f"objective  {config.objective.kind}\n"
             f"batch      {training.global_batch_size} sequences of {training.seq_len} tokens = "
             f"{training.micro_batch_size} x {topology.data_size} ranks x {steps} micro-batches\n"

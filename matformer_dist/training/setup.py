@@ -12,6 +12,7 @@ from matformer_dist.config import Config, TrainingConfig
 from matformer_dist.config_file import load_config
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.errors import UserError
+from matformer_dist.ops import native
 from matformer_dist.parallel.topology import Topology
 from matformer_dist.run_directory import Checkpoint, Layout, Manifest, read_checkpoints
 from matformer_dist.training.engine import zero_stage
@@ -23,7 +24,7 @@ _FREE_SECTIONS = ("run", "nesting", "parallel", "evaluation", "checkpoint", "log
 _FREE_KEYS = {
     "model": ("init_std", "max_seq_len", "vocab_size"),
     "data": ("tokenizer", "workers"),
-    "training": ("steps", "tokens", "compile", "activation_checkpointing"),
+    "training": ("steps", "tokens", "compile", "operators", "activation_checkpointing"),
     "deepspeed": (
         "aio", "comms_logger", "flops_profiler", "memory_breakdown", "steps_per_print",
         "tensorboard", "wandb", "wall_clock_breakdown", "zero_optimization",
@@ -92,6 +93,14 @@ def check_monitors(config: Config) -> None:
         raise UserError(
             "logging.wandb is true, but wandb is not installed; pip install wandb, or set it false"
         )
+
+
+def choose_operators(config: Config, topology: Topology) -> None:
+    """Settle what operators run in this process; UserError where those asked for are not there."""
+    fault = native.fault_of(topology.device)
+    if config.training.operators == "native" and fault:
+        raise UserError(f"training.operators is native, but {fault}; or set it to auto")
+    native.prefer(config.training.operators)
 
 
 def check_checkpoint(checkpoint: Checkpoint, now: Manifest, training: TrainingConfig) -> None:

@@ -22,8 +22,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def layouts(tensors: tuple[int, ...], stages: tuple[int, ...]) -> dict[str, Config]:
+def layouts(
+    tensors: tuple[int, ...], stages: tuple[int, ...], operators: str = "auto"
+) -> dict[str, Config]:
     """Every objective and model variant, "name TP ZeRO"."""
+    training = tiny_config().training.model_dump(exclude_none=True)
     cases = {name: {"objective": objective} for name, objective in OBJECTIVES.items()}
     for name, model in VARIANTS.items():
         cases[name] = {"model": {**tiny_config().model.model_dump(), **model}}
@@ -31,6 +34,7 @@ def layouts(tensors: tuple[int, ...], stages: tuple[int, ...]) -> dict[str, Conf
         f"{name}|TP{tensor} ZeRO{stage}": tiny_config(
             parallel={"tensor": tensor},
             deepspeed={"zero_optimization": {"stage": stage}},
+            training={**training, "operators": operators},
             **sections,
         )
         for name, sections in cases.items()
@@ -42,8 +46,9 @@ def layouts(tensors: tuple[int, ...], stages: tuple[int, ...]) -> dict[str, Conf
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, list[dict[str, float]]]:
-    """One process, ZeRO 0: what every layout must match."""
-    history: dict[str, list[dict[str, float]]] = run_ranks(1, train_each, layouts((1,), (0,)))[0]
+    """One process, ZeRO 0, operators in plain torch: what every layout must match, compiled."""
+    configs = layouts((1,), (0,), operators="reference")
+    history: dict[str, list[dict[str, float]]] = run_ranks(1, train_each, configs)[0]
     return history
 
 

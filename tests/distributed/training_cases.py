@@ -16,6 +16,7 @@ from matformer_dist.parallel.topology import Topology, initialize, leave_groups
 from matformer_dist.training.engine import Engine, build_model, learning_rate
 from matformer_dist.training.metrics import LossSums
 from matformer_dist.training.objective import Objective
+from matformer_dist.training.setup import choose_operators
 
 VOCAB = 61  # odd: the last tensor-parallel rank holds padding
 SEQ_LEN = 12
@@ -81,6 +82,7 @@ def passes(config: Config, engine: Engine, topology: Topology, step: int) -> Ite
 def train(config: Config, topology: Topology) -> tuple[list[dict[str, float]], Engine, MatLM]:
     """Losses per granularity and "grad_norm" of every step; the engine and its model."""
     model = build_model(config, VOCAB, topology)
+    choose_operators(config, topology)
     engine = Engine(config, model, topology)
     batches = synthetic_batches(config, topology)
     sums = LossSums(config.granularities, topology)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from matformer_dist.ops import native
 from matformer_dist.ops.multi_granularity_loss import (
     LossOutput,
     VocabShard,
+    compute,
     multi_granularity_loss,
 )
 
@@ -35,6 +39,7 @@ class Problem:
     ignored: str = "some"
     largest_logit: float = 5.0
     dtype: torch.dtype = torch.float64
+    impl: native.Implementation = "auto"
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor]:
         """hidden and weight, which need gradients, and targets."""
@@ -57,6 +62,9 @@ class Problem:
 
     def run(self, hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> LossOutput:
         """The operator."""
+        if "vocab" not in options:
+            options["vocab"] = VocabShard(0, self.vocab)
+        options = {"scale": torch.tensor(SCALE), "impl": self.impl, **options}
         return multi_granularity_loss(
             hidden,
             weight,
@@ -67,8 +75,26 @@ class Problem:
             kl_weights=self.kl,
             temperature=self.temperature,
             shared_tokens=self.shared,
-            **{"scale": torch.tensor(SCALE), "vocab": VocabShard(0, self.vocab), **options},
+            **options,
         )
+
+    def run_inside(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk_tokens: int,
+        check_targets: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """What the operator does inside, without it: visible to torch's dispatch modes."""
+        vocab = VocabShard(0, self.vocab)
+        compiled = self.impl == "native"
+        with torch.no_grad():
+            return compute(
+                hidden, weight, targets, torch.full((), SCALE, device=hidden.device), self.rows,
+                self.ce, self.z, self.kl, self.shared, self.temperature, IGNORED, vocab.key,
+                chunk_tokens, check_targets, compiled, hidden.requires_grad, weight.requires_grad,
+            )  # fmt: skip
 
     def define(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> LossOutput:
         """The definition. GEMM in the operands' dtype, softmax in fp32 or better."""
@@ -91,6 +117,16 @@ class Problem:
         loss, nll, lse, kl, agrees = (torch.cat(column) for column in zip(*columns, strict=True))
         return LossOutput(SCALE * loss.sum(), nll, lse, kl, agrees if self.shared else None)
 
+    def truth(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, upstream: float = 1.0
+    ) -> tuple[LossOutput, tuple[Tensor, ...]]:
+        """The definition in fp64, and upstream times the gradients of hidden and weight."""
+        wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+        output = self.define(wide[0], wide[1], targets)
+        return output, torch.autograd.grad(
+            output.total, wide, torch.full_like(output.total, upstream)
+        )
+
 
 PROBLEMS = {
     "joint": Problem(),
@@ -112,3 +148,35 @@ PROBLEMS = {
     "no tokens": Problem(rows=(0, 0, 0)),
     "no rows": Problem(rows=(0, 0), shared=False, ce=(1, 1), z=(0, 0), kl=(0, 0)),
 }
+
+
+NATIVE = pytest.mark.skipif(bool(native.FAULT), reason=f"no compiled operators: {native.FAULT}")
+KINDS: dict[str, tuple[torch.dtype, native.Implementation]] = {
+    "fp64": (torch.float64, "reference"),
+    "fp32": (torch.float32, "reference"),
+    "native": (torch.float32, "native"),
+}
+
+
+def of_every_kind(*names: str, **changes: Any) -> pytest.MarkDecorator:
+    """Parametrizes `problem` with those PROBLEMS, or all: in fp64, in fp32, and compiled."""
+    return pytest.mark.parametrize(
+        "problem",
+        [
+            pytest.param(
+                replace(PROBLEMS[name], dtype=dtype, impl=impl, **changes),
+                id=f"{name}-{kind}",
+                marks=NATIVE if impl == "native" else (),
+            )
+            for name in names or PROBLEMS
+            for kind, (dtype, impl) in KINDS.items()
+        ],
+    )
+
+
+def tolerances(problem: Problem) -> dict[str, Any]:
+    """Of assert_close. In fp32 logits are off by some units of the largest, and so is all else."""
+    if problem.dtype == torch.float64:
+        return {"rtol": 1e-7, "atol": 1e-7}
+    eps = torch.finfo(torch.float32).eps
+    return {"rtol": 16 * eps, "atol": 16 * eps * max(1.0, math.sqrt(problem.largest_logit))}
