@@ -179,6 +179,15 @@ def report_command(
     _out.print(f"report: {write_report(run, output)}")
 
 
+@app.command("doctor")
+def doctor_command() -> None:
+    """What is installed and built here, and what would run; for bug reports."""
+    from matformer_dist.doctor import examine
+
+    for what, finding in examine():
+        _out.print(f"{what:<14} {finding}")
+
+
 def main() -> None:
     """Run the command; a UserError is one message and exit code 2."""
     try:

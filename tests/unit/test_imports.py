@@ -26,7 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # a part of the package: the other parts th
     "evaluation": {*BOTTOM, "data", "models", "submodels"},
     "report": {*BOTTOM, "submodels"},
     "training": {*BOTTOM, "ops", "parallel", "data", "models", "evaluation"},
-    "cli": {*BOTTOM, "data", "submodels", "inference", "evaluation", "report"},
+    "doctor": {"ops"},
+    "cli": {*BOTTOM, "data", "submodels", "inference", "evaluation", "report", "doctor"},
     "demo": {*BOTTOM, "parallel", "inference"},
 }
 ONLY_IN = {  # a library: the files or folders that alone may import it
