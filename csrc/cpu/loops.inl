@@ -4,11 +4,6 @@
 namespace matformer {
 namespace MATFORMER_SET {
 
-extern const LossLoops<float> loss_of_float;
-extern const LossLoops<bfloat16> loss_of_bfloat16;
-extern const ActivationLoops<float> activation_of_float;
-extern const ActivationLoops<bfloat16> activation_of_bfloat16;
-
 namespace {
 
 #include "math.inl"

@@ -15,7 +15,7 @@ template <class T>
 void token_statistics(const Chunk& chunk, const T* logits, const int64_t* targets, int64_t token,
                       bool find_best, float* scratch, float* numbers) {
   const LossLoops<T>& loops = loss_loops<T>();
-  const float tau = chunk.temperature;
+  const float tau = chunk.distills ? chunk.temperature : 1;  // nobody else reads sums at tau
   const T* teacher = logits + token * chunk.vocab;
   for (int64_t row = token; row < chunk.groups * chunk.tokens; row += chunk.tokens) {
     const T* z = logits + row * chunk.vocab;

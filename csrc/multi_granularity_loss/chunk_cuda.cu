@@ -117,7 +117,8 @@ __global__ void __launch_bounds__(kStatisticsThreads)
   const T* teacher = logits + token * chunk.vocab;
   const bool learns = chunk.learns(row);
   const float inverse_tau = 1 / chunk.temperature;
-  const bool is_warm = chunk.temperature != 1;
+  // Nobody else reads sums at tau.
+  const bool is_warm = chunk.distills && chunk.temperature != 1;
 
   RowSums sums = RowSums::of_nothing();
   for (int64_t j = int64_t(threadIdx.x) * N; j < chunk.vocab; j += int64_t(blockDim.x) * N) {

@@ -139,7 +139,7 @@ def multi_granularity_loss(
     """
     _check(hidden, weight, targets, scale, vocab)
     _check_segments(hidden, rows, (ce_weights, z_weights, kl_weights), shared_tokens, temperature)
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    dtype, _ = _dtypes(hidden)
     tokens = rows[0] if shared_tokens else hidden.shape[0]
     if chunk_tokens is None:
         most = default_chunk_tokens(weight.shape[0], hidden.device.type, dtype.itemsize)
