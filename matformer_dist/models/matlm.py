@@ -23,7 +23,8 @@ from matformer_dist.models.attention import Attention, LayerCache, Rotation
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.models.nested_feed_forward import NestedFeedForward
 from matformer_dist.nesting import Nesting, Segment, Submodel
-from matformer_dist.ops.multi_granularity_loss import VocabShard, multi_granularity_loss
+from matformer_dist.ops.multi_granularity_loss import multi_granularity_loss
+from matformer_dist.ops.vocab_shard import VocabShard
 from matformer_dist.parallel.layers import (
     Initializer,
     VocabParallelEmbedding,

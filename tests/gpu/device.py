@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from matformer_dist.ops.multi_granularity_loss import LossOutput, VocabShard
+from matformer_dist.ops.multi_granularity_loss import LossOutput
+from matformer_dist.ops.vocab_shard import VocabShard
 from tests.unit.ops.loss_problems import SCALE, Problem
 
 CUDA = torch.device("cuda")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from matformer_dist.ops.multi_granularity_loss import LossOutput, VocabShard
+from matformer_dist.ops.multi_granularity_loss import LossOutput
+from matformer_dist.ops.vocab_shard import VocabShard
 from tests.gpu.device import CUDA, every_dtype, there
 from tests.tolerance import assert_as_exact_as_plain
 from tests.unit.ops.loss_problems import PROBLEMS, SCALE, Problem

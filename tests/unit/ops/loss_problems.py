@@ -12,12 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from matformer_dist.ops import native
-from matformer_dist.ops.multi_granularity_loss import (
-    LossOutput,
-    VocabShard,
-    compute,
-    multi_granularity_loss,
-)
+from matformer_dist.ops.loss_operator import compute
+from matformer_dist.ops.multi_granularity_loss import LossOutput, multi_granularity_loss
+from matformer_dist.ops.vocab_shard import VocabShard
 
 IGNORED = -100
 SCALE = 0.125

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from matformer_dist.ops import multi_granularity_loss as module
-from matformer_dist.ops.multi_granularity_loss import VocabShard, default_chunk_tokens
+from matformer_dist.ops.multi_granularity_loss import default_chunk_tokens
+from matformer_dist.ops.vocab_shard import VocabShard
 from matformer_dist.ops.native import Implementation
 from tests.tolerance import assert_as_exact_as_plain
 from tests.unit.ops.loss_problems import (
