@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from matformer_dist.ops import loss_operator
 from matformer_dist.ops import multi_granularity_loss as module
 from matformer_dist.ops.multi_granularity_loss import default_chunk_tokens
-from matformer_dist.ops.vocab_shard import VocabShard
 from matformer_dist.ops.native import Implementation
+from matformer_dist.ops.vocab_shard import VocabShard
 from tests.tolerance import assert_as_exact_as_plain
 from tests.unit.ops.loss_problems import (
     IGNORED,
@@ -308,13 +309,13 @@ def test_chunks_depend_on_one_segment_not_on_their_number(monkeypatch: pytest.Mo
     monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 4 * 8 * 20)
     assert default_chunk_tokens(20, "cpu") == 8
     sizes: list[int] = []
-    reduce_ = module._Plan.reduce_
+    reduce_ = loss_operator._Plan.reduce_
 
     def watched(plan: Any, logits: Tensor, *rest: Any) -> Any:
         sizes.append(logits.numel())
         return reduce_(plan, logits, *rest)
 
-    monkeypatch.setattr(module._Plan, "reduce_", watched)
+    monkeypatch.setattr(loss_operator._Plan, "reduce_", watched)
     for count in (1, 2, 4):
         problem = Problem(
             rows=(17,) * count, ce=(1,) * count, z=(0,) * count, kl=(0,) * count, vocab=20,
