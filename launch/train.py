@@ -3,7 +3,8 @@
     deepspeed launch/train.py --config launch/configs/NAME.yaml [section.key=value ...]
     python launch/train.py --config launch/configs/NAME.yaml    (one process)
 
-Exit codes: 0 done, 2 the input is wrong (one message says how), anything else a failure.
+Exit codes: 0 done, 2 the input is wrong (one message says how), 75 SIGTERM or SIGUSR1 ended the run
+behind a checkpoint (start it again), anything else a failure.
 """
 
 from __future__ import annotations
@@ -11,12 +12,20 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from datetime import timedelta
 
 import torch.distributed as dist
 
 from matformer_dist.config import Config
 from matformer_dist.config_file import load_config
-from matformer_dist.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from matformer_dist.errors import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+    PreemptedError,
+    UserError,
+)
 from matformer_dist.parallel.topology import (
     check_ranks,
     initialize,
@@ -44,9 +53,18 @@ def train(config: Config) -> None:
         training.global_batch_size,
     )
     quiet_libraries()
+    from matformer_dist.training.control import Control
     from matformer_dist.training.loop import Run  # imports DeepSpeed, which takes seconds
 
-    Run(config, initialize(config.parallel.tensor)).train()
+    # A collective's own limit, which names nobody, comes after the watchdog's.
+    timeout = timedelta(seconds=config.training.hang_timeout + 300)
+    topology = initialize(config.parallel.tensor, timeout)
+    try:
+        with Control(topology, config.training.hang_timeout) as control:
+            Run(config, topology, control).train()
+    except PreemptedError:
+        shut_down()
+        raise
     shut_down()  # not after a failure: a rank must not wait for the others then
 
 
@@ -65,6 +83,10 @@ def main() -> int:
             sys.stderr.flush()
             os._exit(EXIT_USER_ERROR)
         return EXIT_USER_ERROR
+    except PreemptedError as end:
+        if rank == 0:
+            print(end, file=sys.stderr)
+        return EXIT_PREEMPTED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return EXIT_DONE

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from matformer_dist.errors import EXIT_USER_ERROR, UserError
+from matformer_dist.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError
 
 app = typer.Typer(
     help="Train nested Transformers and take submodels out of them.",
@@ -136,6 +136,44 @@ def evaluate_command(
         f"step {evaluation.step}, {evaluation.tokens:,} validation tokens, losses in nats per "
         f"token; written to {evaluation.run / 'evaluation.json'}"
     )
+
+
+@app.command("convert")
+def convert_command(
+    run: RunArgument,
+    output: Annotated[Path, typer.Option(help="Run directory to make.")],
+) -> None:
+    """Write a checkpoint with whole weights, as DeepSpeed's universal checkpoints have them."""
+    from rich.progress import Progress
+
+    from matformer_dist.checkpoints.convert import convert
+
+    with Progress(console=_out, transient=True) as progress:
+        task = progress.add_task("converting", total=None)
+        path = convert(
+            run, output, lambda n, total: progress.update(task, completed=n, total=total)
+        )
+    _out.print(f"universal checkpoint: {path}")
+
+
+@app.command("verify")
+def verify_command(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN[@STEP]", help="Run directory, or one checkpoint of it.")
+    ],
+) -> None:
+    """Read checkpoints and compare every file with its SHA-256; exit code 1 if one is damaged."""
+    from rich.progress import Progress
+
+    from matformer_dist.checkpoints.verify import verify
+
+    with Progress(console=_out, transient=True) as progress:
+        task = progress.add_task("reading", total=None)
+        verdicts = verify(run, lambda n, total: progress.update(task, advance=n, total=total))
+    for verdict in verdicts:
+        _out.print(f"{verdict.path.name:<12} {verdict}")
+    if any(verdict.faults for verdict in verdicts):
+        raise typer.Exit(EXIT_FAILURE)
 
 
 @app.command("generate")

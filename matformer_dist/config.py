@@ -178,6 +178,8 @@ class TrainingConfig(Section):
     activation_checkpointing: Literal["none", "full"] = "none"
     compile: bool = False  # the blocks, by torch.compile
     operators: Literal["auto", "native", "reference"] = "auto"  # compiled or plain torch
+    max_skipped_steps: Positive = 10  # in a row, for a loss or gradient that is not finite
+    hang_timeout: AboveZero = 1800.0  # seconds without progress after which the job ends
 
     @property
     def total_steps(self) -> int:
@@ -209,6 +211,7 @@ class CheckpointConfig(Section):
     keep_last: Positive = 2
     keep_every: Positive | None = None  # steps: these are never deleted
     resume: str = "auto"  # auto, never, or the path of a checkpoint
+    async_save: bool = False  # write beside the training, from a copy in host memory
 
 
 class LoggingConfig(Section):

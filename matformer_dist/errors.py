@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 EXIT_DONE = 0
+EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75  # after a good checkpoint: start the same command again
 EXIT_INTERRUPTED = 130  # by Ctrl-C, as shells have it
 
 
@@ -12,3 +14,7 @@ class UserError(ValueError):
 
     Entry points print it without a traceback and exit with `EXIT_USER_ERROR`.
     """
+
+
+class PreemptedError(Exception):
+    """A signal ended a run behind a good checkpoint; exit with `EXIT_PREEMPTED`."""

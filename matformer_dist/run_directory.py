@@ -7,17 +7,19 @@ tokenizer.model   a copy of data.tokenizer          submodels/NAME/       extrac
 tensorboard/      the metrics, for TensorBoard      samples.json          generated text
 report.html       the report page
 ```
-A checkpoint's manifest is written last: a folder without one, or with files that differ from it
-in size, is not a checkpoint.
+A checkpoint's manifest is written last, and holds the SHA-256 of every file and of itself: a
+folder without one, or with files that differ from it in size, is not a checkpoint. What differs in
+content only is found by reading all of it (checkpoints/verify.py).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -29,29 +31,47 @@ MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 TOKENIZER = "tokenizer.model"
 _STEP = re.compile(r"step-(\d+)")
+_UNSEALED = "0" * 64
+_SEAL = re.compile(rb'("manifest_sha256": ")([0-9a-f]{64})(")')
 
 
 class Layout(BaseModel):
-    """What the files of a checkpoint depend on: ranks by kind, and the ZeRO stage."""
+    """What the files of a checkpoint depend on: ranks by kind, and the ZeRO stage.
 
-    model_config = ConfigDict(frozen=True)
+    `universal` files, which hold every weight whole, depend on neither.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     tensor: int
     data: int
     zero_stage: int
+    files: Literal["ranks", "universal"] = "ranks"
+
+    def __str__(self) -> str:
+        if self.files == "universal":
+            return "whole weights"
+        return f"TP {self.tensor} x DP {self.data}, ZeRO {self.zero_stage}"
+
+
+UNIVERSAL = Layout(tensor=1, data=1, zero_stage=0, files="universal")
 
 
 class SavedFile(BaseModel):
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     bytes: int
     sha256: str
 
 
 class Manifest(BaseModel):
-    """What a checkpoint holds: manifest.json."""
+    """What a checkpoint holds: manifest.json.
 
-    model_config = ConfigDict(frozen=True)
+    `random_states` are those of the generators of each rank, by kind, in base64. `skipped_steps`
+    counts the steps that changed nothing, because a loss or gradient was not finite.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: int = MANIFEST_FORMAT
     step: int
@@ -65,7 +85,23 @@ class Manifest(BaseModel):
     tokenizer_sha256: str
     config_sha256: str
     versions: dict[str, str]
+    skipped_steps: int = 0
+    has_optimizer: bool = True  # else weights only: training begins with fresh moments
+    random_states: list[dict[str, str]] = []
+    loss_sums: list[list[float]] = []  # of each granularity since the last line of metrics
     files: dict[str, SavedFile]
+    manifest_sha256: str = _UNSEALED  # of this file, with zeros in its place
+
+    def sealed(self) -> str:
+        """The text of manifest.json, with its own SHA-256."""
+        return seal(self.model_dump_json(indent=1).encode()).decode()
+
+
+def seal(text: bytes) -> bytes:
+    """A manifest's text with the SHA-256 of itself, in which zeros stand in its place."""
+    unsealed = _SEAL.sub(rb"\g<1>" + _UNSEALED.encode() + rb"\g<3>", text)
+    digest = hashlib.sha256(unsealed).hexdigest()
+    return _SEAL.sub(rb"\g<1>" + digest.encode() + rb"\g<3>", unsealed)
 
 
 class UnknownFormatError(UserError):
@@ -94,7 +130,8 @@ class Checkpoints(NamedTuple):
 def read_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at `path`; UserError where it is missing, incomplete or cut short."""
     try:
-        raw = json.loads((path / MANIFEST).read_bytes())
+        text = (path / MANIFEST).read_bytes()
+        raw = json.loads(text)
         written = raw["format"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
@@ -105,6 +142,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"the checkpoint {path} has format {written!r}, this version of matformer_dist reads "
             f"format {MANIFEST_FORMAT}; use the version that saved the checkpoint"
         )
+    if not _SEAL.search(text) or seal(text) != text:
+        raise UserError(
+            f"the checkpoint {path} is damaged: its {MANIFEST} is not as it was written (its "
+            "SHA-256 differs)"
+        )
     try:
         manifest = Manifest.model_validate(raw)
     except ValidationError as error:
@@ -114,6 +156,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{path} is not a complete checkpoint: in its {MANIFEST}, {key} is wrong "
             f"({first['msg']})"
         ) from None
+    if (folder := _STEP.fullmatch(path.name)) and int(folder[1]) != manifest.step:
+        raise UserError(
+            f"the checkpoint {path} is damaged: its {MANIFEST} is that of step {manifest.step}"
+        )
     for name, entry in manifest.files.items():
         file = path / name
         size = file.stat().st_size if file.exists() else None
@@ -165,6 +211,26 @@ def find_checkpoint(run: str | Path) -> Checkpoint:
         others = ", ".join(f"{run}@{checkpoint.step}" for checkpoint in found.complete)
         raise UserError(f"{found.damaged[newest]}; complete are: {others or 'none'}")
     return found.complete[-1]
+
+
+def checkpoint_paths(run: str) -> list[Path]:
+    """Folders of all checkpoints of RUN, oldest first, or of the one that is named.
+
+    Whole or not; UserError where there is none.
+    """
+    name, at, step = run.rpartition("@")
+    path = Path(run).absolute()
+    if at and step.isdigit() and not path.exists():
+        path = Path(name) / "checkpoints" / f"step-{step}"
+    if path.is_dir() and _STEP.fullmatch(path.name):
+        return [path]
+    folders = path.glob("checkpoints/step-*")
+    found = {int(m[1]): folder for folder in folders if (m := _STEP.fullmatch(folder.name))}
+    if not found:
+        raise UserError(
+            f"{run} holds no checkpoint; give a run directory, RUN@STEP or a checkpoint's folder"
+        )
+    return [found[step] for step in sorted(found)]
 
 
 def _read_chosen(path: Path) -> Checkpoint:

@@ -12,6 +12,10 @@ from xdist.scheduler import LoadScopeScheduling
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="ten times as many kills of a run")
+
+
 class _ProcessesTakeTurns(LoadScopeScheduling):
     """One worker runs the distributed and end-to-end tests; the others share the rest.
 

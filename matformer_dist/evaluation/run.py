@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from matformer_dist.checkpoints.universal import load_universal
 from matformer_dist.config_file import load_config
 from matformer_dist.counting import count_parameters, flops_per_token
 from matformer_dist.data.datasets import build_datasets, micro_batches
@@ -19,7 +20,6 @@ from matformer_dist.evaluation.loss import SubmodelLoss, evaluate_submodels
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.nesting import Submodel, mix_n_match
 from matformer_dist.run_directory import TOKENIZER, find_checkpoint
-from matformer_dist.submodels.universal import load_universal
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar, cast
@@ -39,16 +40,18 @@ def on_main(decide: Callable[[], T]) -> T:
 
 @contextmanager
 def agreement() -> Iterator[None]:
-    """Raise what any rank raises inside on every rank; UserError as in `on_main`."""
+    """Raise what any rank raises inside on every rank; UserError as in `on_main`.
+
+    Without process groups, what is raised inside.
+    """
     mine: Exception | None = None
     try:
         yield
     except Exception as error:
         mine = _as_users(error)
     # As text: not every exception can be sent.
-    everyone: list[tuple[str, bool] | None] = [None] * dist.get_world_size()
     text = None if mine is None else (str(mine), isinstance(mine, UserError))
-    dist.all_gather_object(everyone, text)
+    everyone = gathered(text)
     if mine is not None and not isinstance(mine, UserError):
         raise mine
     for rank, failure in enumerate(everyone):
@@ -57,8 +60,19 @@ def agreement() -> Iterator[None]:
             raise UserError(message) if is_users else RuntimeError(f"rank {rank}: {message}")
 
 
+def gathered(mine: T) -> list[T]:
+    """What every rank has, by rank; without process groups, what this one has."""
+    if not dist.is_initialized():
+        return [mine]
+    everyone: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return cast(list[T], everyone)
+
+
 def _as_users(error: Exception) -> Exception:
     """A file that cannot be read or written is the user's to mend."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"cannot write {error.filename}: {error.strerror}; free some space there")
     if isinstance(error, OSError) and error.filename is not None:
         return UserError(
             f"cannot use {error.filename}: {error.strerror}; every rank must be able to read it, "

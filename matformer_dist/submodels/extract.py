@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from matformer_dist.checkpoints.universal import UniversalModel, load_universal
 from matformer_dist.counting import count_parameters
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.errors import UserError
@@ -35,7 +36,6 @@ from matformer_dist.submodels.transformers_format import (
     transformers_weights,
 )
 from matformer_dist.submodels.transformers_tokenizer import write_tokenizer
-from matformer_dist.submodels.universal import UniversalModel, load_universal
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ENTRY = "submodel.json"

@@ -17,10 +17,10 @@ from typing import Any
 import pydantic
 from torch import Tensor
 
+from matformer_dist.checkpoints.universal import UniversalModel
 from matformer_dist.config import ModelConfig
 from matformer_dist.errors import UserError
 from matformer_dist.nesting import Nesting, Submodel
-from matformer_dist.submodels.universal import UniversalModel
 
 FORMAT = 1
 

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from matformer_dist.checkpoints.universal import UniversalModel
 from matformer_dist.config import ModelConfig
 from matformer_dist.errors import UserError
 from matformer_dist.nesting import Submodel
 from matformer_dist.submodels.formats import has_transformers_architecture
-from matformer_dist.submodels.universal import UniversalModel
 
 _NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping
+import pickle
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import deepspeed
@@ -15,16 +16,24 @@ import omegaconf
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfigError
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from matformer_dist.checkpoints.deepspeed_files import optimizer_order
+from matformer_dist.checkpoints.universal import load_universal
+from matformer_dist.checkpoints.universal_files import description
+from matformer_dist.checkpoints.writer import CheckpointWriter
 from matformer_dist.config import Config, OptimizerConfig, ScheduleConfig
 from matformer_dist.errors import UserError
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.parallel.layers import Initializer
 from matformer_dist.parallel.topology import DeepSpeedView, Topology
+from matformer_dist.run_directory import Checkpoint
+from matformer_dist.training.resharding import load_other_layout
 
 # On a CPU DeepSpeed would compile this at every first start; it serves only inference.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -40,6 +49,8 @@ _DERIVED_ELSEWHERE = {
     "optimizer": "optimizer",
     "scheduler": "schedule",
 }
+# All classes of DeepSpeed's that its checkpoint files hold.
+_IN_CHECKPOINTS = (LossScaler, ZeroStageEnum, fragment_address)
 # DeepSpeed takes a key that it does not know without a word.
 _PASSED_ON = (
     "aio", "comet", "comms_logger", "communication_data_type", "csv_monitor",
@@ -165,8 +176,8 @@ def build_model(config: Config, vocab_size: int, topology: Topology) -> MatLM:
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay on matrices, none on norms."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
+    parameters = dict(model.named_parameters())
+    matrices, others = ([parameters[n] for n in names] for names in optimizer_order(parameters))
     return [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
@@ -174,7 +185,7 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def _optimizer(
-    model: nn.Module, config: OptimizerConfig, offload: bool, device: torch.device
+    model: nn.Module, config: OptimizerConfig, stage: int, offload: bool, device: torch.device
 ) -> torch.optim.Optimizer:
     groups = _parameter_groups(model, config.weight_decay)
     arguments: dict[str, Any] = {
@@ -184,7 +195,17 @@ def _optimizer(
     }
     if offload:
         return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **arguments, adamw_mode=True)
-    return torch.optim.AdamW(groups, **arguments, fused=device.type == "cuda")
+    adamw = torch.optim.AdamW if stage else _AdamW
+    return adamw(groups, **arguments, fused=device.type == "cuda")
+
+
+class _AdamW(torch.optim.AdamW):
+    """AdamW whose steps can be called off, as ZeRO's are where the norm is not finite."""
+
+    is_called_off = False
+
+    def step(self, closure: Any = None) -> Any:
+        return None if self.is_called_off else super().step(closure)
 
 
 class Engine:
@@ -194,10 +215,14 @@ class Engine:
         self.config = config
         self.topology = topology
         self.accumulation = accumulation_steps(config, topology.data_size)
+        self._description = description(dict(model.named_parameters()), model.vocab_size)
+        self.weights = len(list(model.parameters()))
         dictionary = deepspeed_dictionary(config, topology.data_size)
         zero = dictionary["zero_optimization"]
         offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-        optimizer = _optimizer(model, config.optimizer, offload, topology.device)
+        optimizer = _optimizer(
+            model, config.optimizer, zero_stage(config), offload, topology.device
+        )
         if config.training.compile:
             for layer in model.layers:
                 layer.compile()
@@ -206,7 +231,13 @@ class Engine:
         self.deepspeed, _, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, mpu=DeepSpeedView(), config=dictionary
         )
-        # DeepSpeed steps a plain optimizer without telling the gradient norm.
+        self.writer = self.deepspeed.checkpoint_engine = CheckpointWriter(
+            config.checkpoint.async_save, _IN_CHECKPOINTS
+        )
+        # Knows nothing of tensor parallelism or rings, and can fail on one rank of many.
+        self.deepspeed._copy_recovery_script = lambda save_path: None
+        # DeepSpeed steps a plain optimizer without telling the gradient norm, or whether it is
+        # finite.
         self._plain = zero_stage(config) == 0 and config.training.precision == "fp32"
         self._plain_norm = 0.0
 
@@ -246,9 +277,20 @@ class Engine:
             self.deepspeed.backward(loss)
             if self._plain and self.deepspeed.is_gradient_accumulation_boundary():
                 self._plain_norm = self._gradient_norm()
+                self.deepspeed.optimizer.is_called_off = not math.isfinite(self._plain_norm)
             self.deepspeed.step()
             results.append((plan, statistics))
         return results
+
+    @property
+    def was_skipped(self) -> bool:
+        """Whether the last step changed nothing, because its gradient was not finite.
+
+        A loss that is not finite makes a gradient that is not. All ranks agree.
+        """
+        if self._plain:
+            return not math.isfinite(self._plain_norm)
+        return not self.deepspeed.was_step_applied()
 
     @property
     def grad_norm(self) -> float:
@@ -279,10 +321,23 @@ class Engine:
         if self.deepspeed.monitor.enabled:
             self.deepspeed.monitor.write_events(events)
 
-    def save(self, directory: str, tag: str, client_state: dict[str, Any]) -> None:
-        self.deepspeed.save_checkpoint(directory, tag, client_state, save_latest=False)
+    def save(self, directory: str, tag: str) -> None:
+        self.deepspeed.save_checkpoint(directory, tag, self._description, save_latest=False)
 
-    def load(self, directory: str, tag: str) -> dict[str, Any]:
-        _, client_state = self.deepspeed.load_checkpoint(directory, tag)
-        assert isinstance(client_state, dict)
-        return client_state
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Weights and optimizer state of a checkpoint of this layout.
+
+        UserError where a file holds what a checkpoint does not.
+        """
+        try:
+            self.deepspeed.load_checkpoint(str(checkpoint.path.parent), checkpoint.path.name)
+        except pickle.UnpicklingError:
+            raise UserError(
+                f"the checkpoint {checkpoint.path} holds objects that no checkpoint of ours does, "
+                "and is not read; choose one from a place you trust"
+            ) from None
+
+    def load_other_layout(self, checkpoint: Checkpoint, advance: Callable[[str], None]) -> None:
+        """The same of any other layout; `advance` is told the name of every weight done."""
+        source = load_universal(checkpoint)
+        load_other_layout(self.deepspeed, source, self.topology, advance)

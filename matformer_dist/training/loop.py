@@ -7,19 +7,22 @@ from itertools import islice
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from matformer_dist.checkpoints.store import CheckpointStore
 from matformer_dist.config import Config
 from matformer_dist.counting import forward_flops
 from matformer_dist.data.datasets import build_datasets, micro_batches
 from matformer_dist.data.tokenizer import Tokenizer
+from matformer_dist.errors import PreemptedError, UserError
 from matformer_dist.evaluation.loss import SubmodelLoss, evaluate_submodels
 from matformer_dist.models.forward_pass import Pass
-from matformer_dist.parallel.agreement import agreement, on_main
+from matformer_dist.parallel.agreement import agreement, gathered, on_main
 from matformer_dist.parallel.topology import Topology
-from matformer_dist.run_directory import TOKENIZER, Manifest
-from matformer_dist.training import setup
-from matformer_dist.training.checkpoint import CheckpointStore
+from matformer_dist.run_directory import TOKENIZER, Checkpoint, Manifest
+from matformer_dist.training import random_states, setup
+from matformer_dist.training.control import Control
 from matformer_dist.training.engine import (
     Engine,
     build_model,
@@ -41,11 +44,12 @@ Batch = tuple[Tensor, Tensor]  # tokens and targets, [b, s] each
 class Run:
     """What one rank holds of a training run."""
 
-    def __init__(self, config: Config, topology: Topology) -> None:
+    def __init__(self, config: Config, topology: Topology, control: Control) -> None:
         self.config = config
+        self.control = control
         self.topology = topology
         self.nesting = config.granularities
-        self.step = 0
+        self.step = self.skipped = self.skips_in_a_row = 0
         training = config.training
         self.total_steps = training.total_steps
 
@@ -56,8 +60,8 @@ class Run:
             self.tokenizer = Tokenizer.load(config.data.tokenizer)
             self.vocab_size = setup.check_vocabulary(config, self.tokenizer)
         notices = on_main(lambda: setup.check_run_directory(config))
-        self.store = CheckpointStore(config.run.dir, config.checkpoint, topology)
-        resumed, damaged = on_main(self.store.choose_start)
+        self.store = CheckpointStore(config.run.dir, config.checkpoint)
+        resumed, damaged = self.store.choose_start()
         if resumed is not None:
             setup.check_checkpoint(resumed, self._manifest(), training)
         self.train_data, self.validation_data = build_datasets(
@@ -75,13 +79,12 @@ class Run:
         self.screen.show_plan(resumed, [*notices, *damaged])
         self.screen.warn_of_uneven_work(self.objective.even_micro_batch())
         self.screen.warn_of_unaligned_widths()
-        self.engine = Engine(config, build_model(config, self.vocab_size, topology), topology)
+        model = build_model(config, self.vocab_size, topology)
+        self.engine = Engine(config, model, topology)
         self.losses = LossSums(self.nesting, topology)
         self.watch = Stopwatch()
         if resumed is not None:
-            state = self.store.load(self.engine, resumed)
-            self.step = state["step"]
-            self.losses.load(state["losses"])
+            self._load(resumed)
         with agreement():
             self.log = MetricsLog(config, self.step) if topology.is_main else None
 
@@ -97,31 +100,83 @@ class Run:
             self.config, self.topology, self.tokenizer.digest, self.vocab_size, self.step
         )
 
+    def _load(self, checkpoint: Checkpoint) -> None:
+        self.control.mark(f"loading {checkpoint.path.name}")
+        manifest = checkpoint.manifest
+        if manifest.layout == self._manifest().layout:
+            self.engine.load(checkpoint)
+        else:
+            with self.screen.progress(f"from {manifest.layout}", self.engine.weights) as advance:
+                self.engine.load_other_layout(checkpoint, advance)
+        self.step, self.skipped = manifest.step, manifest.skipped_steps
+        if manifest.loss_sums:
+            self.losses.load(manifest.loss_sums)
+        if dist.get_rank() < len(manifest.random_states):
+            random_states.restore(manifest.random_states[dist.get_rank()])
+
     def train(self) -> None:
-        """Run the remaining steps; evaluate, log and save when due, and at the end."""
-        config = self.config
+        """Run the remaining steps; evaluate, log and save when due, and at the end.
+
+        PreemptedError where a signal asked for an end, UserError where no step changes anything any
+        more; a checkpoint of the last step is there then.
+        """
         if self.step >= self.total_steps:
             self.screen.say(f"finished: all {self.total_steps} steps are done")
-        batches = self._batches(self.train_data, self.step * config.training.global_batch_size)
-        while self.step < self.total_steps:
-            self._train_step(batches)
-            if self._is_reported(self.step):
-                evaluate = self._is_evaluated(self.step)
-                self._report(self._evaluate() if evaluate else {})
-            if self.step == self.total_steps or _due(self.step, config.checkpoint.every):
-                self._save()
-        self.screen.close()
-        if self.log is not None:
-            self.log.close()
+        training = self.config.training
+        batches = self._batches(self.train_data, self.step * training.global_batch_size)
+        try:
+            while self.step < self.total_steps:
+                self._train_step(batches)
+                self._after_step()
+            self.store.finish()
+        finally:
+            self.screen.close()
+            if self.log is not None:
+                self.log.close()
+
+    def _after_step(self) -> None:
+        signal, written = self.control.decide(self.store.is_written)
+        ends = signal is not None or self.skips_in_a_row == self.config.training.max_skipped_steps
+        if self._is_reported(self.step):
+            self._report(self._evaluate() if self._is_evaluated(self.step) else {})
+        if written:
+            self.store.finish()
+        every = self.config.checkpoint.every
+        if self.step == self.total_steps or _due(self.step, every) or ends:
+            self._save()
+        if self.step == self.total_steps or not ends:
+            return
+        self.store.finish()
+        saved = f"the checkpoint of step {self.step} is saved"
+        if signal is not None:
+            raise PreemptedError(
+                f"{signal} ended the run; {saved}, and the same command goes on from it"
+            )
+        raise UserError(
+            f"loss or gradient of the last {self.skips_in_a_row} steps was not finite, so they "
+            f"changed nothing; {saved}, with the weights from before them. Go on from an earlier "
+            "one with a lower optimizer.lr, or look into the data of these steps; "
+            "training.max_skipped_steps sets how many are borne"
+        )
 
     def _train_step(self, batches: Iterator[Batch]) -> None:
+        self.control.mark(f"step {self.step + 1}")
         self.watch.start()
         config = self.config
         self.lr = learning_rate(config.schedule, config.optimizer.lr, self.step, self.total_steps)
         passes = self._passes()
         results = self.engine.train_step(self._in_order(batches, passes), iter(passes), self.lr)
-        self.losses.add(results)
         self.step += 1
+        if self.engine.was_skipped:
+            self.skipped += 1
+            self.skips_in_a_row += 1
+            self.screen.say(
+                f"warning    step {self.step} is skipped: its loss or gradient is not finite "
+                f"({self.skipped} so far)"
+            )
+        else:
+            self.skips_in_a_row = 0
+            self.losses.add(results)
         if self.topology.device.type == "cuda" and self._is_reported(self.step):
             torch.cuda.synchronize()  # so that the interval's time is the work's, not the queue's
         self.watch.stop(self._training_flops(self.step - 1))
@@ -180,6 +235,7 @@ class Run:
         )
 
     def _evaluate(self) -> dict[str, SubmodelLoss]:
+        self.control.mark(f"the evaluation of step {self.step}")
         layers = self.config.model.n_layers
         uniform = self.nesting.uniforms(layers)
         mixed = [self.nesting.parse(text, layers) for text in self.config.evaluation.submodels]
@@ -213,6 +269,8 @@ class Run:
             "mfu": tflops_per_second / (peak * self.topology.world_size) if peak else None,
             "step_ms": seconds * 1e3,
             "peak_memory_bytes": peak_memory_bytes(self.topology.device),
+            "skipped_steps": self.skipped,
+            "checkpoint_ms": self.store.take_seconds() * 1e3,
         }
         if evaluated:
             line["val_loss"] = {name: result.loss for name, result in evaluated.items()}
@@ -223,8 +281,15 @@ class Run:
         self.screen.show_step(line)
 
     def _save(self) -> None:
-        state = {"step": self.step, "losses": self.losses.state()}
-        self.store.save(self.engine, self._manifest(), state)
+        self.control.mark(f"the checkpoint of step {self.step}")
+        manifest = self._manifest().model_copy(
+            update={
+                "skipped_steps": self.skipped,
+                "loss_sums": self.losses.state(),
+                "random_states": gathered(random_states.capture()),
+            }
+        )
+        self.store.save(self.engine, manifest)
 
 
 def _due(step: int, every: int) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -104,6 +105,16 @@ class Screen:
 
     def say(self, text: str) -> None:
         self.console.print(text)
+
+    @contextmanager
+    def progress(self, text: str, total: int) -> Iterator[Callable[[str], None]]:
+        """A bar of `total` things; what it yields is called once for each, with its name."""
+        begun = time.monotonic()
+        columns = (TextColumn(f"{text}  {{task.completed:.0f}}/{{task.total:.0f}}"), BarColumn())
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda _: bar.advance(task)
+        self.say(f"{text}: done in {short_time(time.monotonic() - begun)}")
 
     def show_step(self, line: Mapping[str, Any]) -> None:
         """One line of metrics, in words; with the time that is left."""

@@ -24,7 +24,10 @@ _FREE_SECTIONS = ("run", "nesting", "parallel", "evaluation", "checkpoint", "log
 _FREE_KEYS = {
     "model": ("init_std", "max_seq_len", "vocab_size"),
     "data": ("tokenizer", "workers"),
-    "training": ("steps", "tokens", "compile", "operators", "activation_checkpointing"),
+    "training": (
+        "steps", "tokens", "compile", "operators", "activation_checkpointing",
+        "max_skipped_steps", "hang_timeout", "micro_batch_size",
+    ),
     "deepspeed": (
         "aio", "comms_logger", "flops_profiler", "memory_breakdown", "steps_per_print",
         "tensorboard", "wandb", "wall_clock_breakdown", "zero_optimization",
@@ -58,14 +61,22 @@ def check_run_directory(config: Config) -> list[str]:
             f"the run directory {config.run.dir} holds a run with another configuration: "
             f"{'; '.join(changed)}; set these back, or choose another run.dir"
         )
+    return list(_notices(saved, config))
+
+
+def _notices(saved: Config, config: Config) -> Iterator[str]:
     was, is_ = saved.training.total_steps, config.training.total_steps
-    if was == is_ or config.schedule.kind == "constant":
-        return []
-    notice = (
-        f"the run's length was {was} steps and is now {is_}: the learning rate follows the "
-        f"{config.schedule.kind} schedule of the new length from here on"
-    )
-    return [notice]
+    if was != is_ and config.schedule.kind != "constant":
+        yield (
+            f"the run's length was {was} steps and is now {is_}: the learning rate follows the "
+            f"{config.schedule.kind} schedule of the new length from here on"
+        )
+    was, is_ = saved.training.micro_batch_size, config.training.micro_batch_size
+    if was != is_ and config.objective.kind == "per_sequence":
+        yield (
+            f"training.micro_batch_size was {was} and is now {is_}: from here on other sequences "
+            "meet each granularity than would have"
+        )
 
 
 def _changes(
@@ -135,28 +146,10 @@ def check_checkpoint(checkpoint: Checkpoint, now: Manifest, training: TrainingCo
             f"the checkpoint {checkpoint.path} is of another model: {'; '.join(wrong)}; set these "
             "back, or choose another checkpoint.resume"
         )
-    _check_layout(checkpoint, now.layout)
 
 
 def _per(total: int, parts: int) -> int:
     return total // max(parts, 1)
-
-
-def _check_layout(checkpoint: Checkpoint, now: Layout) -> None:
-    saved = checkpoint.manifest.layout
-    pairs = {
-        "parallel.tensor": (saved.tensor, now.tensor),
-        "the number of data-parallel ranks": (saved.data, now.data),
-        "deepspeed.zero_optimization.stage": (saved.zero_stage, now.zero_stage),
-    }
-    changed = [
-        f"{key} was {was} and is now {is_}" for key, (was, is_) in pairs.items() if was != is_
-    ]
-    if changed:
-        raise UserError(
-            f"the checkpoint {checkpoint.path} was saved by another layout: {'; '.join(changed)}; "
-            "resume with the layout it was saved by (moving between layouts is not there yet)"
-        )
 
 
 def describe(

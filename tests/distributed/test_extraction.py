@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from matformer_dist.checkpoints.universal import load_universal
 from matformer_dist.config import Config
 from matformer_dist.data.tokenizer import Tokenizer, train_tokenizer
 from matformer_dist.inference.loading import load_native
@@ -19,7 +20,6 @@ from matformer_dist.parallel.layers import Initializer
 from matformer_dist.parallel.topology import Topology, initialize, leave_groups
 from matformer_dist.run_directory import TOKENIZER, find_checkpoint
 from matformer_dist.submodels.extract import extract
-from matformer_dist.submodels.universal import load_universal
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_cases import SEQ_LEN, VOCAB, tiny_config, train
 
@@ -88,14 +88,14 @@ def train_and_save_each(directory: Path) -> dict[str, dict[str, NDArray[Any]]]:
 
 def train_and_save(config: Config, topology: Topology) -> dict[str, NDArray[Any]]:
     """Logits by submodel (fp32), or this rank's weights (bf16), as they are after training."""
+    from matformer_dist.checkpoints.store import CheckpointStore
     from matformer_dist.training import setup
-    from matformer_dist.training.checkpoint import CheckpointStore
 
     _, engine, trained = train(config, topology)
-    store = CheckpointStore(config.run.dir, config.checkpoint, topology)
+    store = CheckpointStore(config.run.dir, config.checkpoint)
     tokenizer = Tokenizer.load(config.data.tokenizer)
     manifest = setup.describe(config, topology, tokenizer.digest, VOCAB, STEPS)
-    store.save(engine, manifest, {"step": STEPS})
+    store.save(engine, manifest)
     if topology.is_main:
         (config.run.dir / "config.yaml").write_text(config.to_yaml())
         (config.run.dir / TOKENIZER).write_bytes(tokenizer.model)

@@ -1,21 +1,21 @@
-"""A run that was killed goes on as if it had not been."""
+"""A run that is called again goes on, or says why it does not."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
-import time
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.end_to_end.conftest import ROOT, launch, refuse, succeed, train, write_config
+from tests.end_to_end.conftest import matformer, refuse, succeed, train, write_config
+from tests.end_to_end.forked import Job
 
-CLOCKED = ("tokens_per_second", "model_tflops_per_second", "mfu", "step_ms", "peak_memory_bytes")
+CLOCKED = (
+    "tokens_per_second", "model_tflops_per_second", "mfu", "step_ms", "peak_memory_bytes",
+    "checkpoint_ms",
+)  # fmt: skip
 
 
 def processes_of(config: Path) -> list[int]:
@@ -36,53 +36,42 @@ def lines(run_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in CLOCKED} for line in found]
 
 
-@pytest.mark.parametrize(
-    ("precision", "ranks", "tensor", "stage"),
-    [("fp32", None, 1, 1), ("bf16", None, 1, 1), ("fp32", 2, 2, 1), ("bf16", 2, 1, 2)],
-)
-def test_killed_run_matches_an_uninterrupted_one(
-    corpus: Path, tmp_path: Path, precision: str, ranks: int | None, tensor: int, stage: int
-) -> None:
-    """Every number of every line of metrics, bit for bit; lines straddle the checkpoint."""
-    sections: dict[str, dict[str, object]] = {
-        "training": {"steps": 8, "precision": precision},
-        "logging": {"every": 3},
-        "checkpoint": {"every": 4},
-        "evaluation": {"every": 6},
-        "parallel": {"tensor": tensor},
-        "deepspeed": {"zero_optimization": {"stage": stage}},
-    }
-    whole = write_config(tmp_path / "a.yaml", corpus, tmp_path / "a", **sections)
-    succeed(train(whole, ranks=ranks))
-    killed = write_config(tmp_path / "b.yaml", corpus, tmp_path / "b", **sections)
-    process = subprocess.Popen(
-        launch(killed, ranks=ranks),
-        cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "b/checkpoints/step-4/manifest.json").exists():
-        assert time.monotonic() < deadline and process.poll() in (None, 0)
-        time.sleep(0.01)
-    for rank in processes_of(killed):
-        with contextlib.suppress(ProcessLookupError):  # the launcher's end can be a rank's
-            os.kill(rank, signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "b/checkpoints/step-8").exists(), "it was to be killed before its end"
-    shown = succeed(train(killed, ranks=ranks))
-    assert "resuming" in shown
-    assert lines(tmp_path / "b") == lines(tmp_path / "a")
-    if ranks is None:
-        refuse(train(killed, "optimizer.lr=0.5"), "optimizer.lr (was 0.003, now 0.5)")
-        refuse(train(killed, "checkpoint.resume=never"), "choose another run.dir")
-
-
 def test_a_finished_run_goes_on_with_more_steps(corpus: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "c.yaml", corpus, tmp_path / "run")
     assert "finished:" not in succeed(train(config))
     assert "finished: all 6 steps are done" in succeed(train(config))
     succeed(train(config, "training.steps=8", "training.compile=true"))
     assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 9))
+    refuse(train(config, "optimizer.lr=0.5"), "optimizer.lr (was 0.003, now 0.5)")
+    refuse(train(config, "checkpoint.resume=never"), "choose another run.dir")
     refuse(train(config, f"checkpoint.resume={tmp_path / 'run'}@6"), "holds later steps (8)")
+
+
+def test_a_run_goes_on_under_another_layout(corpus: Path, tmp_path: Path) -> None:
+    """The command is the same but for the ranks; lines of metrics go on to rounding."""
+    whole = write_config(tmp_path / "a.yaml", corpus, tmp_path / "a")
+    succeed(train(whole, "training.steps=6"))
+    moved = write_config(tmp_path / "b.yaml", corpus, tmp_path / "b")
+    assert Job(moved, "training.steps=6", "checkpoint.every=4").wait() == [0]
+    shutil.rmtree(tmp_path / "b/checkpoints/step-6")
+    zero = "deepspeed.zero_optimization.stage=3"
+    job = Job(moved, "training.steps=6", "parallel.tensor=2", zero, ranks=2)
+    assert job.wait() == [0, 0], job.printed()
+    assert "from TP 1 x DP 1, ZeRO 1: done" in job.printed()
+    for one, other in zip(lines(tmp_path / "b"), lines(tmp_path / "a"), strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+    printed = succeed(matformer("verify", tmp_path / "b"))
+    assert "step-4       good: 2 files" in printed
+    assert "step-6       good: 4 files" in printed
+    file = next((tmp_path / "b/checkpoints/step-6").glob("*optim*"))
+    with file.open("r+b") as stream:
+        stream.seek(1000)
+        stream.write(b"x")
+    done = matformer("verify", f"{tmp_path / 'b'}@6")
+    assert done.returncode == 1 and f"damaged: {file.name}" in done.stdout
+    # The damaged one is named, and the one before it taken.
+    job = Job(moved, "training.steps=6")
+    assert job.wait() == [0], job.printed()
+    assert f"{file.name} is not as it was written" in job.printed()
+    assert "from" not in job.printed().split("resuming")[1].split("\n")[1]
+    assert lines(tmp_path / "b") == lines(tmp_path / "a")

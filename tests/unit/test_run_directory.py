@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from matformer_dist.errors import UserError
-from matformer_dist.run_directory import find_checkpoint, read_checkpoints
+from matformer_dist.run_directory import find_checkpoint, read_checkpoints, seal
 from tests.unit.submodels.synthetic_run import model_config, random_model, write_run
 
 
@@ -66,7 +66,7 @@ def _set(key: str, value: Any) -> Any:
 )
 def test_what_is_wrong_with_a_manifest_is_said(run: Path, change: Any, says: str) -> None:
     path = manifest(run, 5)
-    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    path.write_bytes(seal(json.dumps(change(json.loads(path.read_text()))).encode()))
     with pytest.raises(UserError, match=says):
         find_checkpoint(f"{run}@5")
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from matformer_dist.checkpoints.files import hash_file
 from matformer_dist.config import ModelConfig
 from matformer_dist.data.tokenizer import Tokenizer, train_tokenizer
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.nesting import Nesting
 from matformer_dist.parallel.layers import Initializer
+from matformer_dist.run_directory import Layout, Manifest
 
 VOCAB = 307  # odd: tensor-parallel ranks hold padding
 NESTING = Nesting.from_widths([8, 16, 40, 64])
@@ -67,22 +68,19 @@ def write_run(directory: Path, lm: MatLM, *, tensor: int = 1, step: int = 5) -> 
             module[name] = partition.deal(whole, rank, tensor) if partition else whole
         state = {"module": module, "optimizer": {"state": {}}}
         torch.save(state, checkpoint / f"mp_rank_{rank:02d}_model_states.pt")
-    manifest = {
-        "format": 1,
-        "step": step,
-        "consumed_sequences": step,
-        "tokens": 8 * step,
-        "layout": {"tensor": tensor, "data": 1, "zero_stage": 0},
-        "model": lm.model.model_dump(mode="json"),
-        "vocab_size": VOCAB,
-        "nesting": {"widths": list(NESTING.widths), "names": list(NESTING.names)},
-        "precision": "fp32",
-        "tokenizer_sha256": tokenizer.digest,
-        "config_sha256": "",
-        "versions": {},
-        "files": {
-            file.name: {"bytes": file.stat().st_size, "sha256": ""} for file in checkpoint.iterdir()
-        },
-    }
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    manifest = Manifest(
+        step=step,
+        consumed_sequences=step,
+        tokens=8 * step,
+        layout=Layout(tensor=tensor, data=1, zero_stage=0),
+        model=lm.model,
+        vocab_size=VOCAB,
+        nesting=NESTING,
+        precision="fp32",
+        tokenizer_sha256=tokenizer.digest,
+        config_sha256="",
+        versions={},
+        files={file.name: hash_file(file) for file in checkpoint.iterdir()},
+    )
+    (checkpoint / "manifest.json").write_text(manifest.sealed())
     return directory

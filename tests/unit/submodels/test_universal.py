@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from matformer_dist.checkpoints.files import hash_file
+from matformer_dist.checkpoints.universal import load_universal
 from matformer_dist.errors import UserError
-from matformer_dist.run_directory import find_checkpoint
-from matformer_dist.submodels.universal import load_universal
+from matformer_dist.run_directory import MANIFEST, Layout, Manifest, find_checkpoint
 from tests.unit.submodels.synthetic_run import model_config, random_model, write_run
 
 MODEL_FILE = "checkpoints/step-5/mp_rank_01_model_states.pt"
@@ -34,12 +34,16 @@ def test_whole_weights_match_the_model_that_was_dealt(
         assert torch.equal(built[name], weight), name
 
 
+def _reseal(path: Path, **changes: Any) -> None:
+    """Change a manifest as somebody would who knows how it is sealed."""
+    manifest = Manifest.model_validate_json(path.read_text())
+    path.write_text(manifest.model_copy(update=changes).sealed())
+
+
 def _rewrite(path: Path, state: dict[str, Any]) -> None:
     torch.save(state, path)
-    manifest_path = path.parent / "manifest.json"
-    manifest = json.loads(manifest_path.read_text())
-    manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": ""}
-    manifest_path.write_text(json.dumps(manifest))
+    manifest = Manifest.model_validate_json((path.parent / MANIFEST).read_text())
+    _reseal(path.parent / MANIFEST, files={**manifest.files, path.name: hash_file(path)})
 
 
 def _cut_file(run: Path) -> None:
@@ -54,21 +58,17 @@ def _fill_with_zeros(run: Path) -> None:
 def _forget_file(run: Path) -> None:
     (run / MODEL_FILE).unlink()
     path = run / "checkpoints/step-5/manifest.json"
-    manifest = json.loads(path.read_text())
-    del manifest["files"][Path(MODEL_FILE).name]
-    path.write_text(json.dumps(manifest))
+    files = Manifest.model_validate_json(path.read_text()).files
+    _reseal(path, files={k: v for k, v in files.items() if k != Path(MODEL_FILE).name})
 
 
 def _newer_format(run: Path) -> None:
-    path = run / "checkpoints/step-5/manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
+    _reseal(run / "checkpoints/step-5/manifest.json", format=2)
 
 
 def _other_stage(run: Path) -> None:
-    path = run / "checkpoints/step-5/manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["layout"]["zero_stage"] = 1
-    path.write_text(json.dumps(manifest))
+    layout = Layout(tensor=2, data=1, zero_stage=1)
+    _reseal(run / "checkpoints/step-5/manifest.json", layout=layout)
 
 
 def _without_weight(run: Path) -> None:

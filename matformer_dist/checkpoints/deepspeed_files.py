@@ -1,10 +1,11 @@
-"""Where DeepSpeed's checkpoint files hold one tensor-parallel rank's weights.
+"""Where DeepSpeed's checkpoint files hold one tensor-parallel rank's weights and Adam's moments.
 
 Legend: T tensor-parallel ranks, d data-parallel rank, mp tensor-parallel rank.
 
-| ZeRO | weights, in fp32 where training kept fp32 masters                                  |
+| ZeRO | weights, in fp32 where training kept fp32 masters, and moments                     |
 |------|------------------------------------------------------------------------------------|
-| 0    | `mp_rank_MP_model_states.pt`: the module's (training is fp32 there)                 |
+| 0    | `mp_rank_MP_model_states.pt`: the module's (training is fp32 there), the optimizer's |
+|      | by their place in its groups                                                       |
 | 1, 2 | `[bf16_]zero_pp_rank_D_mp_rank_MP_optim_states.pt`: flat fp32 groups, cut over d at |
 |      | any element; a map names the fragments                                              |
 | 3    | the same files: every weight cut over d, padded; `zero_pp_rank_0_mp_rank_MP_model_  |
@@ -22,16 +23,33 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from matformer_dist.errors import UserError
+from matformer_dist.run_directory import Layout
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STATES = ("fp32", *MOMENTS)  # of every weight, by DeepSpeed's names
 
 # Flat pieces that make up one weight of one tensor-parallel rank, in order. The last may be
 # followed by padding.
 Pieces = dict[str, list[Tensor]]
+
+
+class RankStates(NamedTuple):
+    """What one tensor-parallel rank holds; `step` counts the optimizer's steps."""
+
+    pieces: dict[str, Pieces]  # by state
+    step: int
+
+
+def optimizer_order(weights: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Names in the order of the optimizer's two groups: matrices, which decay, and the others."""
+    matrices = [name for name, weight in weights.items() if weight.dim() > 1]
+    return matrices, [name for name in weights if name not in set(matrices)]
 
 
 @dataclass
@@ -56,31 +74,28 @@ _STAND_INS: list[Any] = [
 ]
 
 
-def rank_pieces(
-    directory: Path, rank: int, *, zero_stage: int, data_ranks: int, precision: str
-) -> Pieces:
+def rank_states(directory: Path, rank: int, layout: Layout, precision: str) -> RankStates:
     """Pieces of every weight of tensor-parallel `rank`; UserError where files do not hold them.
 
     They are views of files mapped into memory: reading happens when they are used.
     """
     try:
-        if zero_stage == 0:
-            module = _load(directory / f"mp_rank_{rank:02d}_model_states.pt")["module"]
-            return {name: [weight.flatten()] for name, weight in module.items()}
+        if layout.zero_stage == 0:
+            return _whole(_load(directory / f"mp_rank_{rank:02d}_model_states.pt"))
         prefix = "bf16_" if precision == "bf16" else ""
-        states = [
+        files = [
             _load(directory / f"{prefix}zero_pp_rank_{d}_mp_rank_{rank:02d}_optim_states.pt")
-            for d in range(data_ranks)
+            for d in range(layout.data)
         ]
-        optimizers = [state["optimizer_state_dict"] for state in states]
-        if zero_stage < 3:
+        optimizers = [file["optimizer_state_dict"] for file in files]
+        if layout.zero_stage < 3:
             return _fragments(optimizers)
         model = _load(directory / f"zero_pp_rank_0_mp_rank_{rank:02d}_model_states.pt")
         return _cut_weights(optimizers, model["param_shapes"])
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"the checkpoint {directory} is not laid out as DeepSpeed 0.19 does for ZeRO stage "
-            f"{zero_stage} ({type(error).__name__}: {error}); extract it with the version of "
+            f"{layout.zero_stage} ({type(error).__name__}: {error}); read it with the version of "
             "matformer_dist that saved it"
         ) from None
 
@@ -100,27 +115,53 @@ def _load(path: Path) -> Any:
         ) from None
 
 
-def _fragments(optimizers: list[Mapping[str, Any]]) -> Pieces:
+def _whole(file: Mapping[str, Any]) -> RankStates:
+    """Stage 0: weights and moments as they are."""
+    module, states = file["module"], file["optimizer"]["state"]
+    pieces = {"fp32": {name: [weight.flatten()] for name, weight in module.items()}}
+    order = [name for group in optimizer_order(module) for name in group]
+    for key in MOMENTS:
+        pieces[key] = {order[i]: [state[key].flatten()] for i, state in states.items()}
+    return RankStates(pieces, _step(states))
+
+
+def _fragments(optimizers: list[Mapping[str, Any]]) -> RankStates:
     """Stages 1 and 2: a weight's fragments lie on neighbouring data-parallel ranks."""
-    pieces: Pieces = {}
+    pieces: dict[str, Pieces] = {key: {} for key in STATES}
     for optimizer in optimizers:
         groups = optimizer["single_partition_of_fp32_groups"]
-        for flat, mapping in zip(groups, optimizer["param_slice_mappings"], strict=True):
+        states = optimizer["base_optimizer_state"]["state"]
+        for group, mapping in enumerate(optimizer["param_slice_mappings"]):
+            flat = {"fp32": groups[group], **{key: states[group][key] for key in MOMENTS}}
             for name, part in mapping.items():
-                pieces.setdefault(name, []).append(flat[part.start : part.start + part.numel])
-    return pieces
+                for key in STATES:
+                    piece = flat[key][part.start : part.start + part.numel]
+                    pieces[key].setdefault(name, []).append(piece)
+    return RankStates(pieces, _step(optimizers[0]["base_optimizer_state"]["state"]))
 
 
-def _cut_weights(optimizers: list[Mapping[str, Any]], shapes: list[Mapping[str, Any]]) -> Pieces:
+def _cut_weights(
+    optimizers: list[Mapping[str, Any]], shapes: list[Mapping[str, Any]]
+) -> RankStates:
     """Stage 3: every data-parallel rank holds an equal part of each weight, the last padded."""
-    pieces: Pieces = {}
+    pieces: dict[str, Pieces] = {key: {} for key in STATES}
     for group, weights in enumerate(shapes):
+        flats: list[dict[str, Tensor]] = [
+            {
+                "fp32": optimizer["fp32_flat_groups"][group],
+                **{key: optimizer["optimizer_state_dict"]["state"][group][key] for key in MOMENTS},
+            }
+            for optimizer in optimizers
+        ]
         start = 0
         for name, shape in weights.items():
             size = -(-prod(shape) // len(optimizers))
-            pieces[name] = [
-                optimizer["fp32_flat_groups"][group][start : start + size]
-                for optimizer in optimizers
-            ]
+            for key in STATES:
+                pieces[key][name] = [flat[key][start : start + size] for flat in flats]
             start += size
-    return pieces
+    return RankStates(pieces, _step(optimizers[0]["optimizer_state_dict"]["state"]))
+
+
+def _step(states: Mapping[int, Mapping[str, Any]]) -> int:
+    """The optimizer's steps, of which all weights have made as many."""
+    return int(next(iter(states.values()))["step"]) if states else 0

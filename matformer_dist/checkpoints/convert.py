@@ -1,0 +1,112 @@
+"""Write a checkpoint of any layout as a universal one, which DeepSpeed's own loader reads too."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from matformer_dist.checkpoints.deepspeed_files import MOMENTS, optimizer_order
+from matformer_dist.checkpoints.files import (
+    HashingStream,
+    replace_text,
+    sync_directory,
+    write_file,
+)
+from matformer_dist.checkpoints.universal import UniversalModel, load_universal
+from matformer_dist.checkpoints.universal_files import description, stored_value, value_path
+from matformer_dist.checkpoints.verify import faults
+from matformer_dist.errors import UserError
+from matformer_dist.run_directory import (
+    MANIFEST,
+    TOKENIZER,
+    UNIVERSAL,
+    SavedFile,
+    find_checkpoint,
+)
+
+
+def convert(
+    run: str, output: Path, advance: Callable[[int, int], None] = lambda _, __: None
+) -> Path:
+    """Write RUN[@STEP] into the new run directory `output`; returns the checkpoint's folder.
+
+    `advance` is told how many weights are done, of how many. Memory: one weight. UserError for a
+    damaged checkpoint, and for an output that exists.
+    """
+    checkpoint = find_checkpoint(run)
+    if output.exists():
+        raise UserError(f"{output} exists; choose another output")
+    if wrong := faults(checkpoint):
+        raise UserError(f"the checkpoint {checkpoint.path} is damaged: {', '.join(wrong)}")
+    model = load_universal(checkpoint)
+    temporary = output.with_name(f"{output.name}.incomplete")
+    folder = temporary / "checkpoints" / checkpoint.path.name
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for name in ("config.yaml", TOKENIZER):
+            source = checkpoint.path.parent.parent / name
+            if source.exists():
+                shutil.copy(source, temporary)
+        files = _write(model, folder, advance)
+        manifest = checkpoint.manifest.model_copy(
+            update={"layout": UNIVERSAL, "random_states": [], "files": files}
+        )
+        replace_text(folder / MANIFEST, manifest.sealed())
+        replace_text(folder.parent / "latest_universal", folder.name)
+        temporary.rename(output)
+        sync_directory(output.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}; choose another output") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return output / "checkpoints" / checkpoint.path.name
+
+
+def _write(
+    model: UniversalModel, folder: Path, advance: Callable[[int, int], None]
+) -> dict[str, SavedFile]:
+    files = {}
+
+    def write(path: Path, content: Any) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+        def save(stream: HashingStream) -> None:
+            torch.save(content, stream)  # type: ignore[arg-type]
+
+        files[str(path.relative_to(folder))] = write_file(path, save)
+
+    states = ("fp32", *(MOMENTS if model.checkpoint.manifest.has_optimizer else ()))
+    for done, (name, parameter) in enumerate(model.whole.items(), 1):
+        for state in states:
+            content = stored_value(name, parameter, model.value(name, state))
+            write(value_path(folder, name, state), content)
+        if len(states) > 1:
+            write(value_path(folder, name, "step"), torch.tensor(float(model.optimizer_steps)))
+        advance(done, len(model.whole))
+    groups = len([names for names in optimizer_order(model.whole) if names])
+    manifest = model.checkpoint.manifest
+    version = manifest.versions.get("deepspeed", "0.19.8")
+    write(
+        folder / "zero" / "optimizer_state.pt",
+        {"param_groups": [{} for _ in range(groups)], "ds_version": version},
+    )
+    write(
+        folder / "mp_rank_00_model_states.pt",
+        {
+            "module": {},
+            "dp_world_size": 1,
+            "mp_world_size": 1,
+            "global_steps": manifest.step,
+            "global_samples": manifest.consumed_sequences,
+            "skipped_steps": manifest.skipped_steps,
+            "lr_scheduler": None,
+            "ds_version": version,
+            **description(model.whole, model.vocab_size),
+        },
+    )
+    return files

@@ -1,0 +1,93 @@
+"""Files that are on disk when they are said to be, with the SHA-256 of what was meant to be there.
+
+No torch here, and no collectives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from matformer_dist.run_directory import SavedFile
+
+BLOCK_BYTES = 1 << 22
+
+
+class HashingStream:
+    """What is written to it goes to a file and into a SHA-256, in one pass."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._bytes = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        self._file.write(data)
+        self._digest.update(data)
+        size = memoryview(data).nbytes
+        self._bytes += size
+        return size
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def saved(self) -> SavedFile:
+        return SavedFile(bytes=self._bytes, sha256=self._digest.hexdigest())
+
+
+def write_file(path: Path, write: Callable[[HashingStream], None]) -> SavedFile:
+    """Make a file of what `write` writes, on disk when this returns; OSError where it cannot."""
+    try:
+        with path.open("wb") as file:
+            stream = HashingStream(file)
+            write(stream)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    return stream.saved()
+
+
+def hash_file(path: Path, advance: Callable[[int], None] = lambda _: None) -> SavedFile:
+    """Size and SHA-256 of a file; `advance` is told of every block read, in bytes."""
+    digest = hashlib.sha256()
+    size = 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+            size += len(block)
+            advance(len(block))
+    return SavedFile(bytes=size, sha256=digest.hexdigest())
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Put `text` into the file at once: readers find the old or the new, after a crash too."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    sync_directory(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Put the content of a file that somebody else wrote on disk."""
+    _sync(path)
+
+
+def sync_directory(directory: Path) -> None:
+    """Put a directory's entries on disk."""
+    _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

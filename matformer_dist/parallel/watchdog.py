@@ -1,0 +1,138 @@
+"""Ends a job that hangs, and says which ranks it waits for.
+
+A collective that one rank never joins would hold all others until the library's own timeout, whose
+message names nobody. Here every rank tells what it is at, on a thread and through the store that
+the job began with, which no collective can block.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from matformer_dist.errors import EXIT_FAILURE
+
+
+class Post(NamedTuple):
+    """What a rank last told."""
+
+    posts: int  # it has sent
+    marks: int  # of progress it has set
+    at: str  # what it is doing
+
+
+class Watchdog:
+    """Watches this rank while it is entered; `mark` tells that it goes on.
+
+    seconds: without a mark after which the job ends. report: what ends it, told the message.
+    """
+
+    def __init__(self, seconds: float, report: Callable[[str], None] | None = None) -> None:
+        self.seconds = seconds
+        self.interval = min(5.0, seconds / 4)
+        self._report = report or _end_process
+        self._marks = 0
+        self._posts = 0
+        self._at = "the start"
+        self._marked = time.monotonic()
+        self._left = threading.Event()
+
+    def mark(self, at: str) -> None:
+        """This rank begins to do `at`."""
+        self._at, self._marks, self._marked = at, self._marks + 1, time.monotonic()
+
+    def __enter__(self) -> Watchdog:
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        store: Any = dist.distributed_c10d._get_default_store()
+        # A connection of its own: another thread's wait would hold it.
+        self._store = dist.PrefixStore("watchdog", store.clone() if self.ranks > 1 else store)
+        self._marked = time.monotonic()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left.set()
+
+    def _watch(self) -> None:
+        while not self._left.wait(self.interval):
+            try:
+                self._post()
+                quiet = time.monotonic() - self._marked
+                if quiet > self.seconds:
+                    self._report(self._message(quiet))
+                    return
+            except (RuntimeError, dist.DistError):
+                if time.monotonic() - self._marked > self.seconds:
+                    self._report(
+                        f"rank {self.rank} has been at {self._at} for {self.seconds:.0f} s, and "
+                        "rank 0, which keeps the job's store, does not answer"
+                    )
+                    return
+
+    def _post(self) -> None:
+        self._posts += 1
+        self._store.set(str(self.rank), f"{self._posts}|{self._marks}|{self._at}")
+
+    def _message(self, quiet: float) -> str:
+        before = self._read()
+        # The others have looked at their own posts meanwhile, and posted again.
+        deadline = time.monotonic() + 2 * self.interval
+        while time.monotonic() < deadline:
+            self._post()
+            time.sleep(self.interval / 2)
+        now = self._read()
+        answering = [r for r, post in enumerate(now) if post is not None and post != before[r]]
+        if self.rank != min(answering, default=self.rank):
+            time.sleep(self.interval)  # one message is enough
+            return ""
+        return describe(self.rank, before, now, quiet)
+
+    def _read(self) -> list[Post | None]:
+        return [self._read_rank(rank) for rank in range(self.ranks)]
+
+    def _read_rank(self, rank: int) -> Post | None:
+        if not self._store.check([str(rank)]):
+            return None
+        posts, marks, at = self._store.get(str(rank)).decode().split("|", 2)
+        return Post(int(posts), int(marks), at)
+
+
+def describe(
+    rank: int, before: Sequence[Post | None], now: Sequence[Post | None], quiet: float
+) -> str:
+    """The message about ranks that stopped posting, or else are behind the one furthest on."""
+    silent = [r for r, post in enumerate(now) if post is None or post == before[r]]
+    furthest = max(post.marks for post in now if post is not None)
+    behind = [r for r, post in enumerate(now) if post is not None and post.marks < furthest]
+    waiting = now[rank]
+    assert waiting is not None
+    text = f"no progress for {quiet:.0f} s: rank {rank} is at {waiting.at}"
+    if silent:
+        return f"{text}; no answer from {_named(silent)} (stopped, dead, or cut off)"
+    if behind:
+        doing = ", ".join(sorted({post.at for r in behind if (post := now[r])}))
+        return f"{text}; waiting for {_named(behind)}, still at {doing}"
+    return f"{text}, and so are all others: a device or the network between them does not answer"
+
+
+def _named(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:16])) + (" ..." if len(ranks) > 16 else "")
+    return f"rank{'s' * (len(ranks) > 1)} {shown}"
+
+
+def _end_process(message: str) -> None:
+    if message:
+        print(
+            f"error: {message}; training.hang_timeout sets how long is waited. Where this rank is:",
+            file=sys.stderr,
+            flush=True,
+        )
+        faulthandler.dump_traceback(all_threads=True)
+    os._exit(EXIT_FAILURE)

@@ -1,0 +1,53 @@
+"""What may end a run before its last step; all ranks decide alike.
+
+A signal (see preemption.py), steps that changed nothing one after the other, a rank that hangs.
+"""
+
+from __future__ import annotations
+
+import signal
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from matformer_dist.parallel.topology import Topology
+from matformer_dist.parallel.watchdog import Watchdog
+from matformer_dist.training.preemption import Preemption
+
+
+class Decision(NamedTuple):
+    signal: str | None  # that some rank received
+    written: bool  # whether the files of the checkpoint in the background are on disk, everywhere
+
+
+class Control:
+    """Entered around a run, from before its model is built."""
+
+    def __init__(self, topology: Topology, hang_timeout: float) -> None:
+        self.topology = topology
+        self.preemption = Preemption()
+        self.watchdog = Watchdog(hang_timeout)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Control:
+        self._stack.enter_context(self.preemption)
+        self._stack.enter_context(self.watchdog)
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._stack.close()
+
+    def mark(self, at: str) -> None:
+        """This rank goes on, with `at`."""
+        self.watchdog.mark(at)
+
+    def decide(self, written: bool) -> Decision:
+        """One small all-reduce; DeepSpeed has waited for the device in this step anyway."""
+        number = self.preemption.requested or 0
+        flags = torch.tensor([int(number), int(not written)], device=self.topology.device)
+        if self.topology.world_size > 1:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        number, waiting = flags.tolist()
+        return Decision(signal.Signals(number).name if number else None, not waiting)
