@@ -89,6 +89,7 @@ class Manifest(BaseModel):
     has_optimizer: bool = True  # else weights only: training begins with fresh moments
     random_states: list[dict[str, str]] = []
     loss_sums: list[list[float]] = []  # of each granularity since the last line of metrics
+    probe_loss: float | None = None  # see training/continuity.py; null if not finite
     files: dict[str, SavedFile]
     manifest_sha256: str = _UNSEALED  # of this file, with zeros in its place
 

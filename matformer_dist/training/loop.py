@@ -22,6 +22,7 @@ from matformer_dist.parallel.agreement import agreement, gathered, on_main
 from matformer_dist.parallel.topology import Topology
 from matformer_dist.run_directory import TOKENIZER, Checkpoint, Manifest
 from matformer_dist.training import random_states, setup
+from matformer_dist.training.continuity import compare, probe_loss
 from matformer_dist.training.control import Control
 from matformer_dist.training.engine import (
     Engine,
@@ -108,11 +109,15 @@ class Run:
         else:
             with self.screen.progress(f"from {manifest.layout}", self.engine.weights) as advance:
                 self.engine.load_other_layout(checkpoint, advance)
+            self.screen.say(compare(manifest, self._probe_loss()))
         self.step, self.skipped = manifest.step, manifest.skipped_steps
         if manifest.loss_sums:
             self.losses.load(manifest.loss_sums)
         if dist.get_rank() < len(manifest.random_states):
             random_states.restore(manifest.random_states[dist.get_rank()])
+
+    def _probe_loss(self) -> float:
+        return probe_loss(self.engine, self.config, self.vocab_size, self.topology)
 
     def train(self) -> None:
         """Run the remaining steps; evaluate, log and save when due, and at the end.
@@ -286,6 +291,7 @@ class Run:
             update={
                 "skipped_steps": self.skipped,
                 "loss_sums": self.losses.state(),
+                "probe_loss": self._probe_loss(),
                 "random_states": gathered(random_states.capture()),
             }
         )

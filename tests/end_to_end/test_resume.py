@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ def test_a_run_goes_on_under_another_layout(corpus: Path, tmp_path: Path) -> Non
     job = Job(moved, "training.steps=6", "parallel.tensor=2", zero, ranks=2)
     assert job.wait() == [0, 0], job.printed()
     assert "from TP 1 x DP 1, ZeRO 1: done" in job.printed()
+    (said,) = re.findall(r"continuity .* ([\d.]+), was ([\d.]+)", job.printed())
+    assert float(said[0]) == pytest.approx(float(said[1]), rel=1e-5)
     for one, other in zip(lines(tmp_path / "b"), lines(tmp_path / "a"), strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
     printed = succeed(matformer("verify", tmp_path / "b"))
