@@ -23,6 +23,7 @@ from matformer_dist.errors import (
     EXIT_INTERRUPTED,
     EXIT_PREEMPTED,
     EXIT_USER_ERROR,
+    LocalError,
     PreemptedError,
     UserError,
 )
@@ -76,7 +77,8 @@ def main() -> int:
         train(load_config(arguments.config, arguments.overrides))
     except UserError as error:
         # Ranks that have joined agree; before, a node may be alone with its trouble.
-        if rank == 0 or (local_rank == 0 and not dist.is_initialized()):
+        alone = isinstance(error, LocalError) or not dist.is_initialized()
+        if rank == 0 or (alone and (local_rank == 0 or dist.is_initialized())):
             print(f"error: {error}", file=sys.stderr)
         if dist.is_initialized():  # threads of the process groups would abort an orderly end
             sys.stdout.flush()

@@ -16,5 +16,9 @@ class UserError(ValueError):
     """
 
 
+class LocalError(UserError):
+    """A UserError of one rank that the others do not know of, so that it must say so itself."""
+
+
 class PreemptedError(Exception):
     """A signal ended a run behind a good checkpoint; exit with `EXIT_PREEMPTED`."""

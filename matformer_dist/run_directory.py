@@ -5,7 +5,7 @@ config.yaml       the resolved configuration        checkpoints/step-N/   one fo
 metrics.jsonl     one line of measurements a time   evaluation.json       losses of submodels
 tokenizer.model   a copy of data.tokenizer          submodels/NAME/       extracted models
 tensorboard/      the metrics, for TensorBoard      samples.json          generated text
-report.html       the report page
+report.html       the report page                   .lock                 held while a run writes
 ```
 A checkpoint's manifest is written last, and holds the SHA-256 of every file and of itself: a
 folder without one, or with files that differ from it in size, is not a checkpoint. What differs in
@@ -14,12 +14,14 @@ content only is found by reading all of it (checkpoints/verify.py).
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -36,7 +38,7 @@ _SEAL = re.compile(rb'("manifest_sha256": ")([0-9a-f]{64})(")')
 
 
 class Layout(BaseModel):
-    """What the files of a checkpoint depend on: ranks by kind, and the ZeRO stage.
+    """What the files of a checkpoint depend on: ranks by kind, ZeRO's stage and its options.
 
     `universal` files, which hold every weight whole, depend on neither.
     """
@@ -46,6 +48,7 @@ class Layout(BaseModel):
     tensor: int
     data: int
     zero_stage: int
+    zero_options: dict[str, Any] = {}
     files: Literal["ranks", "universal"] = "ranks"
 
     def __str__(self) -> str:
@@ -86,6 +89,8 @@ class Manifest(BaseModel):
     config_sha256: str
     versions: dict[str, str]
     skipped_steps: int = 0
+    skips_in_a_row: int = 0  # the last of them
+    began_from: str | None = None  # the checkpoint of another run that this one began from
     has_optimizer: bool = True  # else weights only: training begins with fresh moments
     random_states: list[dict[str, str]] = []
     loss_sums: list[list[float]] = []  # of each granularity since the last line of metrics
@@ -103,6 +108,24 @@ def seal(text: bytes) -> bytes:
     unsealed = _SEAL.sub(rb"\g<1>" + _UNSEALED.encode() + rb"\g<3>", text)
     digest = hashlib.sha256(unsealed).hexdigest()
     return _SEAL.sub(rb"\g<1>" + digest.encode() + rb"\g<3>", unsealed)
+
+
+def lock(run_dir: Path) -> IO[bytes]:
+    """Hold the run directory until this process ends, or the file that is returned is closed.
+
+    UserError where another process holds it.
+    """
+    file = (run_dir / ".lock").open("ab")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        raise UserError(
+            f"another job is writing to {run_dir}; wait for its end, or choose another run.dir"
+        ) from None
+    return file
 
 
 class UnknownFormatError(UserError):
@@ -138,15 +161,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise UserError(
             f"{path} is not a complete checkpoint: it has no readable {MANIFEST}"
         ) from None
-    if written != MANIFEST_FORMAT:
-        raise UnknownFormatError(
-            f"the checkpoint {path} has format {written!r}, this version of matformer_dist reads "
-            f"format {MANIFEST_FORMAT}; use the version that saved the checkpoint"
-        )
     if not _SEAL.search(text) or seal(text) != text:
         raise UserError(
             f"the checkpoint {path} is damaged: its {MANIFEST} is not as it was written (its "
             "SHA-256 differs)"
+        )
+    if written != MANIFEST_FORMAT:
+        raise UnknownFormatError(
+            f"the checkpoint {path} has format {written!r}, this version of matformer_dist reads "
+            f"format {MANIFEST_FORMAT}; use the version that saved the checkpoint"
         )
     try:
         manifest = Manifest.model_validate(raw)

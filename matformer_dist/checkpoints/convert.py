@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from matformer_dist.checkpoints.deepspeed_files import MOMENTS, optimizer_order
 from matformer_dist.checkpoints.files import (
     HashingStream,
-    replace_text,
+    replace_file,
     sync_directory,
     write_file,
 )
@@ -37,16 +39,17 @@ def convert(
     `advance` is told how many weights are done, of how many. Memory: one weight. UserError for a
     damaged checkpoint, and for an output that exists.
     """
-    checkpoint = find_checkpoint(run)
+    found = find_checkpoint(run)
+    checkpoint = replace(found, path=found.path.resolve())
     if output.exists():
         raise UserError(f"{output} exists; choose another output")
     if wrong := faults(checkpoint):
         raise UserError(f"the checkpoint {checkpoint.path} is damaged: {', '.join(wrong)}")
     model = load_universal(checkpoint)
-    temporary = output.with_name(f"{output.name}.incomplete")
-    folder = temporary / "checkpoints" / checkpoint.path.name
+    output = output.absolute()
+    temporary = output.with_name(f"{output.name}.{os.getpid()}.incomplete")
+    folder = temporary / "checkpoints" / f"step-{checkpoint.step}"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
         folder.mkdir(parents=True)
         for name in ("config.yaml", TOKENIZER):
             source = checkpoint.path.parent.parent / name
@@ -56,15 +59,15 @@ def convert(
         manifest = checkpoint.manifest.model_copy(
             update={"layout": UNIVERSAL, "random_states": [], "files": files}
         )
-        replace_text(folder / MANIFEST, manifest.sealed())
-        replace_text(folder.parent / "latest_universal", folder.name)
+        replace_file(folder / MANIFEST, manifest.sealed().encode())
+        replace_file(folder.parent / "latest_universal", folder.name.encode())
         temporary.rename(output)
         sync_directory(output.parent)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror}; choose another output") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return output / "checkpoints" / checkpoint.path.name
+    return output / "checkpoints" / folder.name
 
 
 def _write(

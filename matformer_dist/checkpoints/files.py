@@ -38,7 +38,7 @@ class HashingStream:
         return SavedFile(bytes=self._bytes, sha256=self._digest.hexdigest())
 
 
-def write_file(path: Path, write: Callable[[HashingStream], None]) -> SavedFile:
+def write_file(path: Path, write: Callable[[HashingStream], object]) -> SavedFile:
     """Make a file of what `write` writes, on disk when this returns; OSError where it cannot."""
     try:
         with path.open("wb") as file:
@@ -64,14 +64,15 @@ def hash_file(path: Path, advance: Callable[[int], None] = lambda _: None) -> Sa
     return SavedFile(bytes=size, sha256=digest.hexdigest())
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Put `text` into the file at once: readers find the old or the new, after a crash too."""
+def replace_file(path: Path, content: bytes) -> None:
+    """Put `content` into the file at once: readers find the old or the new, after a crash too."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    try:
+        write_file(temporary, lambda stream: stream.write(content))
+        temporary.rename(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_directory(path.parent)
 
 

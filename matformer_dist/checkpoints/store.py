@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from matformer_dist.checkpoints.files import (
     hash_file,
-    replace_text,
+    replace_file,
     sync_directory,
     sync_file,
 )
@@ -61,12 +61,14 @@ class CheckpointStore:
         self.directory = run_dir / "checkpoints"
         self.config = config
         self._pending: tuple[Manifest, CheckpointWriter] | None = None
+        self._prunes = True
         self._seconds = 0.0
+        self.warnings: list[str] = []  # what went wrong behind a checkpoint that is good
 
     # Saving
 
-    def save(self, engine: Saves, manifest: Manifest) -> None:
-        """Write the checkpoint of `manifest.step`.
+    def save(self, engine: Saves, manifest: Manifest, *, prunes: bool = True) -> None:
+        """Write the checkpoint of `manifest.step`, and delete what need not be kept any more.
 
         With `checkpoint.async_save` the training may go on when this returns; `poll` or `finish`
         completes the checkpoint. UserError where a file cannot be written: what was there before
@@ -79,6 +81,7 @@ class CheckpointStore:
         engine.save(str(self.directory), incomplete.name)
         engine.writer.start()
         self._pending = manifest, engine.writer
+        self._prunes = prunes
         self._seconds += time.perf_counter() - begun
         if not engine.writer.in_background:
             self.finish()
@@ -99,7 +102,7 @@ class CheckpointStore:
             with agreement():
                 mine = writer.take()
             everyone = gathered({str(p.relative_to(incomplete)): f for p, f in mine.items()})
-            on_main(lambda: self._publish(manifest, everyone))
+            self.warnings += on_main(lambda: self._publish(manifest, everyone))
         except UserError as error:
             on_main(lambda: shutil.rmtree(incomplete, ignore_errors=True))
             raise UserError(
@@ -117,10 +120,16 @@ class CheckpointStore:
         return self.directory / f"step-{manifest.step}.incomplete"
 
     def _left(self) -> str:
-        complete = read_checkpoints(self.run_dir).complete
+        complete = self._complete()
         if not complete:
             return "the run has no checkpoint yet"
         return f"the last one, {complete[-1].path}, is untouched"
+
+    def _complete(self) -> list[Checkpoint]:
+        try:
+            return read_checkpoints(self.run_dir).complete
+        except UserError:  # one of another version among them is no reason to fail here
+            return []
 
     def _begin(self, incomplete: Path) -> None:
         for pattern in ("step-*.incomplete", "step-*.deleted"):
@@ -128,8 +137,8 @@ class CheckpointStore:
                 shutil.rmtree(left_over)
         incomplete.mkdir(parents=True)
 
-    def _publish(self, manifest: Manifest, ranks: Sequence[dict[str, SavedFile]]) -> None:
-        """Make what all ranks have written a checkpoint."""
+    def _publish(self, manifest: Manifest, ranks: Sequence[dict[str, SavedFile]]) -> list[str]:
+        """Make what all ranks have written a checkpoint; returns what then went wrong."""
         incomplete = self._incomplete(manifest)
         _check_files(incomplete, manifest.layout)
         files = {name: file for rank in ranks for name, file in rank.items()}
@@ -139,18 +148,23 @@ class CheckpointStore:
                 sync_file(path)
                 files[name] = hash_file(path)
         complete = manifest.model_copy(update={"files": dict(sorted(files.items()))})
-        replace_text(incomplete / MANIFEST, complete.sealed())
+        replace_file(incomplete / MANIFEST, complete.sealed().encode())
         final = self.directory / f"step-{manifest.step}"
         if final.exists():
             self._delete(final)
         incomplete.rename(final)
         sync_directory(self.directory)
-        replace_text(self.directory / "latest", final.name)
-        self._prune(manifest.step)
+        try:
+            replace_file(self.directory / "latest", final.name.encode())
+            if self._prunes:
+                self._prune(manifest.step)
+        except OSError as error:
+            return [f"the checkpoint of step {manifest.step} is good, but: {error}"]
+        return []
 
     def _prune(self, newest: int) -> None:
         """Delete what need not be kept; never the one just written, nor one that is damaged."""
-        older = [c for c in read_checkpoints(self.run_dir).complete if c.step < newest]
+        older = [checkpoint for checkpoint in self._complete() if checkpoint.step < newest]
         keep_every = self.config.keep_every
         for checkpoint in older[: len(older) + 1 - self.config.keep_last]:
             if keep_every is None or checkpoint.step % keep_every:
@@ -180,6 +194,8 @@ class CheckpointStore:
                 )
             return Start(None, [])
         chosen = on_main(lambda: find_checkpoint(self.config.resume))
+        if found.complete and found.complete[-1].manifest.began_from == str(chosen.path.resolve()):
+            return self._newest(found)  # the same command, called again
         steps = [*(checkpoint.step for checkpoint in found.complete), *found.damaged]
         later = sorted(step for step in steps if step > chosen.step)
         if later:

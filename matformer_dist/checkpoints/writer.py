@@ -81,10 +81,10 @@ class CheckpointWriter:
     def save(self, state_dict: Any, path: str) -> None:
         if self._failure is not None:
             return
-        if self.in_background:
-            self._waiting.append((in_host_memory(state_dict), Path(path)))
-            return
         try:
+            if self.in_background:
+                self._waiting.append((in_host_memory(state_dict), Path(path)))
+                return
             self._written[Path(path)] = _write_state(state_dict, Path(path))
         except Exception as failure:
             self._failure = failure

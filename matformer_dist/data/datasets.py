@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
+import signal
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -80,10 +81,18 @@ def micro_batches(
         batch_sampler=(range(start, start + micro_batch_size) for start in starts),  # type: ignore[arg-type,misc]
         num_workers=workers,
         collate_fn=_tokens_and_targets,
+        worker_init_fn=_leave_signals_to_the_rank,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or it would draw from the global one, and shift dropout
     )
     return iter(loader)
+
+
+def _leave_signals_to_the_rank(_: int) -> None:
+    """A cluster signals all processes of a job; the rank still needs its workers to end well."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _tokens_and_targets(samples: Iterable[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -7,17 +7,21 @@ the job began with, which no collective can block.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
 from matformer_dist.errors import EXIT_FAILURE
+
+T = TypeVar("T")
 
 
 class Post(NamedTuple):
@@ -62,19 +66,33 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._left.wait(self.interval):
-            try:
-                self._post()
-                quiet = time.monotonic() - self._marked
-                if quiet > self.seconds:
-                    self._report(self._message(quiet))
-                    return
-            except (RuntimeError, dist.DistError):
-                if time.monotonic() - self._marked > self.seconds:
-                    self._report(
-                        f"rank {self.rank} has been at {self._at} for {self.seconds:.0f} s, and "
-                        "rank 0, which keeps the job's store, does not answer"
-                    )
-                    return
+            quiet = time.monotonic() - self._marked
+            if quiet <= self.seconds:
+                self._answer(self._post)
+                continue
+            # Rank 0 keeps the store: where it is stopped, asking would wait as long as all else.
+            said = self._answer(partial(self._message, quiet))
+            self._report(self._alone(quiet) if said is None else said)
+            return
+
+    def _answer(self, ask: Callable[[], T]) -> T | None:
+        """What `ask` returns, or None where the store does not answer in time."""
+        answers: list[T] = []
+
+        def keep() -> None:
+            with contextlib.suppress(RuntimeError, dist.DistError):
+                answers.append(ask())
+
+        asking = threading.Thread(target=keep, name="watchdog's question", daemon=True)
+        asking.start()
+        asking.join(8 * self.interval)
+        return answers[0] if answers else None
+
+    def _alone(self, quiet: float) -> str:
+        return (
+            f"no progress for {quiet:.0f} s: rank {self.rank} is at {self._at}; no answer from "
+            "rank 0, which keeps the job's store (stopped, dead, or cut off)"
+        )
 
     def _post(self) -> None:
         self._posts += 1
@@ -108,12 +126,14 @@ def describe(
     rank: int, before: Sequence[Post | None], now: Sequence[Post | None], quiet: float
 ) -> str:
     """The message about ranks that stopped posting, or else are behind the one furthest on."""
-    silent = [r for r, post in enumerate(now) if post is None or post == before[r]]
-    furthest = max(post.marks for post in now if post is not None)
-    behind = [r for r, post in enumerate(now) if post is not None and post.marks < furthest]
     waiting = now[rank]
     assert waiting is not None
     text = f"no progress for {quiet:.0f} s: rank {rank} is at {waiting.at}"
+    if len(now) == 1:
+        return text
+    silent = [r for r, post in enumerate(now) if post is None or post == before[r]]
+    furthest = max(post.marks for post in now if post is not None)
+    behind = [r for r, post in enumerate(now) if post is not None and post.marks < furthest]
     if silent:
         return f"{text}; no answer from {_named(silent)} (stopped, dead, or cut off)"
     if behind:

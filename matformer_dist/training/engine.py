@@ -27,7 +27,7 @@ from matformer_dist.checkpoints.universal import load_universal
 from matformer_dist.checkpoints.universal_files import description
 from matformer_dist.checkpoints.writer import CheckpointWriter
 from matformer_dist.config import Config, OptimizerConfig, ScheduleConfig
-from matformer_dist.errors import UserError
+from matformer_dist.errors import LocalError, UserError
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.parallel.layers import Initializer
@@ -94,6 +94,11 @@ def check_deepspeed_section(config: Config, data_size: int) -> None:
             "deepspeed.zero_optimization.stage 0 with training.precision bf16: DeepSpeed has no "
             "fp32 accumulation there; use stage 1, or training.precision=fp32"
         )
+    if zero_stage(config) == 0 and (zero or {}).get("offload_optimizer"):
+        raise UserError(
+            "deepspeed.zero_optimization.offload_optimizer needs a stage from 1, and stage is 0; "
+            "use stage 1"
+        )
     for monitor in ("tensorboard", "wandb"):
         section = config.deepspeed.get(monitor)
         if isinstance(section, Mapping) and "enabled" in section:
@@ -141,6 +146,13 @@ def deepspeed_dictionary(config: Config, data_size: int) -> dict[str, Any]:
 
 def zero_stage(config: Config) -> int:
     return int((config.deepspeed.get("zero_optimization") or {}).get("stage", 1))
+
+
+def zero_options(config: Config) -> dict[str, Any]:
+    """What else of DeepSpeed's section may change how it lays a weight into its files."""
+    options = dict(config.deepspeed.get("zero_optimization") or {})
+    options.pop("stage", None)
+    return options
 
 
 def learning_rate(schedule: ScheduleConfig, peak: float, step: int, total_steps: int) -> float:
@@ -329,13 +341,16 @@ class Engine:
 
         UserError where a file holds what a checkpoint does not.
         """
+        path = checkpoint.path
         try:
-            self.deepspeed.load_checkpoint(str(checkpoint.path.parent), checkpoint.path.name)
+            loaded, _ = self.deepspeed.load_checkpoint(str(path.parent), path.name)
         except pickle.UnpicklingError:
-            raise UserError(
-                f"the checkpoint {checkpoint.path} holds objects that no checkpoint of ours does, "
-                "and is not read; choose one from a place you trust"
+            raise LocalError(
+                f"the checkpoint {path} holds objects that no checkpoint of ours does, and is not "
+                "read; choose one from a place you trust"
             ) from None
+        if loaded is None:
+            raise LocalError(f"DeepSpeed does not load the checkpoint {path}; choose another")
 
     def load_other_layout(self, checkpoint: Checkpoint, advance: Callable[[str], None]) -> None:
         """The same of any other layout; `advance` is told the name of every weight done."""

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from matformer_dist.checkpoints.files import replace_file
 from matformer_dist.checkpoints.store import CheckpointStore
 from matformer_dist.config import Config
 from matformer_dist.counting import forward_flops
@@ -20,7 +21,7 @@ from matformer_dist.evaluation.loss import SubmodelLoss, evaluate_submodels
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.parallel.agreement import agreement, gathered, on_main
 from matformer_dist.parallel.topology import Topology
-from matformer_dist.run_directory import TOKENIZER, Checkpoint, Manifest
+from matformer_dist.run_directory import TOKENIZER, Checkpoint, Manifest, lock
 from matformer_dist.training import random_states, setup
 from matformer_dist.training.continuity import compare, probe_loss
 from matformer_dist.training.control import Control
@@ -51,6 +52,7 @@ class Run:
         self.topology = topology
         self.nesting = config.granularities
         self.step = self.skipped = self.skips_in_a_row = 0
+        self.began_from: str | None = None
         training = config.training
         self.total_steps = training.total_steps
 
@@ -62,9 +64,11 @@ class Run:
             self.vocab_size = setup.check_vocabulary(config, self.tokenizer)
         notices = on_main(lambda: setup.check_run_directory(config))
         self.store = CheckpointStore(config.run.dir, config.checkpoint)
+        self.control.mark("reading checkpoints")
         resumed, damaged = self.store.choose_start()
         if resumed is not None:
             setup.check_checkpoint(resumed, self._manifest(), training)
+        self.control.mark("opening the data")
         self.train_data, self.validation_data = build_datasets(
             config,
             self.tokenizer,
@@ -80,6 +84,7 @@ class Run:
         self.screen.show_plan(resumed, [*notices, *damaged])
         self.screen.warn_of_uneven_work(self.objective.even_micro_batch())
         self.screen.warn_of_unaligned_widths()
+        self.control.mark("building the model")
         model = build_model(config, self.vocab_size, topology)
         self.engine = Engine(config, model, topology)
         self.losses = LossSums(self.nesting, topology)
@@ -93,8 +98,12 @@ class Run:
         """What the run directory holds from the start."""
         directory = self.config.run.dir
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.yaml").write_text(self.config.to_yaml())
-        (directory / TOKENIZER).write_bytes(self.tokenizer.model)
+        self._lock = lock(directory)
+        contents = {"config.yaml": self.config.to_yaml().encode(), TOKENIZER: self.tokenizer.model}
+        for name, content in contents.items():
+            path = directory / name
+            if not path.exists() or path.read_bytes() != content:
+                replace_file(path, content)
 
     def _manifest(self) -> Manifest:
         return setup.describe(
@@ -111,6 +120,10 @@ class Run:
                 self.engine.load_other_layout(checkpoint, advance)
             self.screen.say(compare(manifest, self._probe_loss()))
         self.step, self.skipped = manifest.step, manifest.skipped_steps
+        self.skips_in_a_row = manifest.skips_in_a_row
+        self.began_from = manifest.began_from
+        if checkpoint.path.resolve().parent != self.store.directory.resolve():
+            self.began_from = str(checkpoint.path.resolve())
         if manifest.loss_sums:
             self.losses.load(manifest.loss_sums)
         if dist.get_rank() < len(manifest.random_states):
@@ -146,8 +159,10 @@ class Run:
             self._report(self._evaluate() if self._is_evaluated(self.step) else {})
         if written:
             self.store.finish()
-        every = self.config.checkpoint.every
-        if self.step == self.total_steps or _due(self.step, every) or ends:
+        while self.store.warnings:
+            self.screen.say(f"warning    {self.store.warnings.pop(0)}")
+        due = _due(self.step, self.config.checkpoint.every) and not self.skips_in_a_row
+        if self.step == self.total_steps or due or ends:
             self._save()
         if self.step == self.total_steps or not ends:
             return
@@ -159,8 +174,9 @@ class Run:
             )
         raise UserError(
             f"loss or gradient of the last {self.skips_in_a_row} steps was not finite, so they "
-            f"changed nothing; {saved}, with the weights from before them. Go on from an earlier "
-            "one with a lower optimizer.lr, or look into the data of these steps; "
+            f"changed nothing; {saved}, with the weights from before them. Look into the data of "
+            "these steps, or begin a new run from an earlier checkpoint with a lower rate: "
+            f"run.dir=NEW checkpoint.resume={self.config.run.dir}@STEP optimizer.lr=LOWER. "
             "training.max_skipped_steps sets how many are borne"
         )
 
@@ -240,13 +256,17 @@ class Run:
         )
 
     def _evaluate(self) -> dict[str, SubmodelLoss]:
-        self.control.mark(f"the evaluation of step {self.step}")
         layers = self.config.model.n_layers
         uniform = self.nesting.uniforms(layers)
         mixed = [self.nesting.parse(text, layers) for text in self.config.evaluation.submodels]
         batches = self._batches(self.validation_data, 0)
+
+        def run_pass(tokens: Tensor, targets: Tensor, plan: Pass) -> Tensor:
+            self.control.mark(f"the evaluation of step {self.step}")
+            return self.engine.evaluate(tokens, targets, plan)
+
         return evaluate_submodels(
-            self.engine.evaluate,
+            run_pass,
             islice(
                 self._on_device(batches), self.config.evaluation.batches * self.engine.accumulation
             ),
@@ -290,12 +310,15 @@ class Run:
         manifest = self._manifest().model_copy(
             update={
                 "skipped_steps": self.skipped,
+                "skips_in_a_row": self.skips_in_a_row,
+                "began_from": self.began_from,
                 "loss_sums": self.losses.state(),
                 "probe_loss": self._probe_loss(),
                 "random_states": gathered(random_states.capture()),
             }
         )
-        self.store.save(self.engine, manifest)
+        # Weights that lead to nothing finite must not be all that is kept.
+        self.store.save(self.engine, manifest, prunes=not self.skips_in_a_row)
 
 
 def _due(step: int, every: int) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from matformer_dist.checkpoints.files import hash_file, replace_text, write_file
+from matformer_dist.checkpoints.files import hash_file, replace_file, write_file
 from matformer_dist.checkpoints.writer import CheckpointWriter, in_host_memory
 
 
@@ -42,7 +42,7 @@ def test_a_full_disk_is_named_with_its_file() -> None:
 def test_text_is_replaced_at_once_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "latest"
     for text in ("step-2", "step-10"):
-        replace_text(path, text)
+        replace_file(path, text.encode())
         assert path.read_text() == text
     assert list(tmp_path.iterdir()) == [path]
 
