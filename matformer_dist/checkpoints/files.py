@@ -17,15 +17,23 @@ BLOCK_BYTES = 1 << 22
 
 
 class HashingStream:
-    """What is written to it goes to a file and into a SHA-256, in one pass."""
+    """What is written to it goes to a file and into a SHA-256, in one pass.
+
+    The first error is kept in `error`: torch.save may report one of its own instead.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._digest = hashlib.sha256()
         self._bytes = 0
+        self.error: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
-        self._file.write(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
         self._digest.update(data)
         size = memoryview(data).nbytes
         self._bytes += size
@@ -43,7 +51,12 @@ def write_file(path: Path, write: Callable[[HashingStream], object]) -> SavedFil
     try:
         with path.open("wb") as file:
             stream = HashingStream(file)
-            write(stream)
+            try:
+                write(stream)
+            except Exception:
+                if stream.error is not None:
+                    raise stream.error from None
+                raise
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

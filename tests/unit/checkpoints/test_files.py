@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import pickle
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from matformer_dist.checkpoints.files import hash_file, replace_file, write_file
+from matformer_dist.checkpoints.files import HashingStream, hash_file, replace_file, write_file
 from matformer_dist.checkpoints.writer import CheckpointWriter, in_host_memory
 
 
@@ -37,6 +38,21 @@ def test_a_full_disk_is_named_with_its_file() -> None:
         write_file(full, lambda s: torch.save(torch.zeros(100_000), s))  # type: ignore[arg-type]
     assert caught.value.errno == errno.ENOSPC
     assert caught.value.filename == str(full)
+
+
+def test_an_error_of_the_disk_is_told_where_the_caller_has_another_for_it() -> None:
+    """As torch.save has where the disk becomes full in its last bytes."""
+
+    def save(stream: HashingStream) -> None:
+        with contextlib.suppress(OSError):
+            for _ in range(100):
+                stream.write(bytes(1 << 16))
+        raise RuntimeError("unexpected pos 476224 vs 476176")
+
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        write_file(Path("/dev/full"), save)
 
 
 def test_text_is_replaced_at_once_and_leaves_nothing_beside_it(tmp_path: Path) -> None:

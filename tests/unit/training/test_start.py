@@ -16,7 +16,7 @@ from matformer_dist.config import CheckpointConfig, TrainingConfig
 from matformer_dist.config_file import load_config
 from matformer_dist.errors import UserError
 from matformer_dist.models.forward_pass import Pass
-from matformer_dist.run_directory import Layout, Manifest, find_checkpoint
+from matformer_dist.run_directory import Layout, Manifest, find_checkpoint, seal
 from matformer_dist.training.loop import Run
 from matformer_dist.training.setup import check_checkpoint, check_run_directory
 from tests.unit.submodels.synthetic_run import model_config, random_model, write_run
@@ -65,9 +65,12 @@ def test_a_run_without_a_whole_checkpoint_does_not_begin_again(run: Path) -> Non
 
 def test_a_checkpoint_of_another_version_is_not_passed_over(run: Path) -> None:
     path = run / "checkpoints/step-6/manifest.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    raw = path.read_bytes().replace(b'"format": 1', b'"format": 2')
+    path.write_bytes(seal(raw))
     with pytest.raises(UserError, match="has format 2"):
         step_of(run)
+    path.write_bytes(raw)  # not as it was written: damaged, of whatever version
+    assert step_of(run) == 4
 
 
 @pytest.mark.parametrize(
