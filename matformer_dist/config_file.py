@@ -27,7 +27,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         loaded = omegaconf.OmegaConf.create(text)
         _check_sections(loaded, path)
         merged = omegaconf.OmegaConf.merge(loaded, _parse_overrides(overrides))
+        for key in omegaconf.OmegaConf.missing_keys(merged):
+            raise UserError(
+                f"the config file {path} leaves {key} open (???); write a value there, or give it "
+                f"as an override, {key}=..."
+            )
         tree = omegaconf.OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except UserError:  # a ValueError, but said already
+        raise
     except yaml.YAMLError as error:
         raise UserError(f"the config file {path} is not valid YAML: {error}") from None
     except omegaconf.errors.OmegaConfBaseException as error:

@@ -132,6 +132,14 @@ def test_a_missing_file_and_key_are_named(tmp_path: Path, path: Path) -> None:
         load_config(path)
 
 
+def test_a_value_left_open_is_asked_for_once(path: Path) -> None:
+    path.write_text(MINIMAL.replace("d_ff: 256", 'd_ff: "???"'))
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    assert str(error.value).startswith(f"the config file {path} leaves model.d_ff open (???)")
+    assert load_config(path, ["model.d_ff=64"]).model.d_ff == 64
+
+
 def test_every_section_forbids_unknown_keys() -> None:
     for name, field in Config.model_fields.items():
         section = field.annotation
