@@ -67,6 +67,61 @@ def prepare_data_command(
     )
 
 
+@app.command("import")
+def import_command(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="HF_DIR", help="Llama-architecture checkpoint, safetensors.")
+    ],
+    output: Annotated[Path, typer.Option(metavar="RUN", help="Run directory to make.")],
+    fractions: Annotated[
+        str | None, typer.Option(help="Granularities as shares of the FFN; 1/8,1/4,1/2,1.")
+    ] = None,
+    widths: Annotated[str | None, typer.Option(help="Or as neurons: 1376,2752,11008.")] = None,
+    names: Annotated[str | None, typer.Option(help="Their names: S,M,L,XL.")] = None,
+    order: Annotated[
+        str, typer.Option(help="Of neurons: by importance, or none, as they are.")
+    ] = "importance",
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text to measure importance on; repeatable. Without: weights alone."),
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="Tokens of it to run.")] = 8192,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="SentencePiece model, where HF_DIR has no tokenizer.model.")
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens a sequence, of calibration and the run's config.")
+    ] = None,
+) -> None:
+    """Make a Hugging Face Llama a run whose model is nested, to be trained on or extracted from."""
+    from rich.progress import Progress
+
+    from matformer_dist.importing.import_model import ImportOptions, import_model
+
+    options = ImportOptions(
+        fractions=_items("--fractions", fractions),
+        widths=_whole_numbers("--widths", widths),
+        names=_items("--names", names),
+        order=order,
+        calibration=calibration or (),
+        calibration_tokens=calibration_tokens,
+        tokenizer=tokenizer,
+        seq_len=seq_len,
+    )
+    with Progress(console=_out, transient=True) as progress:
+        task = progress.add_task("importing", total=None)
+        model = import_model(
+            checkpoint,
+            output,
+            options,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    for notice in model.notices:
+        _out.print(f"note: {notice}")
+    _out.print(f"{model.parameters:,} parameters in {model.run}, {model.order}")
+    _out.print(f"to train on: set data.train in {model.run / 'config.yaml'}")
+
+
 @app.command("extract")
 def extract_command(
     run: RunArgument,
@@ -224,6 +279,28 @@ def doctor_command() -> None:
 
     for what, finding in examine():
         _out.print(f"{what:<14} {finding}")
+
+
+def _items(option: str, text: str | None) -> list[str] | None:
+    """The items of a list such as S,M,L; None where the option is not given."""
+    if text is None:
+        return None
+    items = [item.strip() for item in text.split(",")]
+    if not all(items):
+        raise UserError(f"{option} {text!r} must be items with commas between them")
+    return items
+
+
+def _whole_numbers(option: str, text: str | None) -> list[int] | None:
+    items = _items(option, text)
+    if items is None:
+        return None
+    try:
+        return [int(item) for item in items]
+    except ValueError:
+        raise UserError(
+            f"{option} {text!r} must be whole numbers with commas between them, such as 256,1024"
+        ) from None
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "matformer_dist"
 BOTTOM = (
     "errors", "nesting", "config", "config_file", "counting", "planning", "run_directory",
 )  # fmt: skip
+COMMANDS = ("checkpoints", "data", "submodels", "importing", "inference", "evaluation", "report")
 MAY_IMPORT: dict[str, set[str]] = {  # a part of the package: the other parts that it may import
     "__init__": set(),
     **{part: set(BOTTOM[:i]) for i, part in enumerate(BOTTOM)},  # each those before it
@@ -23,21 +24,13 @@ MAY_IMPORT: dict[str, set[str]] = {  # a part of the package: the other parts th
     "models": {*BOTTOM, "ops", "parallel"},
     "checkpoints": {*BOTTOM, "parallel", "models"},
     "submodels": {*BOTTOM, "parallel", "data", "models", "checkpoints"},
+    "importing": {*BOTTOM, "parallel", "data", "models", "checkpoints"},
     "inference": {*BOTTOM, "parallel", "data", "models", "submodels"},
     "evaluation": {*BOTTOM, "data", "models", "checkpoints", "submodels"},
     "report": {*BOTTOM, "submodels"},
     "training": {*BOTTOM, "ops", "parallel", "data", "models", "checkpoints", "evaluation"},
     "doctor": {"ops"},
-    "cli": {
-        *BOTTOM,
-        "data",
-        "checkpoints",
-        "submodels",
-        "inference",
-        "evaluation",
-        "report",
-        "doctor",
-    },
+    "cli": {*BOTTOM, *COMMANDS, "doctor"},
     "demo": {*BOTTOM, "parallel", "inference"},
 }
 ONLY_IN = {  # a library: the files or folders that alone may import it
@@ -140,6 +133,7 @@ def test_the_rule_points_down() -> None:
         ("nesting.py", "from matformer_dist.config import y", "nesting may not import config"),
         ("submodels/x.py", "from .. import inference", "submodels may not import inference"),
         ("submodels/x.py", "from ..report import page", "submodels may not import report"),
+        ("importing/x.py", "from ..submodels import x", "importing may not import submodels"),
         ("inference/x.py", "import matformer_dist.evaluation", "inference may not import evalu"),
         ("evaluation/x.py", "from ..training import loop", "evaluation may not import training"),
         ("report/page.py", "from ..evaluation.run import x", "report may not import evaluation"),

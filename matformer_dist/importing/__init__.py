@@ -1,0 +1,1 @@
+"""Dense models of others as universal models, to be trained on."""

@@ -1,0 +1,247 @@
+"""From a Hugging Face checkpoint to a run directory whose model is nested.
+
+```
+config.json          llama_config.py     what the model is, or why it cannot be imported
+tokenizer.model      vocabulary.py       a piece for every row of the embedding
+model*.safetensors   llama_weights.py    a tensor at a time, as MatLM's
+  calibration text   calibration.py, importance.py    each layer's neurons, most important first
+-> RUN/              run_files.py        checkpoints/step-0, whole weights
+```
+The order of the neurons changes nothing that XL computes: rows of w_in and w_out move together.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matformer_dist.checkpoints.files import sync_directory
+from matformer_dist.config import Config
+from matformer_dist.config_file import validate_config
+from matformer_dist.counting import count_parameters
+from matformer_dist.data.tokenizer import Tokenizer
+from matformer_dist.errors import UserError
+from matformer_dist.importing.calibration import Calibration, read_tokens
+from matformer_dist.importing.importance import activation_weighted, falling, magnitude
+from matformer_dist.importing.llama_config import LlamaConfig, read_llama_config
+from matformer_dist.importing.llama_weights import LlamaWeights
+from matformer_dist.importing.run_files import write_run
+from matformer_dist.importing.vocabulary import find_tokenizer
+from matformer_dist.run_directory import TOKENIZER
+
+ORDERS = ("importance", "none")
+CALIBRATION_TOKENS = 8192
+_SEQ_LEN = 2048
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What a user may choose; `fractions`, `widths` and `names` are the nesting's.
+
+    order        importance: neurons by falling importance; none: as they are in the checkpoint
+    calibration  files or folders of text to measure importance on; without, weights alone count
+    tokenizer    a SentencePiece model, where the checkpoint has none
+    seq_len      training.seq_len, and the length of calibration's sequences
+    """
+
+    fractions: Sequence[str] | None = None
+    widths: Sequence[int] | None = None
+    names: Sequence[str] | None = None
+    order: str = "importance"
+    calibration: Sequence[Path] = ()
+    calibration_tokens: int = CALIBRATION_TOKENS
+    tokenizer: Path | None = None
+    seq_len: int | None = None
+
+
+@dataclass(frozen=True)
+class ImportedModel:
+    """What was written, and what its user should know."""
+
+    run: Path
+    parameters: int
+    order: str  # in words
+    notices: list[str] = field(default_factory=list)
+
+
+def import_model(
+    directory: Path,
+    output: Path,
+    options: ImportOptions = ImportOptions(),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> ImportedModel:
+    """Make the Llama-architecture checkpoint in `directory` the run directory `output`.
+
+    The same checkpoint, options and text give the same weights. Memory: the weights of one layer,
+    or the embedding; with calibration the hidden states of its tokens too. `progress` is called
+    with weights written and in all. UserError for what cannot be imported; nothing is left at
+    `output` then.
+    """
+    _check_options(options)
+    _check_output(output)
+    described = read_llama_config(directory)
+    tokenizer = find_tokenizer(directory, options.tokenizer, described.vocab_size)
+    config = _config(described, options, output)
+    source = LlamaWeights(directory, config.model, tokenizer.vocab_size)
+    tokens = None
+    if options.calibration:
+        tokens = read_tokens(
+            options.calibration, tokenizer, options.calibration_tokens, config.training.seq_len
+        )
+    weights = _weights(source, config, options.order, tokens)
+    _write(output, config, tokenizer, weights, progress)
+    submodel = config.granularities.uniform(config.granularities.largest, config.model.n_layers)
+    count = count_parameters(config.model, tokenizer.vocab_size, submodel)
+    notices = _notices(described, tokenizer, options, tokens)
+    return ImportedModel(output, count.total, _order_in_words(options.order, tokens), notices)
+
+
+def _check_options(options: ImportOptions) -> None:
+    if options.order not in ORDERS:
+        raise UserError(f"--order {options.order!r} must be one of {', '.join(ORDERS)}")
+    if options.order == "none" and options.calibration:
+        raise UserError(
+            "--order none keeps the checkpoint's order of neurons, so --calibration would change "
+            "nothing; leave one of the two out"
+        )
+    if options.fractions is not None and options.widths is not None:
+        raise UserError("--fractions and --widths are both given; keep one")
+
+
+def _check_output(output: Path) -> None:
+    if not output.name or output.name == "..":
+        raise UserError(
+            f"the output {output} has no name of its own; give the name of a new folder, for "
+            "example runs/imported"
+        )
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"{output} exists and is not an empty folder; choose another output")
+
+
+def _config(described: LlamaConfig, options: ImportOptions, output: Path) -> Config:
+    """The run's settings; UserError where the nesting or seq_len does not fit the model."""
+    model = described.model
+    nesting: dict[str, Any] = {
+        "fractions": options.fractions if options.fractions is None else [*options.fractions],
+        "widths": options.widths if options.widths is None else [*options.widths],
+        "names": options.names if options.names is None else [*options.names],
+    }
+    if options.fractions is None and options.widths is None:
+        nesting["fractions"] = ["1/8", "1/4", "1/2", 1]
+    seq_len = options.seq_len
+    if seq_len is None:
+        seq_len = min(_SEQ_LEN, model.max_seq_len)
+    tree = {
+        "run": {"dir": str(output)},
+        "model": model.model_dump(),
+        "nesting": nesting,
+        "data": {"train": [[1.0, "unset"]], "tokenizer": str(output / TOKENIZER)},
+        "optimizer": {"lr": 1e-4},
+        "schedule": {"warmup_steps": 100, "min_lr": 1e-5},
+        "training": {
+            "steps": 1000,
+            "seq_len": seq_len,
+            "micro_batch_size": 1,
+            "global_batch_size": 64,
+        },
+    }
+    return validate_config(tree, source="the imported model's configuration")
+
+
+def _weights(
+    source: LlamaWeights, config: Config, order: str, tokens: Tensor | None
+) -> Iterator[tuple[str, Tensor]]:
+    """MatLM's weights, neurons in their new order, as they are needed: layers from the first on."""
+    embedding = source.embedding()
+    calibration = None
+    if tokens is not None:
+        calibration = Calibration(config.model, tokens, embedding)
+    yield "embedding.weight", embedding
+    del embedding
+    for i in range(config.model.n_layers):
+        layer = source.layer(i)
+        if order == "importance":
+            _put_in_order(layer, calibration)
+        yield from ((f"layers.{i}.{name}", weight) for name, weight in layer.items())
+    yield "final_norm.weight", source.final_norm()
+    if not config.model.tied_embeddings:
+        yield "head.weight", source.head()
+
+
+def _put_in_order(layer: dict[str, Tensor], calibration: Calibration | None) -> None:
+    """Move the neurons of a layer's FFN, the most important first."""
+    w_in, w_out = layer["ffn.w_in"], layer["ffn.w_out"]
+    if calibration is None:
+        importance = magnitude(w_in, w_out)
+    else:
+        importance = activation_weighted(calibration.through(layer), w_out)
+    order = falling(importance)
+    for name in ("ffn.w_in", "ffn.w_out"):
+        layer[name] = layer[name][order]
+
+
+def _write(
+    output: Path,
+    config: Config,
+    tokenizer: Tokenizer,
+    weights: Iterator[tuple[str, Tensor]],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Write under a temporary name beside the output, and rename last."""
+    total = 6 * config.model.n_layers + 2 + (not config.model.tied_embeddings)
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
+
+    temporary = output.with_name(f"{output.name}.{os.getpid()}.incomplete")
+    try:
+        temporary.mkdir(parents=True)
+        progress(0, total)
+        with torch.no_grad():
+            write_run(temporary, config, tokenizer, weights, advance)
+        temporary.rename(output)
+        sync_directory(output.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error}; choose another output") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _order_in_words(order: str, tokens: Tensor | None) -> str:
+    if order == "none":
+        return "neurons in the checkpoint's order"
+    if tokens is None:
+        return "neurons ordered by the magnitude of their weights"
+    return f"neurons ordered by what they add over {tokens.numel():,} tokens of calibration text"
+
+
+def _notices(
+    described: LlamaConfig, tokenizer: Tokenizer, options: ImportOptions, tokens: Tensor | None
+) -> list[str]:
+    notices = []
+    if tokens is not None and tokens.numel() <= options.calibration_tokens // 2:
+        notices.append(
+            f"the calibration text gave {tokens.numel():,} tokens, "
+            f"{options.calibration_tokens:,} were asked for"
+        )
+    if tokenizer.eod not in described.eos_ids:
+        notices.append(
+            f"config.json ends texts with id {', '.join(map(str, described.eos_ids))}, the run's "
+            f"documents end with the tokenizer's </s>, id {tokenizer.eod}"
+        )
+    if tokenizer.model != Tokenizer.load(tokenizer.source).model:
+        notices.append(
+            f"the run's {TOKENIZER} has pieces added up to the embedding's {tokenizer.vocab_size} "
+            "rows; prepare data with it, not with the original"
+        )
+    return notices

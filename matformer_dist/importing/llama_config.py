@@ -1,0 +1,174 @@
+"""config.json of a Llama-architecture checkpoint as our model's settings, or why it is none.
+
+Only the file is read: no code of transformers runs, so it need not be installed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from matformer_dist.config import ModelConfig
+from matformer_dist.errors import UserError
+
+_ARCHITECTURE = "LlamaForCausalLM"
+_KEYS = {  # ours: theirs
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "d_ff": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "tied_embeddings": "tie_word_embeddings",
+    "vocab_size": "vocab_size",
+    "max_seq_len": "max_position_embeddings",
+    "rope_theta": "rope_theta",
+    "init_std": "initializer_range",
+}
+_DEFAULTS = {  # of transformers' LlamaConfig, where a file leaves a key out
+    "num_key_value_heads": None,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 2048,
+    "rope_theta": 10000.0,
+    "initializer_range": 0.02,
+}
+_ALLOWED: dict[str, tuple[Any, ...]] = {  # keys of what MatLM has in one kind only, or not at all
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "sliding_window": (None,),
+    "partial_rotary_factor": (None, 1),
+    "quantization_config": (None,),
+}
+_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """What config.json says: the model, and the ids that end a text."""
+
+    model: ModelConfig  # vocab_size is set
+    eos_ids: tuple[int, ...]
+
+    @property
+    def vocab_size(self) -> int:
+        assert self.model.vocab_size is not None
+        return self.model.vocab_size
+
+
+def read_llama_config(directory: Path) -> LlamaConfig:
+    """Read `directory`/config.json.
+
+    UserError where there is none, or it describes what MatLM does not compute: all such keys are
+    named, with their values and what is allowed.
+    """
+    path = directory / "config.json"
+    config = _read(path)
+    found = _missing_or_foreign(config) or [*_not_allowed(config), *_rope_faults(config)]
+    if found:
+        raise UserError(
+            f"{path} describes a model that cannot be imported: {'; '.join(found)}. Its weights "
+            "would compute something else here; choose a checkpoint without that"
+        )
+    parameters = config.get("rope_parameters") or {}
+    values = {**_DEFAULTS, **config}
+    values["rope_theta"] = parameters.get("rope_theta", values["rope_theta"])
+    try:
+        model = ModelConfig.model_validate(
+            {
+                **{ours: values[theirs] for ours, theirs in _KEYS.items()},
+                "ffn": "swiglu",
+                "norm": "rmsnorm",
+            }
+        )
+    except ValidationError as error:
+        reasons = [_explain(item) for item in error.errors()]
+        raise UserError(
+            f"{path} describes a model that cannot be imported: {'; '.join(reasons)}"
+        ) from None
+    return LlamaConfig(model, _eos_ids(config.get("eos_token_id", 2)))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"cannot read {path} ({reason}); give the folder of a Hugging Face checkpoint, with "
+            "its config.json"
+        ) from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds no JSON object; give the folder of a Hugging Face model")
+    return config
+
+
+def _missing_or_foreign(config: dict[str, Any]) -> list[str]:
+    """Why this is no Llama at all, where other keys would say nothing."""
+    architectures = config.get("architectures") or [_ARCHITECTURE]
+    if architectures != [_ARCHITECTURE]:
+        return [f"architectures is {architectures!r}, allowed is ['{_ARCHITECTURE}']"]
+    if config.get("model_type") != "llama":
+        return [f"model_type is {config.get('model_type')!r}, allowed is 'llama'"]
+    missing = [key for key in _KEYS.values() if key not in config and key not in _DEFAULTS]
+    return [f"it does not set {key}" for key in missing]
+
+
+def _not_allowed(config: dict[str, Any]) -> Iterator[str]:
+    for key, allowed in _ALLOWED.items():
+        value = config.get(key, allowed[0])
+        if value not in allowed:
+            yield f"{key} is {_short(value)}, allowed is {allowed[0]!r}"
+    size, heads = config["hidden_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim")
+    numbers = isinstance(size, int) and isinstance(heads, int)
+    if head_dim is not None and numbers and head_dim * heads != size:
+        allowed_dim = f"hidden_size {size} / num_attention_heads {heads}"
+        yield f"head_dim is {head_dim!r}, allowed is {allowed_dim}"
+
+
+def _rope_faults(config: dict[str, Any]) -> Iterator[str]:
+    """Of rope_parameters, as transformers 5 writes it, and of rope_scaling, as those before."""
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = config.get(key)
+        if rope is not None and not _is_plain(rope):
+            yield (
+                f"{key} is {_short(rope)}, allowed is rope_type 'default' (no scaling, the same "
+                "in all layers, over the whole head)"
+            )
+
+
+def _is_plain(rope: Any) -> bool:
+    """Whether rotary embeddings are those of the first Llama but for rope_theta."""
+    return (
+        isinstance(rope, dict)
+        and set(rope) <= _ROPE_KEYS
+        and rope.get("rope_type", rope.get("type", "default")) == "default"
+        and rope.get("partial_rotary_factor", 1) == 1
+    )
+
+
+def _eos_ids(value: Any) -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [value]
+    return tuple(i for i in ids if isinstance(i, int))
+
+
+def _explain(item: Any) -> str:
+    """One finding of pydantic, in the words of config.json."""
+    if item["type"] == "value_error":
+        message = str(item["ctx"]["error"])
+        for ours, theirs in _KEYS.items():
+            message = message.replace(f"model.{ours} ", f"{theirs} ")
+        return message
+    return f"{_KEYS[item['loc'][0]]} is {item['input']!r}: {item['msg']}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

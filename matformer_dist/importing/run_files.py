@@ -1,0 +1,116 @@
+"""The run directory that an import leaves: what a training run would, at step 0.
+
+```
+config.yaml              the model's settings; data.train is left for the user to set
+tokenizer.model          a piece for every row of the embedding
+checkpoints/step-0/      whole weights as in DeepSpeed's universal checkpoints, and the manifest
+```
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from matformer_dist.checkpoints.files import replace_text, sync_directory, write_file
+from matformer_dist.checkpoints.universal_files import value_path
+from matformer_dist.config import Config
+from matformer_dist.data.tokenizer import Tokenizer
+from matformer_dist.models.matlm import MatLM
+from matformer_dist.parallel.layers import Initializer
+from matformer_dist.run_directory import MANIFEST, TOKENIZER, UNIVERSAL, Manifest, SavedFile
+
+STEP = "step-0"
+_NOTE = """\
+# An imported model. Set data.train to the data sets to go on with, for example
+# [[1.0, data/corpus]], prepared with {tokenizer}.
+# Length, batch and learning rate below are where to begin, not advice.
+"""
+_PACKAGES = ("matformer_dist", "torch")
+
+
+def config_text(config: Config) -> str:
+    """config.yaml of `config`, whose data.train stands for none: OmegaConf asks for what is ???."""
+    tree: dict[str, Any] = config.model_dump(mode="json")
+    tree["data"]["train"] = "???"
+    note = _NOTE.format(tokenizer=config.data.tokenizer)
+    return note + yaml.safe_dump(tree, sort_keys=False)
+
+
+def write_run(
+    directory: Path,
+    config: Config,
+    tokenizer: Tokenizer,
+    weights: Iterable[tuple[str, Tensor]],
+    advance: Callable[[], None],
+) -> None:
+    """Write all files, the manifest last, onto disk; OSError where they cannot be.
+
+    `weights` are MatLM's, by name, in canonical order, each once; they are written as they come.
+    `advance` is called behind each.
+    """
+    checkpoint = directory / "checkpoints" / STEP
+    checkpoint.mkdir(parents=True)
+    expected = _expected(config, tokenizer.vocab_size)
+    files: dict[str, SavedFile] = {}
+    for name, weight in weights:
+        shape = expected.pop(name)
+        assert weight.shape == shape, f"{name} is {weight.shape}, not {shape}"
+        path = value_path(checkpoint, name, "fp32")
+        files[path.relative_to(checkpoint).as_posix()] = _write_weight(path, weight)
+        advance()
+    assert not expected, f"not written: {sorted(expected)}"
+    text = config_text(config)
+    write_file(directory / TOKENIZER, lambda stream: _write_bytes(stream, tokenizer.model))
+    replace_text(directory / "config.yaml", text)
+    replace_text(checkpoint / MANIFEST, _manifest(config, text, tokenizer, files).sealed())
+    for folder in (checkpoint / "zero", checkpoint, checkpoint.parent, directory):
+        sync_directory(folder)
+
+
+def _expected(config: Config, vocab_size: int) -> dict[str, torch.Size]:
+    """Shapes of the whole model's weights by name, without memory."""
+    layers = [config.granularities] * config.model.n_layers
+    with torch.device("meta"):
+        model = MatLM(config.model, layers, vocab_size, Initializer(seed=None))
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def _write_weight(path: Path, weight: Tensor) -> SavedFile:
+    path.parent.mkdir(parents=True)
+    saved = write_file(path, lambda stream: torch.save({"param": weight}, stream))  # type: ignore[arg-type]
+    sync_directory(path.parent)
+    return saved
+
+
+def _write_bytes(stream: Any, content: bytes) -> None:
+    stream.write(content)
+
+
+def _manifest(
+    config: Config, text: str, tokenizer: Tokenizer, files: dict[str, SavedFile]
+) -> Manifest:
+    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return Manifest(
+        step=0,
+        consumed_sequences=0,
+        tokens=0,
+        layout=UNIVERSAL,
+        model=config.model,
+        nesting=config.granularities,
+        vocab_size=tokenizer.vocab_size,
+        precision=config.training.precision,
+        tokenizer_sha256=tokenizer.digest,
+        config_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        versions={**packages, "python": platform.python_version()},
+        has_optimizer=False,
+        files=dict(sorted(files.items())),
+    )

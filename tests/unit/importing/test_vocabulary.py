@@ -1,0 +1,104 @@
+"""Tokenizers beside embeddings of more, as many and fewer rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from matformer_dist.data.tokenizer import Tokenizer, train_tokenizer
+from matformer_dist.errors import UserError
+from matformer_dist.importing.import_model import ImportOptions, import_model
+from matformer_dist.importing.vocabulary import find_tokenizer
+from matformer_dist.submodels.extract import extract
+from tests.unit.importing.checkpoints import (
+    random_llama,
+    save,
+    some_tokens,
+    transformers,
+    xl_logits,
+)
+from tests.unit.submodels.synthetic_run import TEXT, VOCAB, small_tokenizer
+
+PADDED = 320
+
+
+def test_an_embedding_with_more_rows_keeps_them_and_fills_up_the_tokenizer(tmp_path: Path) -> None:
+    llama = random_llama(vocab_size=PADDED)
+    source = save(llama, tmp_path / "hf")
+    model = import_model(source, tmp_path / "run")
+    tokens = some_tokens(PADDED)
+    with torch.no_grad():
+        expected = llama(tokens).logits
+    actual = xl_logits(tmp_path / "run", tokens)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert "prepare data with it" in model.notices[0]
+
+    (out,) = extract(str(tmp_path / "run"), ["XL"], output=tmp_path / "out", format="hf")
+    hf = transformers.AutoTokenizer.from_pretrained(out.path, local_files_only=True)
+    assert len(hf) == PADDED
+    text = f"{TEXT} <unused-307> </s>"
+    assert hf(text).input_ids == small_tokenizer().encode(text)
+
+
+def test_added_pieces_have_the_checkpoints_names_and_no_text(tmp_path: Path) -> None:
+    save(random_llama(vocab_size=PADDED), tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|user|>": 308, "<s>": 309}))
+    decoder = {"2": {"content": "</s>"}, "310": {"content": "<|bot|>"}, "312": {"content": "tm"}}
+    config = {"added_tokens_decoder": decoder}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    original, filled = small_tokenizer(), find_tokenizer(tmp_path, None, PADDED)
+    assert (filled.vocab_size, filled.eod, filled.bos) == (PADDED, original.eod, original.bos)
+    names = [filled._processor.id_to_piece(i) for i in range(306, 312)]
+    assert names[1:] == ["<unused-307>", "<|user|>", "<unused-309>", "<|bot|>", "<unused-311>"]
+    assert filled._processor.id_to_piece(312) == "tm"
+    for text in ("<|user|> def", "<unused-307><s>", TEXT, "▁é😀", "tm"):  # "tm" would be one piece
+        assert filled.encode(text) == original.encode(text)
+        assert filled.decode(filled.encode(text)) == text
+    assert find_tokenizer(tmp_path, None, PADDED).model == filled.model
+    assert filled.digest != original.digest
+
+
+def test_a_tokenizer_that_fits_is_kept_as_it_is(tmp_path: Path) -> None:
+    save(random_llama(), tmp_path / "hf")
+    import_model(tmp_path / "hf", tmp_path / "run")
+    assert Tokenizer.load(tmp_path / "run/tokenizer.model").digest == small_tokenizer().digest
+
+
+def test_a_tokenizer_with_more_pieces_than_rows_is_refused(tmp_path: Path) -> None:
+    source = save(random_llama(vocab_size=VOCAB - 1), tmp_path / "hf")
+    with pytest.raises(UserError, match=r"has 307 pieces, the embedding in .* has 306 rows"):
+        import_model(source, tmp_path / "run")
+
+
+def test_a_checkpoint_without_sentencepiece_says_what_does_not_work(tmp_path: Path) -> None:
+    source = save(random_llama(), tmp_path / "hf")
+    model = tmp_path / "elsewhere.model"
+    (source / "tokenizer.model").rename(model)
+    with pytest.raises(UserError, match=r"no tokenizer\.model, which .* give its tokenizer\.model"):
+        import_model(source, tmp_path / "run")
+    (source / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"only tokenizer\.json, .* training, extract and generate"):
+        import_model(source, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    import_model(source, tmp_path / "run", ImportOptions(tokenizer=model))
+    assert (tmp_path / "run/tokenizer.model").read_bytes() == model.read_bytes()
+    (source / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # as of Llama 3: tiktoken
+    with pytest.raises(UserError, match="is not a SentencePiece model"):
+        import_model(source, tmp_path / "other")
+
+
+def test_ends_that_differ_are_said(tmp_path: Path) -> None:
+    source = save(random_llama(eos_token_id=[7, 9]), tmp_path / "hf")
+    model = import_model(source, tmp_path / "run")
+    assert "config.json ends texts with id 7, 9, the run's documents end" in model.notices[0]
+
+
+def test_another_tokenizer_of_the_right_size_is_taken_where_it_is_named(tmp_path: Path) -> None:
+    source = save(random_llama(), tmp_path / "hf")
+    other = tmp_path / "other.model"
+    other.write_bytes(train_tokenizer(["another text\n" * 3 + TEXT * 3], VOCAB).model)
+    import_model(source, tmp_path / "run", ImportOptions(tokenizer=other))
+    assert (tmp_path / "run/tokenizer.model").read_bytes() == other.read_bytes()
