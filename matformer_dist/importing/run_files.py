@@ -20,7 +20,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from matformer_dist.checkpoints.files import replace_text, sync_directory, write_file
+from matformer_dist.checkpoints.files import replace_file, sync_directory, write_file
 from matformer_dist.checkpoints.universal_files import value_path
 from matformer_dist.config import Config
 from matformer_dist.data.tokenizer import Tokenizer
@@ -69,9 +69,10 @@ def write_run(
         advance()
     assert not expected, f"not written: {sorted(expected)}"
     text = config_text(config)
-    write_file(directory / TOKENIZER, lambda stream: _write_bytes(stream, tokenizer.model))
-    replace_text(directory / "config.yaml", text)
-    replace_text(checkpoint / MANIFEST, _manifest(config, text, tokenizer, files).sealed())
+    replace_file(directory / TOKENIZER, tokenizer.model)
+    replace_file(directory / "config.yaml", text.encode())
+    manifest = _manifest(config, text, tokenizer, files)
+    replace_file(checkpoint / MANIFEST, manifest.sealed().encode())
     for folder in (checkpoint / "zero", checkpoint, checkpoint.parent, directory):
         sync_directory(folder)
 
@@ -89,10 +90,6 @@ def _write_weight(path: Path, weight: Tensor) -> SavedFile:
     saved = write_file(path, lambda stream: torch.save({"param": weight}, stream))  # type: ignore[arg-type]
     sync_directory(path.parent)
     return saved
-
-
-def _write_bytes(stream: Any, content: bytes) -> None:
-    stream.write(content)
 
 
 def _manifest(

@@ -42,7 +42,9 @@ def check_run_directory(config: Config) -> list[str]:
     Returns what whoever goes on with that run should know.
     """
     path = config.run.dir / "config.yaml"
-    if not path.exists() or not any(read_checkpoints(config.run.dir)):
+    found = read_checkpoints(config.run.dir)
+    # At step 0 alone, as in an imported run, no setting has decided anything yet.
+    if not path.exists() or not (found.damaged or any(one.step for one in found.complete)):
         return []
     saved = load_config(path)
     before, now = saved.model_dump(mode="json"), config.model_dump(mode="json")
@@ -117,7 +119,8 @@ def choose_operators(config: Config, topology: Topology) -> None:
 def check_checkpoint(checkpoint: Checkpoint, now: Manifest, training: TrainingConfig) -> None:
     """UserError where a checkpoint is not of the model, tokenizer, batch and layout of this run.
 
-    The batch too, because the steps done say which data are to come.
+    The batch too, because the steps done say which data are to come; at step 0, where weights are
+    imported, none are done.
     """
     batch_size, seq_len = training.global_batch_size, training.seq_len
     saved = checkpoint.manifest
@@ -129,15 +132,18 @@ def check_checkpoint(checkpoint: Checkpoint, now: Manifest, training: TrainingCo
             "model",
         )
     )
-    pairs = {
+    pairs: dict[str, tuple[object, object]] = {
         "nesting.widths": (list(saved.nesting.widths), list(now.nesting.widths)),
         "nesting.names": (list(saved.nesting.names), list(now.nesting.names)),
         "vocabulary": (saved.vocab_size, now.vocab_size),
         "SHA-256 of the tokenizer": (saved.tokenizer_sha256[:12], now.tokenizer_sha256[:12]),
-        "training.precision": (saved.precision, now.precision),
-        "training.global_batch_size": (_per(saved.consumed_sequences, saved.step), batch_size),
-        "training.seq_len": (_per(saved.tokens, saved.consumed_sequences), seq_len),
     }
+    if saved.step:
+        pairs |= {
+            "training.precision": (saved.precision, now.precision),
+            "training.global_batch_size": (_per(saved.consumed_sequences, saved.step), batch_size),
+            "training.seq_len": (_per(saved.tokens, saved.consumed_sequences), seq_len),
+        }
     wrong += [
         f"{key} (was {was!r}, now {is_!r})" for key, (was, is_) in pairs.items() if was != is_
     ]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import matformer, refuse, succeed
+from tests.end_to_end.conftest import matformer, refuse, succeed, train
 
 pytest.importorskip("transformers")
 
@@ -54,6 +54,29 @@ def test_an_imported_model_comes_out_and_speaks(llama: Path, corpus: Path, tmp_p
             for folder in (llama, xl)
         )
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("tensor", "precision", "stage"), [(1, "fp32", 1), (2, "bf16", 3)])
+def test_training_goes_on_from_an_imported_model(
+    llama: Path, corpus: Path, tmp_path: Path, tensor: int, precision: str, stage: int
+) -> None:
+    """With settings that the import did not choose; then again, from its own checkpoint."""
+    run = tmp_path / "run"
+    succeed(matformer("import", llama, "--output", run))
+    settings = (
+        f"data.train=[[1,{corpus}]]", "data.split=[80,20]", "training.seq_len=32",
+        "training.global_batch_size=8", f"training.precision={precision}", "evaluation.batches=2",
+        f"parallel.tensor={tensor}", f"deepspeed.zero_optimization.stage={stage}",
+        "schedule.kind=constant",
+    )  # fmt: skip
+    ranks = tensor if tensor > 1 else None
+    config = run / "config.yaml"
+    shown = succeed(train(config, *settings, "training.steps=3", ranks=ranks))
+    assert "checkpoints/step-0" in shown and "from whole weights" in shown
+    shown = succeed(train(config, *settings, "training.steps=4", ranks=ranks))
+    assert "checkpoints/step-3" in shown
+    other = train(config, *settings, "training.seq_len=16", ranks=ranks)
+    assert other.returncode == 2 and "training.seq_len (was 32, now 16)" in other.stderr
 
 
 def test_what_cannot_be_imported_is_one_message(llama: Path, tmp_path: Path) -> None:
