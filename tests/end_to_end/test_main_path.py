@@ -51,7 +51,7 @@ def test_training_writes_what_it_promises(trained: Path) -> None:
     assert lines[-1]["val_loss"]["XL"] < lines[2]["val_loss"]["XL"]
     assert lines[-1]["val_agreement"]["XL"] == 1
     kept = {path.name for path in (trained / "checkpoints").iterdir()}
-    assert kept == {"step-4", "step-6"}
+    assert kept == {"step-4", "step-6", "latest"}
     assert list((trained / "tensorboard").rglob("events.out.tfevents.*"))
 
 
