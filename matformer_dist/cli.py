@@ -129,8 +129,14 @@ def extract_command(
         list[str], typer.Option(help='S, M, L, XL or layers such as "S:8,M:8"; may be repeated.')
     ],
     output: Annotated[Path, typer.Option(help="Directory; one below it for each of several.")],
-    format: Annotated[str, typer.Option(help="native or hf.")] = "native",
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    format: Annotated[str, typer.Option(help="native, hf or gguf.")] = "native",
+    sparse: Annotated[
+        bool,
+        typer.Option(help="Format hf: exact widths in every layer, for vLLM and its like."),
+    ] = False,
+    dtype: Annotated[
+        str, typer.Option(help="fp32, bf16 or fp16; in format gguf also q8_0.")
+    ] = "fp32",
     tokenizer: Annotated[
         Path | None, typer.Option(help="The run's SentencePiece model, if its copy there is gone.")
     ] = None,
@@ -144,6 +150,7 @@ def extract_command(
         submodel,
         output=output,
         format=format,
+        sparse=sparse,
         dtype=dtype,
         force=force,
         tokenizer=tokenizer,

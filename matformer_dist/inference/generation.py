@@ -18,7 +18,7 @@ from matformer_dist.errors import UserError
 from matformer_dist.inference.loading import load_native, load_transformers
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.nesting import Segment, Submodel
-from matformer_dist.submodels.extract import read_entry
+from matformer_dist.submodels.entry import read_entry
 
 # Ids [b, n] that follow those of earlier calls -> logits [b, V] of the token behind the last.
 NextLogits = Callable[[Tensor], Tensor]
@@ -146,11 +146,16 @@ def sample(
     sampling = Sampling(temperature, top_k, top_p)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.float32 if where.type == "cpu" else None
-    is_hf = read_entry(directory)["format"] == "hf"
+    entry = read_entry(directory)
+    if entry["format"] == "gguf":
+        raise UserError(
+            f"{directory} is in format gguf, which llama.cpp runs (see its README.md); extract "
+            "with --format native or hf to generate here"
+        )
     tokenizer = Tokenizer.load(directory / "tokenizer.model")
     ids = tokenizer.encode(prompt) or [tokenizer.eod]
-    if is_hf:
-        context, step = load_transformers(directory, dtype, where)
+    if entry["format"] == "hf":
+        context, step = load_transformers(directory, dtype, where, entry.get("sparse", False))
         _check_context(len(ids), max_new_tokens, context)
     else:
         loaded = load_native(directory, dtype, where)

@@ -54,9 +54,10 @@ def load_native(
 
 
 def load_transformers(
-    directory: Path, dtype: torch.dtype | None, device: torch.device
+    directory: Path, dtype: torch.dtype | None, device: torch.device, sparse: bool = False
 ) -> tuple[int, Callable[[Tensor], Tensor]]:
-    """Load an `hf` directory by transformers.
+    """Load an `hf` directory by transformers. A `sparse` one is loaded by the code of this package,
+    of which it carries a copy: no code of the directory runs.
 
     Returns its context in tokens, and a function that takes ids [1, n], which follow those of
     earlier calls, to the logits [1, V] of the token behind the last. UserError where transformers
@@ -65,6 +66,8 @@ def load_transformers(
     try:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
+
+        from matformer_dist.submodels.shipped_code.modeling_nemotron_nas import DeciLMForCausalLM
     except ImportError:
         raise UserError(
             f"{directory} is in format hf, which needs transformers; install it by "
@@ -73,9 +76,8 @@ def load_transformers(
     has_bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # the text is what a user wants to see
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype or "auto", local_files_only=True
-        )
+        loader = DeciLMForCausalLM if sparse else AutoModelForCausalLM
+        model = loader.from_pretrained(directory, dtype=dtype or "auto", local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"transformers cannot load {directory} ({error}); extract the model again"

@@ -1,10 +1,13 @@
 """Take submodels out of a training run: one directory each, whole or not there at all.
 
 ```
-config.json                 the architecture: transformers' or ours   submodel.json  see `_entry`
-model[-0000i-of-0000n].safetensors  weights, with an index if several README.md      model card
+config.json                 the architecture: transformers' or ours     native, hf
+model[-0000i-of-0000n].safetensors  weights, with an index if several   native, hf
+model.gguf                  weights, settings and vocabulary            gguf
 tokenizer.model             the SentencePiece tokenizer
-tokenizer.json, tokenizer_config.json, generation_config.json         format hf only
+tokenizer.json, tokenizer_config.json, generation_config.json           hf
+configuration_nemotron_nas.py, modeling_nemotron_nas.py                 hf, sparse
+submodel.json, README.md    see entry.py; the model card
 ```
 """
 
@@ -14,31 +17,27 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-
+from matformer_dist.checkpoints.files import sync_directory, sync_file
 from matformer_dist.checkpoints.universal import UniversalModel, load_universal
-from matformer_dist.counting import count_parameters
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.errors import UserError
-from matformer_dist.nesting import Submodel
 from matformer_dist.run_directory import TOKENIZER, find_checkpoint
-from matformer_dist.submodels.formats import FORMATS, directory_name
+from matformer_dist.submodels.entry import ENTRY, describe
+from matformer_dist.submodels.formats import DTYPES, FORMATS, directory_name
+from matformer_dist.submodels.gguf_format import gguf_export
 from matformer_dist.submodels.model_card import model_card
-from matformer_dist.submodels.native import native_config, native_weights
-from matformer_dist.submodels.safetensors_files import SHARD_BYTES, write_weights
-from matformer_dist.submodels.transformers_format import (
-    check_architecture,
-    transformers_config,
-    transformers_weights,
-)
-from matformer_dist.submodels.transformers_tokenizer import write_tokenizer
+from matformer_dist.submodels.native import native_export
+from matformer_dist.submodels.nemotron_nas import nemotron_nas_export
+from matformer_dist.submodels.parts import Export, Source, WeightFiles, write_weights
+from matformer_dist.submodels.safetensors_files import SHARD_BYTES
+from matformer_dist.submodels.transformers_format import transformers_export
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ENTRY = "submodel.json"
+_EXPORTS = {"native": native_export, "hf": transformers_export, "gguf": gguf_export}
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,20 @@ class ExtractedModel:
     path: Path
     submodel: str
     parameters: int
-    bytes: int  # of the weight files
+    bytes: int  # of the weights
+
+
+class _Model(NamedTuple):
+    """A model to write: first all of it into `temporary`, beside the target."""
+
+    weights: WeightFiles
+    files: dict[str, str | bytes]  # the others by name
+    entry: dict[str, Any]
+    target: Path
+
+    @property
+    def temporary(self) -> Path:
+        return self.target.with_name(f"{self.target.name}.{os.getpid()}.incomplete")
 
 
 def extract(
@@ -57,6 +69,7 @@ def extract(
     *,
     output: Path,
     format: str = "native",
+    sparse: bool = False,
     dtype: str = "fp32",
     force: bool = False,
     tokenizer: Path | None = None,
@@ -64,19 +77,15 @@ def extract(
 ) -> list[ExtractedModel]:
     """Write each of `submodels` (see Nesting.parse) of RUN[@STEP] into a directory of its own.
 
-    That is `output`, or for several `output/NAME`. fp32 is the default because it is what
-    training kept: nothing is lost, and any other dtype can be made from it. `force` replaces a
-    model that was extracted before. `tokenizer` stands in where the run's copy is gone. Memory:
-    one shard and one weight. UserError for input that does not fit, before anything is written, and
-    for weights that overflow in fp16, before the model they belong to is in place.
+    That is `output`, or for several `output/NAME`; the parent's weights are read once for all, one
+    at a time. fp32 is the default because it is what training kept: nothing is lost, and any other
+    dtype can be made from it. `sparse` is for format hf: exact widths, for engines that read them.
+    `force` replaces a model that was extracted before. `tokenizer` stands in where the run's copy
+    is gone. UserError for input that does not fit and for a full disk, before anything is written;
+    for weights that overflow in fp16, before any model is in place.
     """
-    if format not in FORMATS:
-        raise UserError(f"there is no format {format!r}; choose one of {', '.join(FORMATS)}")
-    if dtype not in DTYPES:
-        raise UserError(f"there is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+    _check_format(format, sparse, dtype)
     universal = load_universal(find_checkpoint(run))
-    if format == "hf":
-        check_architecture(universal.model)
     run_dir = universal.checkpoint.path.parent.parent
     text = _tokenizer(universal, run_dir, tokenizer)
     chosen = list(
@@ -84,28 +93,43 @@ def extract(
             universal.nesting.parse(notation, universal.model.n_layers) for notation in submodels
         )
     )
-    single = len(chosen) == 1
-    targets = [output if single else output / directory_name(submodel) for submodel in chosen]
-    for target in targets:
+    export = nemotron_nas_export if sparse else _EXPORTS[format]
+    models = []
+    for submodel in chosen:
+        target = output if len(chosen) == 1 else output / directory_name(submodel)
         _check_target(target, force)
+        source = Source(universal, submodel, text, dtype, shard_bytes)
+        models.append(_model(source, export(source), target, run_dir, format))
+    _check_space(output, models)
+    was_there = output.exists()
+    try:
+        _write(universal, models)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error}; choose another output") from None
+    finally:
+        for model in models:
+            shutil.rmtree(model.temporary, ignore_errors=True)
+        if not was_there:
+            with suppress(OSError):  # it holds models
+                output.rmdir()
     return [
-        _write(universal, submodel, target, text, run_dir, format, dtype, shard_bytes)
-        for submodel, target in zip(chosen, targets, strict=True)
+        ExtractedModel(m.target, m.entry["submodel"], m.entry["parameters"], m.entry["bytes"])
+        for m in models
     ]
 
 
-def read_entry(directory: Path) -> dict[str, Any]:
-    """submodel.json of an extracted model; UserError where the directory is none."""
-    try:
-        entry: dict[str, Any] = json.loads((directory / ENTRY).read_text())
-        if entry["format"] in FORMATS:
-            return entry
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise UserError(
-        f"{directory} is not an extracted model: it has no readable {ENTRY}; give a directory "
-        "that `matformer extract` wrote"
-    )
+def _check_format(format: str, sparse: bool, dtype: str) -> None:
+    if format not in FORMATS:
+        raise UserError(f"there is no format {format!r}; choose one of {', '.join(FORMATS)}")
+    if sparse and format != "hf":
+        raise UserError(
+            f"--sparse is for format hf, not {format}, which always has exact widths; leave it out"
+        )
+    if dtype not in DTYPES[format]:
+        raise UserError(
+            f"there is no dtype {dtype!r} in format {format}; choose one of "
+            f"{', '.join(DTYPES[format])}"
+        )
 
 
 def _tokenizer(universal: UniversalModel, run_dir: Path, path: Path | None) -> Tokenizer:
@@ -136,94 +160,51 @@ def _check_target(target: Path, force: bool) -> None:
         )
 
 
-def _write(
-    universal: UniversalModel,
-    submodel: Submodel,
-    target: Path,
-    tokenizer: Tokenizer,
-    run_dir: Path,
-    format: str,
-    dtype: str,
-    shard_bytes: int,
-) -> ExtractedModel:
-    """Write under a temporary name beside the target, and rename last."""
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.incomplete")
-    try:
-        temporary.mkdir(parents=True)
-        if format == "hf":
-            config = transformers_config(universal, submodel, tokenizer.eod, DTYPES[dtype])
-            weights = transformers_weights(universal, submodel)
-            write_tokenizer(temporary, tokenizer, universal.model.max_seq_len)
-            generation = {"bos_token_id": tokenizer.eod, "eos_token_id": tokenizer.eod}
-            _write_json(temporary / "generation_config.json", generation)
-        else:
-            config = {**native_config(universal, submodel, tokenizer.eod), "dtype": dtype}
-            weights = native_weights(universal, submodel)
-        _write_json(temporary / "config.json", config)
-        (temporary / "tokenizer.model").write_bytes(tokenizer.model)
-        size = write_weights(temporary, weights, DTYPES[dtype], shard_bytes)
-        entry = _entry(universal, submodel, run_dir, format, dtype, size)
-        _write_json(temporary / ENTRY, entry)
-        card = model_card(entry, universal.model, universal.vocab_size)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error}; choose another output") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return ExtractedModel(target, entry["submodel"], entry["parameters"], size)
-
-
-def _entry(
-    universal: UniversalModel,
-    submodel: Submodel,
-    run_dir: Path,
-    format: str,
-    dtype: str,
-    size: int,
-) -> dict[str, Any]:
-    """submodel.json. Losses are nats per token; parameters are those of the exact widths."""
-    count = count_parameters(universal.model, universal.vocab_size, submodel)
-    widest = max(submodel.widths)
-    padded = format == "hf" and not submodel.is_uniform
-    is_fp32 = universal.checkpoint.manifest.precision == "fp32"
-    nesting = universal.nesting
-    return {
-        "submodel": str(submodel),
-        "widths": list(submodel.widths),
-        "parameters": count.total,
-        "non_embedding_parameters": count.non_embedding,
-        "format": format,
-        "dtype": dtype,
-        "step": universal.checkpoint.step,
-        "run": str(run_dir),
-        "bytes": size,
-        "trained": "fp32 weights" if is_fp32 else "fp32 master weights",
-        "loss": _measured_loss(run_dir, universal.checkpoint.step, str(submodel)),
-        "padded_width": widest if padded else None,
-        "nesting": {"widths": list(nesting.widths), "names": list(nesting.names)},
+def _model(source: Source, export: Export, target: Path, run_dir: Path, format: str) -> _Model:
+    entry = describe(source, export, run_dir, format)
+    files = {
+        **export.files,
+        ENTRY: json.dumps(entry, indent=2) + "\n",
+        "README.md": model_card(entry, source.universal.model, source.universal.vocab_size),
     }
+    return _Model(export.weights, files, entry, target)
 
 
-def _measured_loss(run_dir: Path, step: int, submodel: str) -> float | None:
-    """Validation loss from the run's evaluation.json, if it is of this step and submodel."""
-    path = run_dir / "evaluation.json"
-    if not path.exists():
-        return None
-    try:
-        evaluation = json.loads(path.read_text())
-        if evaluation["step"] != step:
-            return None
-        losses = {entry["submodel"]: float(entry["loss"]) for entry in evaluation["submodels"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+def _check_space(output: Path, models: Sequence[_Model]) -> None:
+    """UserError where the disk has no room for all models, beside what they replace."""
+    there = output.absolute()
+    while not there.is_dir():
+        there = there.parent
+    needed = sum(model.weights.bytes + sum(map(len, model.files.values())) for model in models)
+    free = shutil.disk_usage(there).free
+    if needed > free:
         raise UserError(
-            f"cannot read {path} ({type(error).__name__}: {error}); evaluate the run again, or "
-            "delete the file"
-        ) from None
-    return losses.get(submodel)
+            f"the models need {needed / 1e9:,.2f} GB, the disk of {there} has {free / 1e9:,.2f} GB "
+            "free; choose another output, fewer submodels or a smaller --dtype, or make room"
+        )
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _write(universal: UniversalModel, models: Sequence[_Model]) -> None:
+    """Write all models under temporary names, and rename them when all are on disk."""
+    for model in models:
+        model.temporary.mkdir(parents=True)
+    write_weights(universal, [(model.weights, model.temporary) for model in models])
+    for model in models:
+        for name, content in model.files.items():
+            data = content.encode() if isinstance(content, str) else content
+            (model.temporary / name).write_bytes(data)
+        for path in model.temporary.iterdir():
+            sync_file(path)
+        sync_directory(model.temporary)
+    for model in models:
+        _put_in_place(model)
+
+
+def _put_in_place(model: _Model) -> None:
+    """Rename; a model that was there goes aside first, and away last."""
+    replaced = model.temporary.with_suffix(".replaced")
+    if model.target.exists():
+        model.target.rename(replaced)
+    model.temporary.rename(model.target)
+    shutil.rmtree(replaced, ignore_errors=True)
+    sync_directory(model.target.parent)

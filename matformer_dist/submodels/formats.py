@@ -1,4 +1,4 @@
-"""The formats of an extracted model, and the name of its directory.
+"""The formats of an extracted model, their dtypes, and the name of its directory.
 
 Without torch: the report, which only prints commands, asks here what `extract` would do.
 """
@@ -8,12 +8,20 @@ from __future__ import annotations
 from matformer_dist.config import ModelConfig
 from matformer_dist.nesting import Submodel
 
-FORMATS = ("native", "hf")
+_FLOATS = ("fp32", "bf16", "fp16")
+DTYPES = {"native": _FLOATS, "hf": _FLOATS, "gguf": (*_FLOATS, "q8_0")}  # by format
+FORMATS = tuple(DTYPES)
+FFN_MULT_STEP = 256  # neurons: widths that `ffn_mult` of format hf, sparse, can say
 
 
 def has_transformers_architecture(model: ModelConfig) -> bool:
     """Whether some architecture of transformers is this model's, so that format hf can hold it."""
-    return (model.ffn, model.norm) in (("swiglu", "rmsnorm"), ("gelu", "layernorm"))
+    return has_llama_architecture(model) or (model.ffn, model.norm) == ("gelu", "layernorm")
+
+
+def has_llama_architecture(model: ModelConfig) -> bool:
+    """Whether Llama's is this model's: what engines with a width per layer are made for."""
+    return (model.ffn, model.norm) == ("swiglu", "rmsnorm")
 
 
 def directory_name(submodel: Submodel | str) -> str:

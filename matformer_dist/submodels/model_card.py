@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from matformer_dist.config import ModelConfig
+from matformer_dist.submodels.formats import FFN_MULT_STEP
 
 _CARD = """\
 ---
@@ -28,10 +29,10 @@ Taken out of a trained universal model by slicing, without training: step {step}
 | vocabulary | {vocab_size} pieces |
 | weights | {dtype}, {bytes:,} bytes, from training's {trained} |
 | validation loss | {loss} |
-{padding}
+{widths_note}
 ## How to load it
 
-```{language}
+```python
 {loading}
 ```
 """
@@ -50,23 +51,33 @@ from matformer_dist.inference.generation import sample
 print(sample("PATH", "def ", max_new_tokens=50).text)"""
 
 
+_SPARSE_LOADING = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
+prompt = tokenizer("def ", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))"""
+
+_GGUF_LOADING = """\
+from llama_cpp import Llama
+
+model = Llama("PATH/model.gguf", verbose=False)
+print(model("def ", max_tokens=50)["choices"][0]["text"])"""
+
 _COPIED = ("submodel", "step", "run", "parameters", "dtype", "bytes", "trained")
 
 
 def model_card(entry: Mapping[str, Any], model: ModelConfig, vocab_size: int) -> str:
     """The card of the model that `entry`, the content of submodel.json, describes."""
-    is_hf = entry["format"] == "hf"
+    kind = entry["format"]
     front_matter = ["pipeline_tag: text-generation", "tags:", "- matformer", "- nested"]
-    if is_hf:
+    if kind == "hf":
         front_matter.insert(0, "library_name: transformers")
+    if kind == "gguf":
+        front_matter.append("- gguf")
+    loading = {"native": _NATIVE_LOADING, "hf": _HF_LOADING, "gguf": _GGUF_LOADING}[kind]
     loss = "not measured" if entry["loss"] is None else f"{entry['loss']:.4f} nats per token"
-    padding = ""
-    if entry["padded_width"] is not None:
-        padding = (
-            f"\nThe architecture has one FFN width, so narrower layers are padded to "
-            f"{entry['padded_width']} neurons with zeros: the result is exactly the same, memory "
-            "and time are those of the padded width. The `native` format has the exact widths.\n"
-        )
     return _CARD.format(
         **{key: entry[key] for key in _COPIED},
         front_matter="\n".join(front_matter),
@@ -79,10 +90,34 @@ def model_card(entry: Mapping[str, Any], model: ModelConfig, vocab_size: int) ->
         max_seq_len=model.max_seq_len,
         vocab_size=vocab_size,
         loss=loss,
-        padding=padding,
-        language="python",
-        loading=_HF_LOADING if is_hf else _NATIVE_LOADING,
+        widths_note=_widths_note(entry),
+        loading=_SPARSE_LOADING if entry["sparse"] else loading,
     )
+
+
+def _widths_note(entry: Mapping[str, Any]) -> str:
+    """What a reader must know of an architecture whose layers differ, or may not."""
+    if entry["padded_width"] is not None:
+        return (
+            "\nThe architecture has one FFN width, so narrower layers are padded to "
+            f"{entry['padded_width']} neurons with zeros: the result is exactly the same, memory "
+            "and time are those of the padded width. The formats `native`, `hf --sparse` and "
+            "`gguf` have the exact widths.\n"
+        )
+    if not entry["sparse"]:
+        return ""
+    note = (
+        "\nThe architecture is that of Nemotron-NAS (`DeciLMForCausalLM`), with a width of its own "
+        "in every layer. The two Python files describe it to transformers, and their "
+        "configuration to vLLM, SGLang and TensorRT-LLM: they run where code is trusted "
+        "(`--trust-remote-code`).\n"
+    )
+    if any(width % FFN_MULT_STEP for width in entry["widths"]):
+        note += (
+            f"\nA width here is not a multiple of {FFN_MULT_STEP}: vLLM reads it, SGLang and "
+            "TensorRT-LLM do not.\n"
+        )
+    return note
 
 
 def _runs(widths: list[int]) -> str:

@@ -9,18 +9,18 @@ to its own.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import pydantic
-from torch import Tensor
 
-from matformer_dist.checkpoints.universal import UniversalModel
 from matformer_dist.config import ModelConfig
 from matformer_dist.errors import UserError
 from matformer_dist.nesting import Nesting, Submodel
+from matformer_dist.submodels.parts import Export, Part, Parts, Source, layer_of
+from matformer_dist.submodels.safetensors_files import SafetensorsFiles
 
 FORMAT = 1
 
@@ -40,7 +40,30 @@ class NativeModel:
         return [self.submodel.nesting.truncate(i) for i in self.submodel.granularities]
 
 
-def native_config(universal: UniversalModel, submodel: Submodel, eod: int) -> dict[str, Any]:
+def native_export(source: Source) -> Export:
+    """MatLM's own weights: those of an FFN are prefixes of rows."""
+    return Export(
+        SafetensorsFiles(_parts(source), source.torch_dtype, source.shard_bytes),
+        {
+            "config.json": json.dumps(_config(source), indent=2) + "\n",
+            "tokenizer.model": source.tokenizer.model,
+        },
+    )
+
+
+def _parts(source: Source) -> Parts:
+    parts = {}
+    for name, whole in source.universal.whole.items():
+        layer = layer_of(name)
+        rows = whole.shape[0]
+        if layer is not None and ".ffn." in name:
+            rows = source.submodel.widths[layer]
+        parts[name] = [Part(name, (rows, *whole.shape[1:]), itemgetter(slice(rows)))]
+    return parts
+
+
+def _config(source: Source) -> dict[str, Any]:
+    universal, submodel = source.universal, source.submodel
     nesting = submodel.nesting.truncate(max(submodel.granularities))
     return {
         "model_type": "matformer",
@@ -49,17 +72,9 @@ def native_config(universal: UniversalModel, submodel: Submodel, eod: int) -> di
         "vocab_size": universal.vocab_size,
         "nesting": {"widths": list(nesting.widths), "names": list(nesting.names)},
         "granularities": [nesting.names[i] for i in submodel.granularities],
-        "eos_token_id": eod,
+        "eos_token_id": source.tokenizer.eod,
+        "dtype": source.dtype,
     }
-
-
-def native_weights(universal: UniversalModel, submodel: Submodel) -> Iterator[tuple[str, Tensor]]:
-    """MatLM's parameters of the submodel, one at a time: FFN weights are prefixes of rows."""
-    for name in universal.whole:
-        weight = universal.weight(name)
-        if name.startswith("layers.") and ".ffn." in name:
-            weight = weight[: submodel.widths[int(name.split(".")[1])]]
-        yield name, weight
 
 
 def read_native_config(directory: Path) -> NativeModel:

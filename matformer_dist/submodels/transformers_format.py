@@ -9,20 +9,42 @@ with zero neurons, which add exactly nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from matformer_dist.checkpoints.universal import UniversalModel
 from matformer_dist.config import ModelConfig
 from matformer_dist.errors import UserError
-from matformer_dist.nesting import Submodel
 from matformer_dist.submodels.formats import has_transformers_architecture
+from matformer_dist.submodels.parts import Export, Part, Parts, Source, layer_of
+from matformer_dist.submodels.safetensors_files import SafetensorsFiles
+from matformer_dist.submodels.transformers_tokenizer import tokenizer_files
 
-_NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_OUTER = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "final_norm.weight": "model.norm.weight",
+    "final_norm.bias": "model.norm.bias",
+    "head.weight": "lm_head.weight",
+}
+_INNER = {
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attention.w_out": "self_attn.o_proj.weight",
+}
+
+
+def transformers_export(source: Source) -> Export:
+    """UserError where no architecture of transformers is this model's, or its tokenizer is not."""
+    check_architecture(source.universal.model)
+    widest = max(source.submodel.widths)
+    return Export(
+        safetensors_of(source, [widest] * len(source.submodel)),
+        transformers_files(source, transformers_config(source)),
+        padded_width=None if source.submodel.is_uniform else widest,
+    )
 
 
 def check_architecture(model: ModelConfig) -> None:
@@ -35,16 +57,33 @@ def check_architecture(model: ModelConfig) -> None:
         )
 
 
-def transformers_config(
-    universal: UniversalModel, submodel: Submodel, eod: int, dtype: torch.dtype
-) -> dict[str, Any]:
-    """config.json. A document begins behind the end of another: both ids are `eod`."""
-    model = universal.model
-    check_architecture(model)
+def safetensors_of(source: Source, widths: Sequence[int]) -> SafetensorsFiles:
+    """The weights, the FFN of layer i filled up to `widths[i]` neurons."""
+    parts = transformers_parts(source, widths)
+    return SafetensorsFiles(parts, source.torch_dtype, source.shard_bytes)
+
+
+def transformers_files(source: Source, config: dict[str, Any]) -> dict[str, str | bytes]:
+    """What stands beside the weights. A document begins behind the end of another: both ids are
+    its.
+    """
+    eod = source.tokenizer.eod
+    generation = {"bos_token_id": eod, "eos_token_id": eod}
+    return {
+        "config.json": json.dumps(config, indent=2) + "\n",
+        "generation_config.json": json.dumps(generation, indent=2) + "\n",
+        "tokenizer.model": source.tokenizer.model,
+        **tokenizer_files(source.tokenizer, source.universal.model.max_seq_len),
+    }
+
+
+def transformers_config(source: Source) -> dict[str, Any]:
+    """config.json of the widest layer's width."""
+    model, eod = source.universal.model, source.tokenizer.eod
     shared = {
-        "vocab_size": universal.vocab_size,
+        "vocab_size": source.universal.vocab_size,
         "hidden_size": model.d_model,
-        "intermediate_size": max(submodel.widths),
+        "intermediate_size": max(source.submodel.widths),
         "num_hidden_layers": model.n_layers,
         "num_attention_heads": model.n_heads,
         "num_key_value_heads": model.kv_heads,
@@ -56,7 +95,7 @@ def transformers_config(
         "bos_token_id": eod,
         "eos_token_id": eod,
         "use_cache": True,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(source.torch_dtype).removeprefix("torch."),
     }
     if model.ffn == "swiglu":
         return {
@@ -80,44 +119,62 @@ def transformers_config(
     }
 
 
-def transformers_weights(
-    universal: UniversalModel, submodel: Submodel
-) -> Iterator[tuple[str, Tensor]]:
-    """transformers' parameters of the submodel, one at a time."""
-    model = universal.model
-    check_architecture(model)
-    yield "model.embed_tokens.weight", universal.weight("embedding.weight")
-    parameters = ["weight", "bias"] if model.norm == "layernorm" else ["weight"]
-    for i, width in enumerate(submodel.widths):
-        ours, theirs = f"layers.{i}", f"model.layers.{i}"
-        for norm, name in _NORMS.items():
-            for parameter in parameters:
-                weight = universal.weight(f"{ours}.{norm}.{parameter}")
-                yield f"{theirs}.{name}.{parameter}", weight
-        qkv = universal.weight(f"{ours}.attention.w_qkv")
-        for letter, weight in zip("qkv", _ungroup(qkv, model), strict=True):
-            yield f"{theirs}.self_attn.{letter}_proj.weight", weight
-        yield f"{theirs}.self_attn.o_proj.weight", universal.weight(f"{ours}.attention.w_out")
-        missing = max(submodel.widths) - width
-        w_in = F.pad(universal.weight(f"{ours}.ffn.w_in")[:width], (0, 0, 0, missing))
-        w_out = F.pad(universal.weight(f"{ours}.ffn.w_out")[:width], (0, 0, 0, missing))
-        if model.ffn == "swiglu":
-            gate, up = w_in.chunk(2, dim=1)
-            yield f"{theirs}.mlp.gate_proj.weight", gate
-            yield f"{theirs}.mlp.up_proj.weight", up
-            yield f"{theirs}.mlp.down_proj.weight", w_out.T
-        else:
-            yield f"{theirs}.mlp.c_fc.weight", w_in
-            yield f"{theirs}.mlp.c_proj.weight", w_out.T
-    for parameter in parameters:
-        yield f"model.norm.{parameter}", universal.weight(f"final_norm.{parameter}")
-    if not model.tied_embeddings:
-        yield "lm_head.weight", universal.weight("head.weight")
+def transformers_parts(source: Source, widths: Sequence[int]) -> Parts:
+    """transformers' tensors of each of the parent's weights, FFNs filled up to `widths`."""
+    parts: dict[str, list[Part]] = {}
+    for name, whole in source.universal.whole.items():
+        layer = layer_of(name)
+        if layer is None:
+            parts[name] = [Part(_OUTER[name], tuple(whole.shape), _whole)]
+            continue
+        _, _, inner = name.split(".", 2)
+        made = _layer_parts(source, inner, tuple(whole.shape), layer, widths[layer])
+        parts[name] = [part._replace(name=f"model.layers.{layer}.{part.name}") for part in made]
+    return parts
 
 
-def _ungroup(w_qkv: Tensor, model: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """w_qkv [K * (G + 2) * h, D] -> q [K * G * h, D], k and v [K * h, D]."""
+def _layer_parts(
+    source: Source, inner: str, shape: tuple[int, ...], layer: int, padded: int
+) -> Iterator[Part]:
+    """The tensors of `inner`, a weight of a layer, by their names in it."""
+    model, width = source.universal.model, source.submodel.widths[layer]
+    D = model.d_model
+    if inner == "attention.w_qkv":
+        rows = (model.n_heads, model.kv_heads, model.kv_heads)
+        for i, (letter, heads) in enumerate(zip("qkv", rows, strict=True)):
+            name = f"self_attn.{letter}_proj.weight"
+            yield Part(name, (heads * model.head_dim, D), partial(_of_groups, i, model))
+    elif inner == "ffn.w_in" and model.ffn == "swiglu":
+        for i, name in enumerate(("gate_proj", "up_proj")):
+            yield Part(f"mlp.{name}.weight", (padded, D), partial(_of_neurons, width, i, D))
+    elif inner == "ffn.w_in":
+        yield Part("mlp.c_fc.weight", (padded, D), partial(_of_neurons, width, 0, D))
+    elif inner == "ffn.w_out":
+        name = "down_proj" if model.ffn == "swiglu" else "c_proj"
+        yield Part(f"mlp.{name}.weight", (D, padded), partial(_transposed, width))
+    elif inner in _INNER:
+        yield Part(_INNER[inner], shape, _whole)
+    else:
+        norm, _, parameter = inner.partition(".")
+        yield Part(f"{_INNER[norm]}.{parameter}", shape, _whole)
+
+
+def _whole(weight: Tensor) -> Tensor:
+    return weight
+
+
+def _of_groups(which: int, model: ModelConfig, w_qkv: Tensor) -> Tensor:
+    """w_qkv [K * (G + 2) * h, D] -> q [K * G * h, D], or k or v [K * h, D]."""
     queries = model.n_heads // model.kv_heads
     groups = w_qkv.view(model.kv_heads, queries + 2, model.head_dim, model.d_model)
-    q, k, v = groups.split([queries, 1, 1], dim=1)
-    return q.flatten(0, 2), k.flatten(0, 2), v.flatten(0, 2)
+    return groups.split([queries, 1, 1], dim=1)[which].flatten(0, 2)
+
+
+def _of_neurons(width: int, vector: int, D: int, w_in: Tensor) -> Tensor:
+    """w_in [F, k * D] -> one input vector [m, D] of each of the first m neurons."""
+    return w_in[:width, vector * D : (vector + 1) * D]
+
+
+def _transposed(width: int, w_out: Tensor) -> Tensor:
+    """w_out [F, D] -> [D, m]."""
+    return w_out[:width].T

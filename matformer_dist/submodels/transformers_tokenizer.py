@@ -9,7 +9,6 @@ and a literal U+2581 is spelled in bytes, as our own tokenizer does. Special pie
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
@@ -22,11 +21,9 @@ _BPE = 2
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
 
 
-def write_tokenizer(directory: Path, tokenizer: Tokenizer, max_seq_len: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json; UserError where ids could not be equal."""
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(tokenizer.model)
-    _check(proto, tokenizer.source)
+def tokenizer_files(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, str | bytes]:
+    """tokenizer.json and tokenizer_config.json; UserError where ids could not be equal."""
+    proto = exact_pieces(tokenizer, "transformers")
     names = [piece.piece for piece in proto.pieces]
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -37,13 +34,16 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, max_seq_len: int) -> 
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
     }
-    (directory / "tokenizer.json").write_text(
-        json.dumps(_tokenizer_json(proto), ensure_ascii=False), encoding="utf-8"
-    )
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    return {
+        "tokenizer.json": json.dumps(_tokenizer_json(proto), ensure_ascii=False),
+        "tokenizer_config.json": json.dumps(config, indent=2),
+    }
 
 
-def _check(proto: Any, source: str) -> None:
+def exact_pieces(tokenizer: Tokenizer, reader: str) -> Any:
+    """The SentencePiece model; UserError where `reader` could not give the same ids."""
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(tokenizer.model)
     normalizer, trainer = proto.normalizer_spec, proto.trainer_spec
     reasons = {
         "it is not a BPE model": trainer.model_type != _BPE,
@@ -59,9 +59,10 @@ def _check(proto: Any, source: str) -> None:
     found = [reason for reason, holds in reasons.items() if holds]
     if found:
         raise UserError(
-            f"the tokenizer {source} cannot be written for transformers with the same ids: "
+            f"the tokenizer {tokenizer.source} cannot be written for {reader} with the same ids: "
             f"{', '.join(found)}; extract with --format native, which ships it as it is"
         )
+    return proto
 
 
 def _tokenizer_json(proto: Any) -> dict[str, Any]:

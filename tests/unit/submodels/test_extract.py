@@ -15,7 +15,8 @@ from matformer_dist.data.tokenizer import train_tokenizer
 from matformer_dist.errors import UserError
 from matformer_dist.report.inputs import Extracted
 from matformer_dist.submodels import extract as extract_module
-from matformer_dist.submodels.extract import extract, read_entry
+from matformer_dist.submodels.entry import read_entry
+from matformer_dist.submodels.extract import extract
 from matformer_dist.submodels.safetensors_files import read_weights
 from tests.unit.submodels.synthetic_run import (
     NESTING,
@@ -133,16 +134,21 @@ def test_output_is_replaced_only_where_asked_and_only_a_model(run: Path, tmp_pat
     assert [file.name for file in precious.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("submodels", [["M"], ["S", "M"]])
 def test_nothing_is_left_of_an_extraction_that_fails(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, submodels: list[str]
 ) -> None:
-    def fail(*_: object) -> str:
+    written: list[Path] = []
+
+    def fail(path: Path) -> None:
+        written.append(path)
+        assert sum(file.stat().st_size for file in path.parent.iterdir()) > 10_000
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(extract_module, "model_card", fail)
+    monkeypatch.setattr(extract_module, "sync_file", fail)
     with pytest.raises(KeyboardInterrupt):
-        extract(str(run), ["M"], output=tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+        extract(str(run), submodels, output=tmp_path / "out")
+    assert written and not list(tmp_path.iterdir())
 
 
 def test_bad_requests_are_named_before_anything_is_written(run: Path, tmp_path: Path) -> None:
@@ -150,8 +156,13 @@ def test_bad_requests_are_named_before_anything_is_written(run: Path, tmp_path: 
     for arguments, message in [
         ({"submodels": ["S", "Q"]}, "no granularity 'Q'"),
         ({"submodels": ["S:2,M:2"]}, "covers 4 layers, the model has 3"),
-        ({"submodels": ["S"], "format": "gguf"}, "no format 'gguf'; choose one of native, hf"),
-        ({"submodels": ["S"], "dtype": "int8"}, "no dtype 'int8'; choose one of fp32, bf16"),
+        ({"submodels": ["S"], "format": "onnx"}, "no format 'onnx'; choose one of native, hf"),
+        ({"submodels": ["S"], "dtype": "int8"}, "no dtype 'int8' in format native; choose one of"),
+        (
+            {"submodels": ["S"], "format": "hf", "dtype": "q8_0"},
+            "no dtype 'q8_0' in format hf; choose one of fp32, bf16, fp16$",
+        ),
+        ({"submodels": ["S"], "sparse": True}, "--sparse is for format hf, not native"),
     ]:
         with pytest.raises(UserError, match=message):
             extract(str(run), output=output, **arguments)  # type: ignore[arg-type]

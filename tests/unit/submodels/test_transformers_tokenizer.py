@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 
 from matformer_dist.data.tokenizer import Tokenizer, train_tokenizer
 from matformer_dist.errors import UserError
-from matformer_dist.submodels.transformers_tokenizer import write_tokenizer
+from matformer_dist.submodels.transformers_tokenizer import tokenizer_files
 from tests.unit.submodels.synthetic_run import TEXT
 
 transformers = pytest.importorskip("transformers")
@@ -45,7 +44,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """Our tokenizer, and transformers' of the files that we write."""
     ours = train_tokenizer(CORPUS, 400) if request.param == "ours" else _train()
     directory = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(directory, ours, max_seq_len=2048)
+    for name, content in tokenizer_files(ours, max_seq_len=2048).items():
+        (directory / name).write_text(str(content), encoding="utf-8")
     (directory / "tokenizer.model").write_bytes(ours.model)
     (directory / "config.json").write_text('{"model_type": "llama"}')
     return ours, transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -89,8 +89,6 @@ def test_special_ids_are_ours(pair: Any) -> None:
         ({"user_defined_symbols": ["<|x|>"]}, "it has user-defined pieces"),
     ],
 )
-def test_tokenizers_without_an_exact_form_are_refused(
-    tmp_path: Path, options: dict[str, Any], reason: str
-) -> None:
+def test_tokenizers_without_an_exact_form_are_refused(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=f"{reason}.*--format native"):
-        write_tokenizer(tmp_path, _train(**options), max_seq_len=2048)
+        tokenizer_files(_train(**options), max_seq_len=2048)

@@ -1,0 +1,100 @@
+"""Weights and settings as one GGUF file, written tensor by tensor through the gguf package.
+
+Matrices are of the file's type. Vectors, the norms' weights, are fp32 in all: llama.cpp computes
+with them so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from matformer_dist.errors import UserError
+from matformer_dist.submodels.parts import TORCH_DTYPES, Part, Parts
+
+NAME = "model.gguf"
+_TENSOR_TYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "q8_0": "Q8_0"}
+_FILE_TYPES = {
+    "fp32": "ALL_F32", "bf16": "MOSTLY_BF16", "fp16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0",
+}  # fmt: skip
+
+
+def gguf_package() -> Any:
+    """The gguf package; UserError where it is not installed."""
+    try:
+        import gguf
+    except ImportError:
+        raise UserError(
+            "format gguf needs the gguf package; install it by `pip install "
+            "matformer-dist[export]`, or extract with another --format"
+        ) from None
+    return gguf
+
+
+class GgufFile:
+    """`describe` gives the writer its settings, once the file is begun."""
+
+    def __init__(
+        self, parts: Parts, dtype: str, architecture: str, describe: Callable[[Any], None]
+    ) -> None:
+        self._gguf = gguf_package()
+        self.parts = parts
+        self.dtype = dtype
+        self._architecture = architecture
+        self._describe = describe
+        self._ordered = [part for of_weight in parts.values() for part in of_weight]
+        self.bytes = sum(map(self._size, self._ordered))
+        self._writer: Any = None
+
+    def open(self, directory: Path) -> None:
+        gguf = self._gguf
+        self._writer = writer = gguf.GGUFWriter(directory / NAME, self._architecture)
+        writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[self.dtype]])
+        if self.dtype == "q8_0":
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        self._describe(writer)
+        for part in self._ordered:
+            writer.add_tensor_info(
+                part.name, part.shape, np.dtype(np.float32), self._size(part), self._type_of(part)
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+
+    def write(self, part: Part, weight: Tensor) -> None:
+        expected = next(iter(self._writer.tensors[0]))
+        assert part.name == expected, "parts come in their order"
+        self._writer.write_tensor_data(self._values(part, weight))
+
+    def close(self) -> None:
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            writer.close()
+
+    def _type_of(self, part: Part) -> Any:
+        name = _TENSOR_TYPES[self.dtype] if len(part.shape) > 1 else "F32"
+        return self._gguf.GGMLQuantizationType[name]
+
+    def _size(self, part: Part) -> int:
+        """Bytes; UserError where rows are not whole blocks of the type."""
+        kind = self._type_of(part)
+        block, block_bytes = self._gguf.GGML_QUANT_SIZES[kind]
+        if part.shape[-1] % block:
+            raise UserError(
+                f"{self.dtype} holds rows of blocks of {block} values, {part.name} has rows of "
+                f"{part.shape[-1]}; choose fp16 or fp32"
+            )
+        return torch.Size(part.shape).numel() // block * int(block_bytes)
+
+    def _values(self, part: Part, weight: Tensor) -> NDArray[Any]:
+        if len(part.shape) == 1 or self.dtype == "q8_0":
+            values = part.values(weight, torch.float32).numpy()
+            return self._gguf.quants.quantize(values, self._type_of(part))
+        stored = part.values(weight, TORCH_DTYPES[self.dtype])
+        return (stored.view(torch.uint16) if self.dtype == "bf16" else stored).numpy()

@@ -1,0 +1,129 @@
+"""What the files of extracted models hold: parts of the parent's weights, written in one pass.
+
+A format is a function from a `Source` to an `Export`. It says, for every weight of the parent,
+which tensors become of it, and into which kind of file they go. `write_weights` reads each weight
+once, and hands it to all models that are being written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from matformer_dist.checkpoints.universal import UniversalModel
+from matformer_dist.data.tokenizer import Tokenizer
+from matformer_dist.errors import UserError
+from matformer_dist.nesting import Submodel
+from matformer_dist.submodels.mapped_memory import release_files
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Part(NamedTuple):
+    """One tensor of a file.
+
+    `cut` makes it of the whole weight, as a view where it can. Where that is smaller than `shape`,
+    it is the first corner, and the rest is zeros.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    cut: Callable[[Tensor], Tensor]
+
+    def values(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """[*shape] of `dtype`, contiguous; UserError where its range does not hold a value."""
+        found = self.cut(weight)
+        if found.shape == self.shape and found.dtype == dtype and found.is_contiguous():
+            return found
+        if found.shape == self.shape:
+            stored = torch.empty(self.shape, dtype=dtype)
+            stored.copy_(found)
+        else:
+            stored = torch.zeros(self.shape, dtype=dtype)
+            stored[tuple(slice(size) for size in found.shape)] = found
+        if dtype != weight.dtype and _largest(stored) == torch.inf != _largest(found):
+            raise UserError(
+                f"{self.name} holds values up to {_largest(found):.3g}, beyond the range of "
+                f"{str(dtype).removeprefix('torch.')}; choose bf16 or fp32"
+            )
+        return stored
+
+
+# By the names of the parent's weights.
+Parts = Mapping[str, Sequence[Part]]
+
+
+class WeightFiles(Protocol):
+    """The weight files of one model. `write` is called for every part, in the order of `parts`."""
+
+    parts: Parts  # in the order of UniversalModel.whole
+    bytes: int  # of all tensors, known before anything is written
+
+    def open(self, directory: Path) -> None: ...
+
+    def write(self, part: Part, weight: Tensor) -> None:
+        """`weight` is the parent's, whole."""
+
+    def close(self) -> None:
+        """Called after an error too."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an extracted model is made of."""
+
+    universal: UniversalModel
+    submodel: Submodel
+    tokenizer: Tokenizer
+    dtype: str  # of the format's DTYPES
+    shard_bytes: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Export:
+    """One model in one format, before anything is written."""
+
+    weights: WeightFiles
+    files: Mapping[str, str | bytes]  # the others by name: config, tokenizer, code
+    padded_width: int | None = None  # where narrower layers are filled with zeros
+    sparse: bool = False  # of format hf: loaded by the code beside it
+
+
+def write_weights(universal: UniversalModel, models: Sequence[tuple[WeightFiles, Path]]) -> None:
+    """Write the weights of all `models`, each into its directory, in one pass over the parent.
+
+    Memory: one weight of the parent, twice while it is put together of its shards, and one part.
+    """
+    try:
+        for files, directory in models:
+            files.open(directory)
+        for name in universal.whole:
+            weight = universal.weight(name)
+            release_files(universal.checkpoint.path)
+            for files, _ in models:
+                for part in files.parts[name]:
+                    files.write(part, weight)
+            del weight
+    finally:
+        for files, _ in models:
+            files.close()
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a weight of MatLM belongs to."""
+    return int(name.split(".")[1]) if name.startswith("layers.") else None
+
+
+def _largest(values: Tensor) -> float:
+    """Largest magnitude; nan where there is one."""
+    low, high = values.aminmax()
+    return float(torch.maximum(-low, high))
