@@ -19,7 +19,7 @@ from matformer_dist.checkpoints.universal import UniversalModel
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.errors import UserError
 from matformer_dist.nesting import Submodel
-from matformer_dist.submodels.mapped_memory import release_files
+from matformer_dist.submodels.memory import release_files, reused_buffers
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -106,13 +106,14 @@ def write_weights(universal: UniversalModel, models: Sequence[tuple[WeightFiles,
     try:
         for files, directory in models:
             files.open(directory)
-        for name in universal.whole:
-            weight = universal.weight(name)
-            release_files(universal.checkpoint.path)
-            for files, _ in models:
-                for part in files.parts[name]:
-                    files.write(part, weight)
-            del weight
+        with reused_buffers():
+            for name in universal.whole:
+                weight = universal.weight(name)
+                release_files(universal.checkpoint.path)
+                for files, _ in models:
+                    for part in files.parts[name]:
+                        files.write(part, weight)
+                del weight
     finally:
         for files, _ in models:
             files.close()

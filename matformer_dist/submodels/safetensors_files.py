@@ -85,7 +85,7 @@ class SafetensorsFiles:
                 "shape": list(part.shape),
                 "data_offsets": [begin, end],
             }
-        text = json.dumps(content, separators=(",", ":")).encode()
+        text = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 

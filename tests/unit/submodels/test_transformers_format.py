@@ -10,8 +10,18 @@ import pytest
 import torch
 
 from matformer_dist.errors import UserError
+from matformer_dist.inference.generation import Sampling, generate
 from matformer_dist.submodels.extract import extract
-from tests.unit.submodels.synthetic_run import NESTING, VOCAB, model_config, random_model, write_run
+from tests.unit.submodels.odd_texts import ODD
+from tests.unit.submodels.synthetic_run import (
+    NESTING,
+    TEXT,
+    VOCAB,
+    model_config,
+    random_model,
+    small_tokenizer,
+    write_run,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -82,3 +92,25 @@ def test_transformers_reads_every_weight_and_setting(tmp_path: Path) -> None:
     assert hf.config.max_position_embeddings == 48
     assert hf.generation_config.eos_token_id == 2
     assert sum(p.numel() for p in hf.parameters()) == one.parameters
+
+
+@pytest.mark.parametrize("changes", [LLAMA, STARCODER2], ids=["llama", "starcoder2"])
+def test_greedy_tokens_and_tokenizer_match_ours(tmp_path: Path, changes: dict[str, Any]) -> None:
+    lm = random_model(model_config(**changes, n_kv_heads=2))
+    run = write_run(tmp_path / "run", lm, tensor=2)
+    ours = small_tokenizer()
+    for one in extract(str(run), ["M", "S:1,L:2"], output=tmp_path / "out", format="hf"):
+        hf = transformers.AutoModelForCausalLM.from_pretrained(one.path, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(one.path, local_files_only=True)
+        for text in [*ODD, TEXT]:
+            ids = tokenizer(text)["input_ids"]
+            assert ids == ours.encode(text)
+            assert tokenizer.decode(ids) == text
+        prompt = tokenizer("def tot", return_tensors="pt")
+        theirs = hf.generate(**prompt, max_new_tokens=24, do_sample=False, eos_token_id=None)
+        begun = prompt["input_ids"][0].tolist()
+        (expected,) = generate(
+            lm, NESTING.parse(one.submodel, 3), [begun], max_new_tokens=24,
+            sampling=Sampling(temperature=0),
+        )  # fmt: skip
+        assert theirs[0, len(begun) :].tolist() == expected

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from matformer_dist.data.tokenizer import Tokenizer, train_tokenizer
 from matformer_dist.errors import UserError
 from matformer_dist.submodels.transformers_tokenizer import tokenizer_files
+from tests.unit.submodels.odd_texts import ODD
 from tests.unit.submodels.synthetic_run import TEXT
 
 transformers = pytest.importorskip("transformers")
@@ -22,11 +23,6 @@ CORPUS = [
     "class A:\n\n    def f(self, x=1):\n        '''doc'''\n        return x  # ----------\n",
     "if a == b and c != d:\n\tprint('====', 2024, \"naïve café\", [1, 22, 333])\n",
 ] * 4
-ODD = [
-    "", " ", "  ", "\n", "\t\t x", "a  b   c    d", "    def f():\n\treturn 1\r\n", "----- ===",
-    "\u2581", "a\u2581b \u2581", "</s>", "<s> <unk> </s>x", "<0x0A>", "\x00\x7f", "\ufeff\u200b",
-    "e\u0301 é", "漢字かな", "😀👩\u200d👧", "שלום עולם", "\U0010ffff", "ﬁ ①", "naïve café",
-]  # fmt: skip
 
 
 def _train(**options: Any) -> Tokenizer:
@@ -70,6 +66,8 @@ def _check(pair: Any, text: str) -> None:
     ids = ours.encode(text)
     assert theirs(text)["input_ids"] == ids
     assert theirs.decode(ids) == ours.decode(ids)
+    if not theirs.backend_tokenizer.normalizer:  # else one space goes before the text
+        assert theirs.decode(ids) == text
 
 
 def test_special_ids_are_ours(pair: Any) -> None:
