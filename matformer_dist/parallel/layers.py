@@ -84,12 +84,14 @@ class Initializer:
         tensor: TensorParallel,
     ) -> nn.Parameter:
         """This rank's piece of the weight `name`, whose whole shape is `shape`."""
-        full = torch.empty(shape)
-        if self.seed is not None:
+        if self.seed is None:
+            piece = torch.empty(partition.local_shape(shape, tensor.size))
+        else:
             digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            full.normal_(0.0, std, generator=generator)
-        weight = nn.Parameter(partition.deal(full, tensor.rank, tensor.size))
+            full = torch.empty(shape).normal_(0.0, std, generator=generator)
+            piece = partition.deal(full, tensor.rank, tensor.size)
+        weight = nn.Parameter(piece)
         # DeepSpeed counts an unmarked weight once per group in its gradient norm.
         is_cut = tensor.size > 1 and partition.dim is not None
         weight.tensor_model_parallel = is_cut  # type: ignore[attr-defined]

@@ -26,6 +26,14 @@ class Partition:
     dim: int | None = None
     blocks: tuple[int, ...] | None = None
 
+    def local_shape(self, shape: Sequence[int], ranks: int) -> tuple[int, ...]:
+        """Shape of the piece that each of `ranks` stores of a weight of `shape`."""
+        if self.dim is None:
+            return tuple(shape)
+        blocks = (shape[self.dim],) if self.blocks is None else self.blocks
+        size = sum(-(-block // ranks) for block in blocks)
+        return (*shape[: self.dim], size, *shape[self.dim + 1 :])
+
     def deal(self, full: Tensor, rank: int, ranks: int) -> Tensor:
         """The piece of `full` that `rank` of `ranks` stores, as a tensor of its own."""
         if self.dim is None or ranks == 1:

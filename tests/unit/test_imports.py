@@ -36,6 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {  # a part of the package: the other parts th
 ONLY_IN = {  # a library: the files or folders that alone may import it
     "deepspeed": ("training/engine.py", "checkpoints/universal_files.py"),
     "megatron": ("parallel/", "data/"),
+    "transformers": ("submodels/shipped_code/", "inference/loading.py"),
+    "gguf": ("submodels/gguf_files.py",),
     "launch": (),
 }
 NOT_IN = {
@@ -134,6 +136,8 @@ def test_the_rule_points_down() -> None:
         ("submodels/x.py", "from .. import inference", "submodels may not import inference"),
         ("submodels/x.py", "from ..report import page", "submodels may not import report"),
         ("importing/x.py", "from ..submodels import x", "importing may not import submodels"),
+        ("submodels/x.py", "from transformers import LlamaConfig", "transformers is for submodels"),
+        ("submodels/gguf_format.py", "def f():\n  import gguf", "gguf is for submodels/gguf_files"),
         ("inference/x.py", "import matformer_dist.evaluation", "inference may not import evalu"),
         ("evaluation/x.py", "from ..training import loop", "evaluation may not import training"),
         ("report/page.py", "from ..evaluation.run import x", "report may not import evaluation"),

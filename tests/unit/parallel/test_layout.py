@@ -30,6 +30,7 @@ def test_joined_shards_match_the_whole(ranks: int, sizes: list[int], columns: in
     full = torch.randn(sum(rings), columns * ranks)
     for partition in (Partition(0, rings), ROWS, COLUMNS, REPLICATED):
         shards = [partition.deal(full, rank, ranks) for rank in range(ranks)]
+        assert {partition.local_shape(full.shape, ranks)} == {tuple(s.shape) for s in shards}
         size = full.shape[partition.dim or 0]
         assert torch.equal(partition.join(shards, size), full)
 
@@ -38,6 +39,7 @@ def test_joined_shards_match_the_whole(ranks: int, sizes: list[int], columns: in
 def test_vocabulary_of_any_size_is_padded_and_joined(vocab: int, ranks: int) -> None:
     full = torch.randn(vocab, 3)
     shards = [ROWS.deal(full, rank, ranks) for rank in range(ranks)]
+    assert {ROWS.local_shape((vocab, 3), ranks)} == {tuple(shard.shape) for shard in shards}
     assert len({shard.shape for shard in shards}) == 1
     assert torch.equal(ROWS.join(shards, vocab), full)
     for rank, shard in enumerate(shards):

@@ -101,13 +101,16 @@ def test_damaged_checkpoints_are_named(tmp_path: Path, damage: Any, message: str
 
 
 def test_reading_needs_no_deepspeed(tmp_path: Path) -> None:
-    """Extraction runs where training cannot; and DeepSpeed's import takes seconds."""
+    """Extraction runs where training cannot; and these imports take seconds (sympy is torch's
+    compiler).
+    """
     run = write_run(tmp_path, random_model(model_config()), tensor=2)
     script = (
         "import sys; from pathlib import Path;"
         "from matformer_dist.submodels.extract import extract;"
         f"extract({str(run)!r}, ['M'], output=Path({str(tmp_path / 'out')!r}), format='hf');"
-        "print([name for name in ('deepspeed', 'megatron', 'transformers') if name in sys.modules])"
+        "heavy = ('deepspeed', 'megatron', 'transformers', 'sympy');"
+        "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
