@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from matformer_dist.data.tokenizer import train_tokenizer
 from matformer_dist.errors import UserError
 from matformer_dist.inference.generation import Sampling, generate, sample
 from matformer_dist.submodels.extract import extract
-from tests.unit.submodels.odd_texts import ODD
+from tests.unit.submodels import synthetic_run
+from tests.unit.submodels.odd_texts import CORPUS, ODD
 from tests.unit.submodels.synthetic_run import (
     NESTING,
-    TEXT,
     VOCAB,
     model_config,
     random_model,
@@ -148,13 +149,16 @@ def test_llama_cpp_reads_every_type(tmp_path: Path, dtype: str, error: float) ->
     assert difference.abs().max() > 1e-5, "the type must be what was asked for"
 
 
-def test_llama_cpp_tokenizes_like_us(tmp_path: Path) -> None:
+def test_llama_cpp_tokenizes_like_us(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("llama_cpp")
+    tokenizer = train_tokenizer(CORPUS, 400)  # many merges, whose order is that of their scores
+    monkeypatch.setattr(synthetic_run, "VOCAB", 400)
+    monkeypatch.setattr(synthetic_run, "small_tokenizer", lambda: tokenizer)
     run = write_run(tmp_path / "run", random_model(model_config()))
     (one,) = extract(str(run), ["S"], output=tmp_path / "out", format="gguf")
-    llama, tokenizer = llama_cpp_model(one.path), small_tokenizer()
-    texts = [text for text in [*ODD, TEXT] if "\u2581" not in text]
-    assert len(texts) > 15
+    llama = llama_cpp_model(one.path)
+    texts = [text for text in [*ODD, *CORPUS] if "\u2581" not in text]
+    assert len(texts) > 20
     for text in texts:
         ids = tokenizer.encode(text)
         assert llama.tokenize(text.encode(), add_bos=True, special=False) == ids, text

@@ -108,7 +108,7 @@ def test_memory_does_not_grow_with_the_model(
     )
     grown, written = map(int, done.stdout.split())
     assert written > 180e6
-    assert grown < 3 * largest + 20e6  # what the allocators keep, and pages in flight
+    assert grown < 3 * largest + 64e6  # glibc keeps freed buffers of up to 32 MiB
 
 
 def test_files_that_are_written_are_what_the_library_writes(tmp_path: Path) -> None:

@@ -13,16 +13,9 @@ from hypothesis import strategies as st
 from matformer_dist.data.tokenizer import Tokenizer, train_tokenizer
 from matformer_dist.errors import UserError
 from matformer_dist.submodels.transformers_tokenizer import tokenizer_files
-from tests.unit.submodels.odd_texts import ODD
-from tests.unit.submodels.synthetic_run import TEXT
+from tests.unit.submodels.odd_texts import CORPUS, ODD
 
 transformers = pytest.importorskip("transformers")
-
-CORPUS = [
-    TEXT,
-    "class A:\n\n    def f(self, x=1):\n        '''doc'''\n        return x  # ----------\n",
-    "if a == b and c != d:\n\tprint('====', 2024, \"naïve café\", [1, 22, 333])\n",
-] * 4
 
 
 def _train(**options: Any) -> Tokenizer:
