@@ -17,6 +17,7 @@ from torch import Tensor
 
 from matformer_dist.errors import UserError
 from matformer_dist.submodels.parts import TORCH_DTYPES, Part, Parts
+from matformer_dist.submodels.write_back import start_write_back
 
 NAME = "model.gguf"
 _TENSOR_TYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "q8_0": "Q8_0"}
@@ -70,7 +71,10 @@ class GgufFile:
     def write(self, part: Part, weight: Tensor) -> None:
         expected = next(iter(self._writer.tensors[0]))
         assert part.name == expected, "parts come in their order"
+        (file,) = self._writer.fout
+        first = file.tell()
         self._writer.write_tensor_data(self._values(part, weight))
+        start_write_back(file, first)
 
     def close(self) -> None:
         if self._writer is not None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from matformer_dist.errors import UserError
 from matformer_dist.submodels.parts import Part, Parts
+from matformer_dist.submodels.write_back import start_write_back
 
 SHARD_BYTES = 5 * 10**9  # as transformers
 _SINGLE = "model.safetensors"
@@ -64,7 +65,9 @@ class SafetensorsFiles:
         expected = self._left.pop(0)
         assert self._file is not None and part is expected, "parts come in their order"
         values = part.values(weight, self.dtype)
+        first = self._file.tell()
         self._file.write(values.view(torch.uint8).numpy().data)
+        start_write_back(self._file, first)
 
     def close(self) -> None:
         if self._file is not None:
