@@ -21,6 +21,8 @@ from matformer_dist.errors import UserError
 from matformer_dist.nesting import Submodel
 from matformer_dist.submodels.mapped_memory import release_files
 
+_BLOCK_ROWS = 128
+_KEPT_BYTES = 256 * 1024**2
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,24 +37,51 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
     cut: Callable[[Tensor], Tensor]
 
-    def values(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """[*shape] of `dtype`, contiguous; UserError where its range does not hold a value."""
+    def values(self, weight: Tensor, dtype: torch.dtype, scratch: Scratch) -> Tensor:
+        """[*shape] of `dtype`, contiguous, until `scratch` is taken again.
+
+        UserError where the range of `dtype` does not hold a value.
+        """
         found = self.cut(weight)
-        if found.dim() == 2 and found.stride(1) != 1:
-            found = found.to(dtype).contiguous()  # torch is twice as fast in these two steps
+        if found.shape == self.shape and found.dtype == dtype and found.is_contiguous():
+            return found
+        stored = scratch.take(self.shape, dtype)
         if found.shape != self.shape:
-            stored = torch.zeros(self.shape, dtype=dtype)
-            stored[tuple(slice(size) for size in found.shape)] = found
-        elif found.dtype == dtype and found.is_contiguous():
-            stored = found
+            stored.zero_()
+        corner = stored[tuple(slice(size) for size in found.shape)]
+        if found.dim() == 2 and found.stride(1) != 1:
+            _copy_transposed(found, corner)
         else:
-            stored = torch.empty(self.shape, dtype=dtype).copy_(found)
+            corner.copy_(found)
         if dtype != weight.dtype and _largest(stored) == torch.inf != _largest(weight):
             raise UserError(
-                f"{self.name} holds values up to {_largest(self.cut(weight)):.3g}, beyond the "
-                f"range of {str(dtype).removeprefix('torch.')}; choose bf16 or fp32"
+                f"{self.name} holds values up to {_largest(found):.3g}, beyond the range of "
+                f"{str(dtype).removeprefix('torch.')}; choose bf16 or fp32"
             )
         return stored
+
+
+class Scratch:
+    """Memory for one tensor after the other.
+
+    Fresh memory comes from the system page by page, which costs more than what is done with it.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of any content, in the place of the one before."""
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if size > len(self._bytes):
+            self._bytes = torch.empty(0, dtype=torch.uint8)  # the old goes before the new comes
+            self._bytes = torch.empty(size, dtype=torch.uint8)
+        return self._bytes[:size].view(dtype).view(shape)
+
+    def rest(self) -> None:
+        """Keep little, for others need the memory now."""
+        if len(self._bytes) > _KEPT_BYTES:
+            self._bytes = torch.empty(0, dtype=torch.uint8)
 
 
 # By the names of the parent's weights.
@@ -67,7 +96,7 @@ class WeightFiles(Protocol):
 
     def open(self, directory: Path) -> None: ...
 
-    def write(self, part: Part, weight: Tensor) -> None:
+    def write(self, part: Part, weight: Tensor, scratch: Scratch) -> None:
         """`weight` is the parent's, whole."""
 
     def close(self) -> None:
@@ -104,15 +133,17 @@ def write_weights(universal: UniversalModel, models: Sequence[tuple[WeightFiles,
 
     Memory: one weight of the parent, twice while it is put together of its shards, and one part.
     """
+    scratch = Scratch()
     try:
         for files, directory in models:
             files.open(directory)
         for name in universal.whole:
+            scratch.rest()
             weight = universal.weight(name)
             release_files(universal.checkpoint.path)
             for files, _ in models:
                 for part in files.parts[name]:
-                    files.write(part, weight)
+                    files.write(part, weight, scratch)
             del weight
     finally:
         for files, _ in models:
@@ -122,6 +153,16 @@ def write_weights(universal: UniversalModel, models: Sequence[tuple[WeightFiles,
 def layer_of(name: str) -> int | None:
     """The layer that a weight of MatLM belongs to."""
     return int(name.split(".")[1]) if name.startswith("layers.") else None
+
+
+def _copy_transposed(source: Tensor, target: Tensor) -> None:
+    """Copy columns that lie in memory one after the other, by blocks.
+
+    torch has fast kernels to convert, and to transpose, but not for both at once.
+    """
+    for first in range(0, len(source), _BLOCK_ROWS):
+        rows = slice(first, first + _BLOCK_ROWS)
+        target[rows].copy_(source[rows].to(target.dtype, copy=True).contiguous())
 
 
 def _largest(values: Tensor) -> float:

@@ -23,6 +23,7 @@ from matformer_dist.run_directory import MANIFEST, UNIVERSAL, Manifest, find_che
 from matformer_dist.submodels import extract as extract_module
 from matformer_dist.submodels.entry import read_entry
 from matformer_dist.submodels.extract import extract
+from matformer_dist.submodels.parts import Part, Scratch
 from matformer_dist.submodels.safetensors_files import SafetensorsFiles, read_weights
 from tests.unit.submodels.synthetic_run import model_config, random_model, write_run
 
@@ -114,15 +115,14 @@ def test_memory_does_not_grow_with_the_model(
 def test_files_that_are_written_are_what_the_library_writes(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    from matformer_dist.submodels.parts import Part
-
     odd = {"a": torch.randn(3, 5), "ü": torch.randn(7), "b": torch.randn(1)}
     for dtype in (torch.float32, torch.bfloat16):
+        scratch = Scratch()  # shared, as by the models of one extraction
         parts = {name: [Part(name, tuple(t.shape), lambda w: w)] for name, t in odd.items()}
         files = SafetensorsFiles(parts, dtype, 10**9)
         files.open(tmp_path)
         for name, tensor in odd.items():
-            files.write(parts[name][0], tensor)
+            files.write(parts[name][0], tensor, scratch)
         files.close()
         stored = {name: tensor.to(dtype) for name, tensor in odd.items()}
         save_file(stored, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
