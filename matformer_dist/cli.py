@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from matformer_dist.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError
+from matformer_dist.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError, as_user_error
 
 app = typer.Typer(
     help="Train nested Transformers and take submodels out of them.",
@@ -311,11 +311,13 @@ def _whole_numbers(option: str, text: str | None) -> list[int] | None:
 
 
 def main() -> None:
-    """Run the command; a UserError is one message and exit code 2."""
+    """Run the command; what the user can mend is one message and exit code 2."""
     try:
         app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        if not isinstance(said := as_user_error(error), UserError):
+            raise
+        print(f"error: {said}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
 
 

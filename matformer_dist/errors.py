@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 EXIT_DONE = 0
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
@@ -22,3 +24,15 @@ class LocalError(UserError):
 
 class PreemptedError(Exception):
     """A signal ended a run behind a good checkpoint; exit with `EXIT_PREEMPTED`."""
+
+
+def as_user_error(error: Exception) -> Exception:
+    """A file that cannot be read or written is the user's to mend; other errors as they are."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"cannot write {error.filename}: {error.strerror}; free some space there")
+    if isinstance(error, OSError) and error.filename is not None:
+        return UserError(
+            f"cannot use {error.filename}: {error.strerror}; what is read must be readable, on every "
+            "rank of a training run, and what is written must be in a place that can be written to"
+        )
+    return error

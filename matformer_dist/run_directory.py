@@ -33,6 +33,7 @@ MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 TOKENIZER = "tokenizer.model"
 _STEP = re.compile(r"step-(\d+)")
+_SHOWN_FAULTS = 3  # of one checkpoint, in a message about something else
 _UNSEALED = "0" * 64
 _SEAL = re.compile(rb'("manifest_sha256": ")([0-9a-f]{64})(")')
 
@@ -72,6 +73,8 @@ class Manifest(BaseModel):
 
     `random_states` are those of the generators of each rank, by kind, in base64. `skipped_steps`
     counts the steps that changed nothing, because a loss or gradient was not finite.
+    `metrics_line` is what was measured up to this step where a line of metrics is due: it is
+    written behind the checkpoint, by the run that goes on if it must be.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -94,6 +97,7 @@ class Manifest(BaseModel):
     has_optimizer: bool = True  # else weights only: training begins with fresh moments
     random_states: list[dict[str, str]] = []
     loss_sums: list[list[float]] = []  # of each granularity since the last line of metrics
+    metrics_line: dict[str, Any] | None = None
     probe_loss: float | None = None  # see training/continuity.py; null if not finite
     files: dict[str, SavedFile]
     manifest_sha256: str = _UNSEALED  # of this file, with zeros in its place
@@ -128,8 +132,21 @@ def lock(run_dir: Path) -> IO[bytes]:
     return file
 
 
-class UnknownFormatError(UserError):
-    """A checkpoint of another version: not damaged, and not to be passed over."""
+class UnknownStateError(UserError):
+    """A checkpoint of another version, or out of reach: not damaged, and not to be passed over."""
+
+
+class DamagedError(UserError):
+    """A folder that is no whole checkpoint: `faults` is everything that is wrong with it."""
+
+    def __init__(self, path: Path, *faults: str) -> None:
+        shown = "; ".join(faults[:_SHOWN_FAULTS])
+        more = f"; and {len(faults) - _SHOWN_FAULTS} more" if len(faults) > _SHOWN_FAULTS else ""
+        super().__init__(f"{path} is not a whole checkpoint: {shown}{more}")
+        self.path, self.faults = path, list(faults)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # it is sent between ranks
+        return type(self), (self.path, *self.faults)
 
 
 @dataclass(frozen=True)
@@ -152,22 +169,21 @@ class Checkpoints(NamedTuple):
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`; UserError where it is missing, incomplete or cut short."""
+    """The checkpoint at `path`; DamagedError where it is missing, incomplete or cut short."""
     try:
         text = (path / MANIFEST).read_bytes()
         raw = json.loads(text)
         written = raw["format"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{path} is not a complete checkpoint: it has no readable {MANIFEST}"
-        ) from None
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise DamagedError(path, f"it has no {MANIFEST}") from None
+    except OSError as error:
+        raise _out_of_reach(path, error) from None
+    except (ValueError, KeyError, TypeError):
+        raise DamagedError(path, f"its {MANIFEST} is not one") from None
     if not _SEAL.search(text) or seal(text) != text:
-        raise UserError(
-            f"the checkpoint {path} is damaged: its {MANIFEST} is not as it was written (its "
-            "SHA-256 differs)"
-        )
+        raise DamagedError(path, f"its {MANIFEST} is not as it was written (its SHA-256 differs)")
     if written != MANIFEST_FORMAT:
-        raise UnknownFormatError(
+        raise UnknownStateError(
             f"the checkpoint {path} has format {written!r}, this version of matformer_dist reads "
             f"format {MANIFEST_FORMAT}; use the version that saved the checkpoint"
         )
@@ -176,35 +192,45 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise UserError(
-            f"{path} is not a complete checkpoint: in its {MANIFEST}, {key} is wrong "
-            f"({first['msg']})"
-        ) from None
+        raise DamagedError(path, f"in its {MANIFEST}, {key} is wrong ({first['msg']})") from None
+    faults = []
     if (folder := _STEP.fullmatch(path.name)) and int(folder[1]) != manifest.step:
-        raise UserError(
-            f"the checkpoint {path} is damaged: its {MANIFEST} is that of step {manifest.step}"
-        )
+        faults.append(f"its {MANIFEST} is that of step {manifest.step}")
     for name, entry in manifest.files.items():
-        file = path / name
-        size = file.stat().st_size if file.exists() else None
-        if size != entry.bytes:
-            raise UserError(
-                f"the checkpoint {path} is damaged: {name} has {size} bytes, its manifest says "
-                f"{entry.bytes}"
-            )
+        size = _size(path, name)
+        if size is None:
+            faults.append(f"{name} is missing")
+        elif size != entry.bytes:
+            faults.append(f"{name} has {size} bytes, {MANIFEST} says {entry.bytes}")
+    if faults:
+        raise DamagedError(path, *faults)
     return Checkpoint(path, manifest)
 
 
+def _size(path: Path, name: str) -> int | None:
+    try:
+        return (path / name).stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise _out_of_reach(path, error) from None
+
+
+def _out_of_reach(path: Path, error: OSError) -> UnknownStateError:
+    return UnknownStateError(
+        f"the checkpoint {path} cannot be read ({error.filename}: {error.strerror}); make it "
+        "readable, or move it away"
+    )
+
+
 def read_checkpoints(run_dir: Path) -> Checkpoints:
-    """Every checkpoint of a run, whole or damaged; UserError for one of an unknown format."""
+    """Every checkpoint of a run, whole or damaged; UnknownStateError for one that may be either."""
     found = Checkpoints([], {})
     for path in (run_dir / "checkpoints").glob("step-*"):
         if name := _STEP.fullmatch(path.name):
             try:
                 found.complete.append(read_checkpoint(path))
-            except UnknownFormatError:
-                raise
-            except UserError as error:
+            except DamagedError as error:
                 found.damaged[int(name[1])] = str(error)
     found.complete.sort(key=lambda checkpoint: checkpoint.step)
     return found

@@ -26,6 +26,7 @@ from matformer_dist.run_directory import (
     MANIFEST,
     TOKENIZER,
     UNIVERSAL,
+    DamagedError,
     SavedFile,
     find_checkpoint,
 )
@@ -44,7 +45,7 @@ def convert(
     if output.exists():
         raise UserError(f"{output} exists; choose another output")
     if wrong := faults(checkpoint):
-        raise UserError(f"the checkpoint {checkpoint.path} is damaged: {', '.join(wrong)}")
+        raise DamagedError(checkpoint.path, *wrong)
     model = load_universal(checkpoint)
     output = output.absolute()
     temporary = output.with_name(f"{output.name}.{os.getpid()}.incomplete")

@@ -19,25 +19,32 @@ BLOCK_BYTES = 1 << 22
 class HashingStream:
     """What is written to it goes to a file and into a SHA-256, in one pass.
 
-    The first error is kept in `error`: torch.save may report one of its own instead.
+    The first error is kept in `error`: torch.save may report one of its own instead. `advance` is
+    told of every block written, in bytes.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, advance: Callable[[int], object] = lambda _: None) -> None:
         self._file = file
+        self._advance = advance
         self._digest = hashlib.sha256()
         self._bytes = 0
         self.error: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
+        content = memoryview(data).cast("B")
+        for start in range(0, len(content), BLOCK_BYTES):
+            self._write_block(content[start : start + BLOCK_BYTES])
+        return len(content)
+
+    def _write_block(self, block: memoryview) -> None:
         try:
-            self._file.write(data)
+            self._file.write(block)
         except OSError as error:
             self.error = self.error or error
             raise
-        self._digest.update(data)
-        size = memoryview(data).nbytes
-        self._bytes += size
-        return size
+        self._digest.update(block)
+        self._bytes += len(block)
+        self._advance(len(block))
 
     def flush(self) -> None:
         self._file.flush()
@@ -46,11 +53,18 @@ class HashingStream:
         return SavedFile(bytes=self._bytes, sha256=self._digest.hexdigest())
 
 
-def write_file(path: Path, write: Callable[[HashingStream], object]) -> SavedFile:
-    """Make a file of what `write` writes, on disk when this returns; OSError where it cannot."""
+def write_file(
+    path: Path,
+    write: Callable[[HashingStream], object],
+    advance: Callable[[int], object] = lambda _: None,
+) -> SavedFile:
+    """Make a file of what `write` writes, on disk when this returns; OSError where it cannot.
+
+    `advance` is told of every block written, in bytes.
+    """
     try:
         with path.open("wb") as file:
-            stream = HashingStream(file)
+            stream = HashingStream(file, advance)
             try:
                 write(stream)
             except Exception:
@@ -65,7 +79,7 @@ def write_file(path: Path, write: Callable[[HashingStream], object]) -> SavedFil
     return stream.saved()
 
 
-def hash_file(path: Path, advance: Callable[[int], None] = lambda _: None) -> SavedFile:
+def hash_file(path: Path, advance: Callable[[int], object] = lambda _: None) -> SavedFile:
     """Size and SHA-256 of a file; `advance` is told of every block read, in bytes."""
     digest = hashlib.sha256()
     size = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -30,6 +30,7 @@ from matformer_dist.run_directory import (
     MANIFEST,
     Checkpoint,
     Checkpoints,
+    DamagedError,
     Layout,
     Manifest,
     SavedFile,
@@ -54,9 +55,15 @@ class Start(NamedTuple):
 
 
 class CheckpointStore:
-    """Saves, prunes and chooses the checkpoints of one run; every rank calls every method."""
+    """Saves, prunes and chooses the checkpoints of one run; every rank calls every method.
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
+    busy: called now and then while files are written or read.
+    """
+
+    def __init__(
+        self, run_dir: Path, config: CheckpointConfig, busy: Callable[[], object] = lambda: None
+    ) -> None:
+        self._busy = busy
         self.run_dir = run_dir
         self.directory = run_dir / "checkpoints"
         self.config = config
@@ -78,6 +85,7 @@ class CheckpointStore:
         begun = time.perf_counter()
         incomplete = self._incomplete(manifest)
         on_main(lambda: self._begin(incomplete))
+        engine.writer.busy = self._busy
         engine.save(str(self.directory), incomplete.name)
         engine.writer.start()
         self._pending = manifest, engine.writer
@@ -226,9 +234,10 @@ class CheckpointStore:
     def _damage(self, checkpoint: Checkpoint) -> str:
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         rank = dist.get_rank() if dist.is_initialized() else 0
-        everyone = gathered(faults(checkpoint, part=rank, parts=ranks))
-        found = [fault for mine in everyone for fault in mine]
-        return f"the checkpoint {checkpoint.path} is damaged: {', '.join(found)}" if found else ""
+        mine = faults(checkpoint, part=rank, parts=ranks, advance=lambda _: self._busy())
+        everyone = gathered(mine)
+        found = [fault for of_rank in everyone for fault in of_rank]
+        return str(DamagedError(checkpoint.path, *found)) if found else ""
 
 
 def _check_files(directory: Path, layout: Layout) -> None:

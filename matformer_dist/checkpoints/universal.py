@@ -8,11 +8,13 @@ are read one at a time, from files mapped into memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from matformer_dist.checkpoints.deepspeed_files import RankStates, rank_states
+from matformer_dist.checkpoints.memory import FRESH, FreshMemory
 from matformer_dist.checkpoints.universal_files import read_value
 from matformer_dist.config import ModelConfig
 from matformer_dist.errors import UserError
@@ -36,42 +38,66 @@ class UniversalModel:
     vocab_size: int
     ranks: list[RankStates]  # by tensor-parallel rank; none where the files hold whole weights
     whole: dict[str, nn.Parameter]  # shapes and partitions by MatLM's names, without memory
-    local: dict[str, nn.Parameter]  # the same on one rank
 
-    def weight(self, name: str) -> Tensor:
-        """The whole fp32 weight `name` on the CPU; UserError where the checkpoint is cut short."""
-        return self.value(name, "fp32")
+    def weight(self, name: str, *, rows: int | None = None, memory: FreshMemory = FRESH) -> Tensor:
+        """The whole fp32 weight `name` on the CPU; UserError where the checkpoint is cut short.
 
-    def value(self, name: str, state: str) -> Tensor:
+        rows: only the first of them, up to a width of the nesting in an FFN, are read. memory: what
+        the result may lie in.
+        """
+        return self.value(name, "fp32", rows=rows, memory=memory)
+
+    def value(
+        self, name: str, state: str, *, rows: int | None = None, memory: FreshMemory = FRESH
+    ) -> Tensor:
         """The same of any of STATES of a weight."""
-        if not self.ranks:
-            return read_value(self.checkpoint.path, name, state, self.whole[name].shape)
+        shape = tuple(self.whole[name].shape)
         partition = self.partition(name)
-        if partition.dim is None:
-            return self._shard(name, state, 0)
-        shards = [self._shard(name, state, rank) for rank in range(len(self.ranks))]
-        return partition.join(shards, self.whole[name].shape[partition.dim])
+        if not self.ranks:
+            return read_value(self.checkpoint.path, name, state, torch.Size(shape))[:rows]
+        if rows is not None and rows < shape[0]:
+            shape, partition = (rows, *shape[1:]), partition.first(rows)
+        local, ranks = partition.local_shape(shape, len(self.ranks)), len(self.ranks)
+        if partition.dim is None or ranks == 1:
+            return self._shard(name, state, 0, local, memory)
+        whole = memory.take("whole", shape)
+        for rank in range(ranks):
+            partition.put(whole, self._shard(name, state, rank, local, memory), rank, ranks)
+        return whole
 
-    def share(self, name: str, state: str, tensor: TensorParallel) -> Tensor:
+    def share(
+        self, name: str, state: str, tensor: TensorParallel, *, memory: FreshMemory = FRESH
+    ) -> Tensor:
         """What a rank of any tensor-parallel group stores of a state of a weight."""
+        partition = self.partition(name)
         if tensor.size == len(self.ranks):
-            return self._shard(name, state, tensor.rank)
-        return self.partition(name).deal(self.value(name, state), tensor.rank, tensor.size)
+            local = partition.local_shape(self.whole[name].shape, tensor.size)
+            return self._shard(name, state, tensor.rank, local, memory)
+        value = self.value(name, state, memory=memory)
+        return partition.deal(value, tensor.rank, tensor.size)
 
     def partition(self, name: str) -> Partition:
         return getattr(self.whole[name], "partition", REPLICATED)
 
-    def _shard(self, name: str, state: str, rank: int) -> Tensor:
-        shape = self.local[name].shape
-        pieces = self.ranks[rank].pieces[state].get(name)
-        flat = torch.cat(pieces) if pieces else torch.empty(0)
-        if flat.numel() < shape.numel():
+    def _shard(
+        self, name: str, state: str, rank: int, shape: tuple[int, ...], memory: FreshMemory
+    ) -> Tensor:
+        """The first values of what a rank of the checkpoint's group stored, as `shape`."""
+        size, at = prod(shape), 0
+        pieces = self.ranks[rank].pieces[state].get(name, [])
+        if pieces and len(pieces[0]) >= size:
+            return pieces[0][:size].view(shape)
+        flat = memory.take("shard", (size,))
+        for piece in pieces:
+            part = piece[: size - at]
+            flat[at : at + len(part)].copy_(part)
+            at += len(part)
+        if at < size:
             raise UserError(
-                f"the checkpoint {self.checkpoint.path} holds {flat.numel()} of the "
-                f"{shape.numel()} values of {name} ({state}) on tensor-parallel rank {rank}; "
-                "choose another"
+                f"the checkpoint {self.checkpoint.path} holds {at} of the {size} values of {name} "
+                f"({state}) on tensor-parallel rank {rank}; choose another"
             )
-        return flat[: shape.numel()].view(shape)
+        return flat.view(shape)
 
     @property
     def optimizer_steps(self) -> int:
@@ -96,16 +122,13 @@ def load_universal(checkpoint: Checkpoint) -> UniversalModel:
     model, nesting, vocab_size = manifest.model, manifest.nesting, manifest.vocab_size
     layout = manifest.layout
 
-    def parameters(tensor: TensorParallel) -> dict[str, nn.Parameter]:
-        with torch.device("meta"):
-            layers = [nesting] * model.n_layers
-            return dict(MatLM(model, layers, vocab_size, _UNSET, tensor).named_parameters())
-
     ranks = []
     if layout.files == "ranks":
         ranks = [
             rank_states(checkpoint.path, rank, layout, manifest.precision)
             for rank in range(layout.tensor)
         ]
-    local = parameters(TensorParallel(0, layout.tensor))
-    return UniversalModel(checkpoint, model, nesting, vocab_size, ranks, parameters(SINGLE), local)
+    with torch.device("meta"):
+        lm = MatLM(model, [nesting] * model.n_layers, vocab_size, _UNSET, SINGLE)
+    whole = dict(lm.named_parameters())
+    return UniversalModel(checkpoint, model, nesting, vocab_size, ranks, whole)

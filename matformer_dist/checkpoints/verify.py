@@ -11,6 +11,7 @@ from matformer_dist.errors import UserError
 from matformer_dist.run_directory import (
     MANIFEST,
     Checkpoint,
+    DamagedError,
     checkpoint_paths,
     read_checkpoint,
 )
@@ -42,6 +43,8 @@ def verify(run: str, advance: Callable[[int, int], None] = lambda _, __: None) -
     for path in checkpoint_paths(run):
         try:
             opened.append(read_checkpoint(path))
+        except DamagedError as error:
+            verdicts.append(Verdict(path, None, error.faults))
         except UserError as error:
             verdicts.append(Verdict(path, None, [str(error)]))
     total = sum(file.bytes for one in opened for file in one.manifest.files.values())
@@ -56,7 +59,7 @@ def faults(
     *,
     part: int = 0,
     parts: int = 1,
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Callable[[int], object] = lambda _: None,
 ) -> list[str]:
     """What is wrong with the files, each by its name; reads them all, or the `part` of `parts`.
 
@@ -71,7 +74,7 @@ def faults(
     return [fault for fault in found if fault]
 
 
-def _fault(checkpoint: Checkpoint, name: str, advance: Callable[[int], None]) -> str:
+def _fault(checkpoint: Checkpoint, name: str, advance: Callable[[int], object]) -> str:
     entry = checkpoint.manifest.files[name]
     try:
         found = hash_file(checkpoint.path / name, advance)

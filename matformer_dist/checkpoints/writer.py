@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matformer_dist.checkpoints.files import write_file
+from matformer_dist.checkpoints.files import HashingStream, write_file
 from matformer_dist.run_directory import SavedFile
 
 
@@ -28,10 +28,14 @@ class CheckpointWriter:
 
     in_background: `save` takes a copy of the values in host memory, and a thread writes them.
     classes: what `load` may make out of a file, beside tensors and Python's own types.
+    busy: called, also by that thread, for every block that is written.
     """
+
+    busy: Callable[[], object]
 
     def __init__(self, in_background: bool = False, classes: Sequence[type] = ()) -> None:
         self.in_background = in_background
+        self.busy = lambda: None
         self._classes: list[Any] = list(classes)
         self._thread: threading.Thread | None = None
         self._waiting: list[tuple[Any, Path]] = []
@@ -65,10 +69,16 @@ class CheckpointWriter:
         try:
             while self._waiting:
                 state, path = self._waiting.pop(0)
-                self._written[path] = _write_state(state, path)
+                self._written[path] = self._write_state(state, path)
         except Exception as failure:
             self._failure = failure
             self._waiting.clear()
+
+    def _write_state(self, state: Any, path: Path) -> SavedFile:
+        def save(stream: HashingStream) -> None:
+            torch.save(state, stream)  # type: ignore[arg-type]
+
+        return write_file(path, save, lambda _: self.busy())
 
     # What DeepSpeed's CheckpointEngine must have.
 
@@ -85,7 +95,7 @@ class CheckpointWriter:
             if self.in_background:
                 self._waiting.append((in_host_memory(state_dict), Path(path)))
                 return
-            self._written[Path(path)] = _write_state(state_dict, Path(path))
+            self._written[Path(path)] = self._write_state(state_dict, Path(path))
         except Exception as failure:
             self._failure = failure
 
@@ -107,10 +117,6 @@ class CheckpointWriter:
 
     def cleanup(self) -> None:
         pass
-
-
-def _write_state(state: Any, path: Path) -> SavedFile:
-    return write_file(path, lambda stream: torch.save(state, stream))  # type: ignore[arg-type]
 
 
 def in_host_memory(state: Any) -> Any:

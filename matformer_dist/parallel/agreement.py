@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar, cast
 
 import torch.distributed as dist
 
-from matformer_dist.errors import UserError
+from matformer_dist.errors import UserError, as_user_error
 
 T = TypeVar("T")
 
@@ -27,7 +26,7 @@ def on_main(decide: Callable[[], T]) -> T:
         try:
             answer[0] = (decide(), None)
         except Exception as error:
-            answer[0] = (None, _as_users(error))
+            answer[0] = (None, as_user_error(error))
             if not isinstance(answer[0][1], UserError):
                 dist.broadcast_object_list([(None, RuntimeError(f"the main rank: {error!r}"))])
                 raise
@@ -48,7 +47,7 @@ def agreement() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        mine = _as_users(error)
+        mine = as_user_error(error)
     # As text: not every exception can be sent.
     text = None if mine is None else (str(mine), isinstance(mine, UserError))
     everyone = gathered(text)
@@ -67,15 +66,3 @@ def gathered(mine: T) -> list[T]:
     everyone: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return cast(list[T], everyone)
-
-
-def _as_users(error: Exception) -> Exception:
-    """A file that cannot be read or written is the user's to mend."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"cannot write {error.filename}: {error.strerror}; free some space there")
-    if isinstance(error, OSError) and error.filename is not None:
-        return UserError(
-            f"cannot use {error.filename}: {error.strerror}; every rank must be able to read it, "
-            "and the main rank to write below run.dir"
-        )
-    return error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -38,24 +39,37 @@ class Partition:
         """The piece of `full` that `rank` of `ranks` stores, as a tensor of its own."""
         if self.dim is None or ranks == 1:
             return full
+        piece = torch.cat(self._places(full, rank, ranks), self.dim)
+        return _pad(piece, self.dim, self.local_shape(full.shape, ranks)[self.dim])
+
+    def put(self, full: Tensor, piece: Tensor, rank: int, ranks: int) -> None:
+        """Copy what `rank` of `ranks` stores to its places in `full`; the inverse of `deal`."""
+        if self.dim is None:
+            full.copy_(piece)
+            return
+        start = 0
+        for place in self._places(full, rank, ranks):
+            size = place.shape[self.dim]
+            place.copy_(piece.narrow(self.dim, start, size))
+            start += size
+
+    def first(self, size: int) -> Partition:
+        """The cut of the first `size` of a dimension; where there are blocks, they end there."""
+        if self.blocks is None:
+            return self
+        ends = list(accumulate(self.blocks))
+        return Partition(self.dim, self.blocks[: ends.index(size) + 1])
+
+    def _places(self, full: Tensor, rank: int, ranks: int) -> list[Tensor]:
+        """The views of `full` that make up a rank's piece, in its order."""
+        assert self.dim is not None
         blocks = [full] if self.blocks is None else full.split(self.blocks, self.dim)
-        pieces = []
+        places = []
         for block in blocks:
             size = -(-block.shape[self.dim] // ranks)
             start = min(rank * size, block.shape[self.dim])
-            piece = block.narrow(self.dim, start, min(size, block.shape[self.dim] - start))
-            pieces.append(_pad(piece, self.dim, size))
-        return torch.cat(pieces, self.dim)
-
-    def join(self, shards: Sequence[Tensor], size: int) -> Tensor:
-        """The whole weight from all ranks' pieces; `size` is its true length along `dim`."""
-        if self.dim is None or len(shards) == 1:
-            return shards[0]
-        if self.blocks is None:
-            return torch.cat(tuple(shards), self.dim).narrow(self.dim, 0, size)
-        local = [block // len(shards) for block in self.blocks]
-        split = [shard.split(local, self.dim) for shard in shards]
-        return torch.cat([piece for block in zip(*split, strict=True) for piece in block], self.dim)
+            places.append(block.narrow(self.dim, start, min(size, block.shape[self.dim] - start)))
+        return places
 
 
 REPLICATED = Partition()

@@ -22,20 +22,28 @@ import torch.distributed as dist
 from matformer_dist.errors import EXIT_FAILURE
 
 T = TypeVar("T")
+_GOES_ON = "goes on"
 
 
 class Post(NamedTuple):
     """What a rank last told."""
 
     posts: int  # it has sent
-    marks: int  # of progress it has set
+    marks: int  # it has set
+    quiet: float  # seconds since it was last known to go on
     at: str  # what it is doing
+
+    def follows(self, before: Post | None) -> bool:
+        """Whether the rank has told something since."""
+        return before is None or self.posts != before.posts
 
 
 class Watchdog:
-    """Watches this rank while it is entered; `mark` tells that it goes on.
+    """Watches this rank while it is entered; `mark` and `busy` tell that it goes on.
 
-    seconds: without a mark after which the job ends. report: what ends it, told the message.
+    All ranks mark alike; a rank that has less to do for a mark than others waits for them.
+    seconds: without progress on any rank after which the job ends. report: what ends it, told the
+    message.
     """
 
     def __init__(self, seconds: float, report: Callable[[str], None] | None = None) -> None:
@@ -51,6 +59,10 @@ class Watchdog:
     def mark(self, at: str) -> None:
         """This rank begins to do `at`."""
         self._at, self._marks, self._marked = at, self._marks + 1, time.monotonic()
+
+    def busy(self) -> None:
+        """This rank goes on with what it does; any thread may say so."""
+        self._marked = time.monotonic()
 
     def __enter__(self) -> Watchdog:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
@@ -72,6 +84,8 @@ class Watchdog:
                 continue
             # Rank 0 keeps the store: where it is stopped, asking would wait as long as all else.
             said = self._answer(partial(self._message, quiet))
+            if said == _GOES_ON:
+                continue
             self._report(self._alone(quiet) if said is None else said)
             return
 
@@ -96,7 +110,8 @@ class Watchdog:
 
     def _post(self) -> None:
         self._posts += 1
-        self._store.set(str(self.rank), f"{self._posts}|{self._marks}|{self._at}")
+        quiet = time.monotonic() - self._marked
+        self._store.set(str(self.rank), f"{self._posts}|{self._marks}|{quiet}|{self._at}")
 
     def _message(self, quiet: float) -> str:
         before = self._read()
@@ -106,7 +121,9 @@ class Watchdog:
             self._post()
             time.sleep(self.interval / 2)
         now = self._read()
-        answering = [r for r, post in enumerate(now) if post is not None and post != before[r]]
+        answering = {r: post for r, post in enumerate(now) if post and post.follows(before[r])}
+        if any(post.quiet <= self.seconds for post in answering.values()):
+            return _GOES_ON
         if self.rank != min(answering, default=self.rank):
             time.sleep(self.interval)  # one message is enough
             return ""
@@ -118,8 +135,8 @@ class Watchdog:
     def _read_rank(self, rank: int) -> Post | None:
         if not self._store.check([str(rank)]):
             return None
-        posts, marks, at = self._store.get(str(rank)).decode().split("|", 2)
-        return Post(int(posts), int(marks), at)
+        posts, marks, quiet, at = self._store.get(str(rank)).decode().split("|", 3)
+        return Post(int(posts), int(marks), float(quiet), at)
 
 
 def describe(
@@ -131,7 +148,7 @@ def describe(
     text = f"no progress for {quiet:.0f} s: rank {rank} is at {waiting.at}"
     if len(now) == 1:
         return text
-    silent = [r for r, post in enumerate(now) if post is None or post == before[r]]
+    silent = [r for r, post in enumerate(now) if post is None or not post.follows(before[r])]
     furthest = max(post.marks for post in now if post is not None)
     behind = [r for r, post in enumerate(now) if post is not None and post.marks < furthest]
     if silent:

@@ -103,7 +103,7 @@ def extract(
     _check_space(output, models)
     was_there = output.exists()
     try:
-        _write(universal, models)
+        _write(universal, models, [max(of) for of in zip(*(s.widths for s in chosen), strict=True)])
     except OSError as error:
         raise UserError(f"cannot write {output}: {error}; choose another output") from None
     finally:
@@ -184,11 +184,11 @@ def _check_space(output: Path, models: Sequence[_Model]) -> None:
         )
 
 
-def _write(universal: UniversalModel, models: Sequence[_Model]) -> None:
+def _write(universal: UniversalModel, models: Sequence[_Model], widths: Sequence[int]) -> None:
     """Write all models under temporary names, and rename them when all are on disk."""
     for model in models:
         model.temporary.mkdir(parents=True)
-    write_weights(universal, [(model.weights, model.temporary) for model in models])
+    write_weights(universal, [(model.weights, model.temporary) for model in models], widths)
     for model in models:
         for name, content in model.files.items():
             data = content.encode() if isinstance(content, str) else content

@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from matformer_dist.checkpoints.memory import ReusedMemory
 from matformer_dist.errors import UserError
-from matformer_dist.submodels.parts import TORCH_DTYPES, Part, Parts, Scratch
+from matformer_dist.submodels.parts import TORCH_DTYPES, Part, Parts
 from matformer_dist.submodels.write_back import start_write_back
 
 NAME = "model.gguf"
@@ -68,12 +69,12 @@ class GgufFile:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
 
-    def write(self, part: Part, weight: Tensor, scratch: Scratch) -> None:
+    def write(self, part: Part, weight: Tensor, memory: ReusedMemory) -> None:
         expected = next(iter(self._writer.tensors[0]))
         assert part.name == expected, "parts come in their order"
         (file,) = self._writer.fout
         first = file.tell()
-        self._writer.write_tensor_data(self._values(part, weight, scratch))
+        self._writer.write_tensor_data(self._values(part, weight, memory))
         start_write_back(file, first)
 
     def close(self) -> None:
@@ -96,9 +97,9 @@ class GgufFile:
             )
         return torch.Size(part.shape).numel() // block * int(block_bytes)
 
-    def _values(self, part: Part, weight: Tensor, scratch: Scratch) -> NDArray[Any]:
+    def _values(self, part: Part, weight: Tensor, memory: ReusedMemory) -> NDArray[Any]:
         if len(part.shape) == 1 or self.dtype == "q8_0":
-            values = part.values(weight, torch.float32, scratch).numpy()
+            values = part.values(weight, torch.float32, memory).numpy()
             return self._gguf.quants.quantize(values, self._type_of(part))
-        stored = part.values(weight, TORCH_DTYPES[self.dtype], scratch)
+        stored = part.values(weight, TORCH_DTYPES[self.dtype], memory)
         return (stored.view(torch.uint16) if self.dtype == "bf16" else stored).numpy()

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from matformer_dist.checkpoints.memory import ReusedMemory
 from matformer_dist.checkpoints.universal import UniversalModel
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.errors import UserError
@@ -37,15 +38,15 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
     cut: Callable[[Tensor], Tensor]
 
-    def values(self, weight: Tensor, dtype: torch.dtype, scratch: Scratch) -> Tensor:
-        """[*shape] of `dtype`, contiguous, until `scratch` is taken again.
+    def values(self, weight: Tensor, dtype: torch.dtype, memory: ReusedMemory) -> Tensor:
+        """[*shape] of `dtype`, contiguous, until `memory` is used again.
 
         UserError where the range of `dtype` does not hold a value.
         """
         found = self.cut(weight)
         if found.shape == self.shape and found.dtype == dtype and found.is_contiguous():
             return found
-        stored = scratch.take(self.shape, dtype)
+        stored = memory.take("part", self.shape, dtype)
         if found.shape != self.shape:
             stored.zero_()
         corner = stored[tuple(slice(size) for size in found.shape)]
@@ -61,29 +62,6 @@ class Part(NamedTuple):
         return stored
 
 
-class Scratch:
-    """Memory for one tensor after the other.
-
-    Fresh memory comes from the system page by page, which costs more than what is done with it.
-    """
-
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor of any content, in the place of the one before."""
-        size = torch.Size(shape).numel() * dtype.itemsize
-        if size > len(self._bytes):
-            self._bytes = torch.empty(0, dtype=torch.uint8)  # the old goes before the new comes
-            self._bytes = torch.empty(size, dtype=torch.uint8)
-        return self._bytes[:size].view(dtype).view(shape)
-
-    def rest(self) -> None:
-        """Keep little, for others need the memory now."""
-        if len(self._bytes) > _KEPT_BYTES:
-            self._bytes = torch.empty(0, dtype=torch.uint8)
-
-
 # By the names of the parent's weights.
 Parts = Mapping[str, Sequence[Part]]
 
@@ -96,8 +74,8 @@ class WeightFiles(Protocol):
 
     def open(self, directory: Path) -> None: ...
 
-    def write(self, part: Part, weight: Tensor, scratch: Scratch) -> None:
-        """`weight` is the parent's, whole."""
+    def write(self, part: Part, weight: Tensor, memory: ReusedMemory) -> None:
+        """`weight` is the parent's, of which an FFN's may end behind the widest model."""
 
     def close(self) -> None:
         """Called after an error too."""
@@ -128,23 +106,29 @@ class Export:
     sparse: bool = False  # of format hf: loaded by the code beside it
 
 
-def write_weights(universal: UniversalModel, models: Sequence[tuple[WeightFiles, Path]]) -> None:
+def write_weights(
+    universal: UniversalModel,
+    models: Sequence[tuple[WeightFiles, Path]],
+    widths: Sequence[int],
+) -> None:
     """Write the weights of all `models`, each into its directory, in one pass over the parent.
 
-    Memory: one weight of the parent, twice while it is put together of its shards, and one part.
+    widths: of each layer's FFN, how much of the parent's is read. Memory: one weight of the parent,
+    its shards and the pages of files that hold them; or, behind that, the weight and one part.
     """
-    scratch = Scratch()
+    memory = ReusedMemory()
     try:
         for files, directory in models:
             files.open(directory)
         for name in universal.whole:
-            scratch.rest()
-            weight = universal.weight(name)
+            layer = layer_of(name)
+            rows = widths[layer] if layer is not None and ".ffn." in name else None
+            memory.release("part", _KEPT_BYTES)
+            weight = universal.weight(name, rows=rows, memory=memory)
             release_files(universal.checkpoint.path)
             for files, _ in models:
                 for part in files.parts[name]:
-                    files.write(part, weight, scratch)
-            del weight
+                    files.write(part, weight, memory)
     finally:
         for files, _ in models:
             files.close()

@@ -16,8 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from matformer_dist.checkpoints.memory import ReusedMemory
 from matformer_dist.errors import UserError
-from matformer_dist.submodels.parts import Part, Parts, Scratch
+from matformer_dist.submodels.parts import Part, Parts
 from matformer_dist.submodels.write_back import start_write_back
 
 SHARD_BYTES = 5 * 10**9  # as transformers
@@ -55,7 +56,7 @@ class SafetensorsFiles:
             index = {"metadata": {"total_size": self.bytes}, "weight_map": weight_map}
             (directory / _INDEX).write_text(json.dumps(index, indent=2))
 
-    def write(self, part: Part, weight: Tensor, scratch: Scratch) -> None:
+    def write(self, part: Part, weight: Tensor, memory: ReusedMemory) -> None:
         if not self._left:
             self.close()
             name, shard = next(self._waiting)
@@ -64,7 +65,7 @@ class SafetensorsFiles:
             self._file.write(self._header(shard))
         expected = self._left.pop(0)
         assert self._file is not None and part is expected, "parts come in their order"
-        values = part.values(weight, self.dtype, scratch)
+        values = part.values(weight, self.dtype, memory)
         first = self._file.tell()
         self._file.write(values.view(torch.uint8).numpy().data)
         start_write_back(self._file, first)

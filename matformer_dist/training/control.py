@@ -43,6 +43,10 @@ class Control:
         """This rank goes on, with `at`."""
         self.watchdog.mark(at)
 
+    def busy(self) -> None:
+        """This rank goes on with the same."""
+        self.watchdog.busy()
+
     def decide(self, written: bool) -> Decision:
         """One small all-reduce; DeepSpeed has waited for the device in this step anyway."""
         number = self.preemption.requested or 0

@@ -53,6 +53,8 @@ class Run:
         self.nesting = config.granularities
         self.step = self.skipped = self.skips_in_a_row = 0
         self.began_from: str | None = None
+        self.line: dict[str, Any] | None = None  # of metrics, to be completed and written
+        self.saved: int | None = None  # the step of the last checkpoint
         training = config.training
         self.total_steps = training.total_steps
 
@@ -63,7 +65,7 @@ class Run:
             self.tokenizer = Tokenizer.load(config.data.tokenizer)
             self.vocab_size = setup.check_vocabulary(config, self.tokenizer)
         notices = on_main(lambda: setup.check_run_directory(config))
-        self.store = CheckpointStore(config.run.dir, config.checkpoint)
+        self.store = CheckpointStore(config.run.dir, config.checkpoint, control.busy)
         self.control.mark("reading checkpoints")
         resumed, damaged = self.store.choose_start()
         if resumed is not None:
@@ -93,6 +95,8 @@ class Run:
             self._load(resumed)
         with agreement():
             self.log = MetricsLog(config, self.step) if topology.is_main else None
+        if on_main(lambda: self.log is not None and self.log.reaches(self.step)):
+            self.line = None
 
     def _write_down(self) -> None:
         """What the run directory holds from the start."""
@@ -124,6 +128,8 @@ class Run:
         self.began_from = manifest.began_from
         if checkpoint.path.resolve().parent != self.store.directory.resolve():
             self.began_from = str(checkpoint.path.resolve())
+        else:
+            self.line, self.saved = manifest.metrics_line, self.step
         if manifest.loss_sums:
             self.losses.load(manifest.loss_sums)
         if dist.get_rank() < len(manifest.random_states):
@@ -133,52 +139,71 @@ class Run:
         return probe_loss(self.engine, self.config, self.vocab_size, self.topology)
 
     def train(self) -> None:
-        """Run the remaining steps; evaluate, log and save when due, and at the end.
+        """Run the remaining steps; save, evaluate and log when due, and at the end.
 
         PreemptedError where a signal asked for an end, UserError where no step changes anything any
         more; a checkpoint of the last step is there then.
         """
-        if self.step >= self.total_steps:
-            self.screen.say(f"finished: all {self.total_steps} steps are done")
         training = self.config.training
         batches = self._batches(self.train_data, self.step * training.global_batch_size)
         try:
+            self._report()  # of the checkpoint's step, if the run ended before that
+            if self.step >= self.total_steps:
+                self.screen.say(f"finished: all {self.total_steps} steps are done")
             while self.step < self.total_steps:
                 self._train_step(batches)
                 self._after_step()
-            self.store.finish()
         finally:
             self.screen.close()
             if self.log is not None:
                 self.log.close()
 
     def _after_step(self) -> None:
-        signal, written = self.control.decide(self.store.is_written)
-        ends = signal is not None or self.skips_in_a_row == self.config.training.max_skipped_steps
+        """Save first: an evaluation, which may take long, need not come to its end."""
         if self._is_reported(self.step):
-            self._report(self._evaluate() if self._is_evaluated(self.step) else {})
-        if written:
-            self.store.finish()
+            self.line = self._measurements()
+        self._end_if_asked()
         while self.store.warnings:
             self.screen.say(f"warning    {self.store.warnings.pop(0)}")
+        is_last = self.step == self.total_steps
+        gives_up = self.skips_in_a_row == self.config.training.max_skipped_steps and not is_last
         due = _due(self.step, self.config.checkpoint.every) and not self.skips_in_a_row
-        if self.step == self.total_steps or due or ends:
+        if is_last or due or gives_up:
             self._save()
-        if self.step == self.total_steps or not ends:
-            return
-        self.store.finish()
-        saved = f"the checkpoint of step {self.step} is saved"
-        if signal is not None:
-            raise PreemptedError(
-                f"{signal} ended the run; {saved}, and the same command goes on from it"
+        if is_last or gives_up:
+            self.store.finish()
+        self._report()
+        if gives_up:
+            raise UserError(
+                f"loss or gradient of the last {self.skips_in_a_row} steps was not finite, so they "
+                f"changed nothing; {self._is_saved()}, with the weights from before them. Look "
+                "into the data of these steps, or begin a new run from an earlier checkpoint with "
+                f"a lower rate: run.dir=NEW checkpoint.resume={self.config.run.dir}@STEP "
+                "optimizer.lr=LOWER. training.max_skipped_steps sets how many are borne"
             )
-        raise UserError(
-            f"loss or gradient of the last {self.skips_in_a_row} steps was not finite, so they "
-            f"changed nothing; {saved}, with the weights from before them. Look into the data of "
-            "these steps, or begin a new run from an earlier checkpoint with a lower rate: "
-            f"run.dir=NEW checkpoint.resume={self.config.run.dir}@STEP optimizer.lr=LOWER. "
-            "training.max_skipped_steps sets how many are borne"
+
+    def _end_if_asked(self) -> None:
+        """PreemptedError behind a checkpoint of this step, where some rank received a signal.
+
+        All ranks call it together; it also completes a checkpoint that is written beside the
+        training, once all have written their files.
+        """
+        signal, written = self.control.decide(self.store.is_written)
+        if written:
+            self.store.finish()
+        if signal is None:
+            return
+        if self.saved != self.step:
+            self._save()
+        self.store.finish()
+        if not self._is_evaluated(self.step):
+            self._report()
+        raise PreemptedError(
+            f"{signal} ended the run; {self._is_saved()}, and the same command goes on from it"
         )
+
+    def _is_saved(self) -> str:
+        return f"the checkpoint of step {self.step} is saved"
 
     def _train_step(self, batches: Iterator[Batch]) -> None:
         self.control.mark(f"step {self.step + 1}")
@@ -263,6 +288,7 @@ class Run:
 
         def run_pass(tokens: Tensor, targets: Tensor, plan: Pass) -> Tensor:
             self.control.mark(f"the evaluation of step {self.step}")
+            self._end_if_asked()
             return self.engine.evaluate(tokens, targets, plan)
 
         return evaluate_submodels(
@@ -277,13 +303,14 @@ class Run:
             group=self.topology.data_group,
         )
 
-    def _report(self, evaluated: dict[str, SubmodelLoss]) -> None:
+    def _measurements(self) -> dict[str, Any]:
+        """A line of metrics, but for what the evaluation and the checkpoint add to it."""
         config = self.config
         seconds, flops = self.watch.take()
         tokens_per_step = config.training.global_batch_size * config.training.seq_len
         tflops_per_second = flops / seconds / 1e12
         peak = config.logging.peak_tflops
-        line: dict[str, Any] = {
+        return {
             "step": self.step,
             "tokens": self.step * tokens_per_step,
             "train_loss": self.losses.take(),
@@ -295,11 +322,19 @@ class Run:
             "step_ms": seconds * 1e3,
             "peak_memory_bytes": peak_memory_bytes(self.topology.device),
             "skipped_steps": self.skipped,
-            "checkpoint_ms": self.store.take_seconds() * 1e3,
         }
-        if evaluated:
+
+    def _report(self) -> None:
+        """Complete and write the line of metrics that waits, if one does."""
+        if self.line is None:
+            return
+        line = dict(self.line)
+        if self._is_evaluated(self.step):
+            evaluated = self._evaluate()
             line["val_loss"] = {name: result.loss for name, result in evaluated.items()}
             line["val_agreement"] = {name: r.agreement for name, r in evaluated.items()}
+        line["checkpoint_ms"] = self.store.take_seconds() * 1e3
+        self.line = None
         if self.log is not None:
             self.log.write(line)
             self.engine.write_events(self.log.events(line))
@@ -313,12 +348,14 @@ class Run:
                 "skips_in_a_row": self.skips_in_a_row,
                 "began_from": self.began_from,
                 "loss_sums": self.losses.state(),
+                "metrics_line": self.line,
                 "probe_loss": self._probe_loss(),
                 "random_states": gathered(random_states.capture()),
             }
         )
         # Weights that lead to nothing finite must not be all that is kept.
         self.store.save(self.engine, manifest, prunes=not self.skips_in_a_row)
+        self.saved = self.step
 
 
 def _due(step: int, every: int) -> bool:

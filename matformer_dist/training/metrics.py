@@ -102,6 +102,7 @@ class MetricsLog:
 
     def __init__(self, config: Config, resumed_step: int) -> None:
         self.path = config.run.dir / "metrics.jsonl"
+        self._last_step = 0
         if resumed_step == 0:
             self._set_aside()
         else:
@@ -125,8 +126,9 @@ class MetricsLog:
         kept = []
         for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
             try:
-                if json.loads(line)["step"] <= step:
+                if (at := json.loads(line)["step"]) <= step:
                     kept.append(line + b"\n")
+                    self._last_step = at
             except (ValueError, KeyError, TypeError):
                 raise UserError(
                     f"{self.path}, line {number} is not a line of metrics: {line[:40]!r}; mend or "
@@ -135,6 +137,10 @@ class MetricsLog:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_bytes(b"".join(kept))
         temporary.replace(self.path)
+
+    def reaches(self, step: int) -> bool:
+        """Whether the line of that step was there already when this was opened."""
+        return self._last_step == step
 
     def write(self, line: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(_finite(line), allow_nan=False) + "\n")

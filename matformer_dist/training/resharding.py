@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from matformer_dist.checkpoints.deepspeed_files import MOMENTS
+from matformer_dist.checkpoints.memory import ReusedMemory
 from matformer_dist.checkpoints.universal import UniversalModel
 from matformer_dist.errors import UserError
 from matformer_dist.parallel.topology import Topology
@@ -49,12 +50,13 @@ def load_other_layout(
     optimizer = zero if stage == 0 else zero.optimizer
     keys = MOMENTS if source.checkpoint.manifest.has_optimizer else ()
     moments: dict[Tensor, dict[str, Tensor]] = {}
+    memory = ReusedMemory()
     with torch.no_grad():
         for slot in _SLOTS[stage](engine, topology):
             part = slice(slot.offset, slot.offset + slot.size)
 
             def copy_to(target: Tensor, state: str, slot: _Slot = slot, part: slice = part) -> None:
-                share = source.share(slot.name, state, topology.tensor).flatten()
+                share = source.share(slot.name, state, topology.tensor, memory=memory).flatten()
                 target.view(-1)[part].copy_(share[slot.start : slot.start + slot.size])
 
             copy_to(slot.master, "fp32")

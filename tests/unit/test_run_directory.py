@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 
 from matformer_dist.errors import UserError
-from matformer_dist.run_directory import find_checkpoint, read_checkpoints, seal
+from matformer_dist.run_directory import (
+    UnknownStateError,
+    find_checkpoint,
+    read_checkpoints,
+    seal,
+)
 from tests.unit.submodels.synthetic_run import model_config, random_model, write_run
 
 
@@ -35,9 +40,9 @@ def test_the_newest_is_found_and_any_can_be_named(run: Path) -> None:
 
 def test_a_damaged_newest_checkpoint_is_no_reason_to_take_an_older_one_unasked(run: Path) -> None:
     manifest(run, 20).unlink()
-    with pytest.raises(UserError, match=r"step-20 is not a complete .* complete are: .*@5$"):
+    with pytest.raises(UserError, match=r"step-20 is not a whole .* complete are: .*@5$"):
         find_checkpoint(run)
-    with pytest.raises(UserError, match=r"step-20 is not a complete .*; choose another"):
+    with pytest.raises(UserError, match=r"step-20 is not a whole .*; choose another"):
         find_checkpoint(f"{run}@20")
     assert [checkpoint.step for checkpoint in read_checkpoints(run).complete] == [5]
     assert list(read_checkpoints(run).damaged) == [20]
@@ -57,10 +62,10 @@ def _set(key: str, value: Any) -> Any:
     [
         (_set("format", 7), "has format 7, this version of matformer_dist reads format 1"),
         (_set("files", {"a": 3}), r"in its manifest.json, files.a is wrong"),
-        (_set("files", {"a": {"bytes": 3, "sha256": ""}}), "a has None bytes, .* says 3"),
+        (_set("files", {"a": {"bytes": 3, "sha256": ""}}), "a is missing"),
         (_set("layout", {"tensor": 2}), "layout.data is wrong"),
         (_set("nesting", {"widths": [3, 2], "names": ["S", "XL"]}), "nesting.* is wrong"),
-        (lambda raw: [raw], "no readable manifest.json"),
+        (lambda raw: [raw], "its manifest.json is not one"),
         (lambda raw: {k: raw[k] for k in raw if k != "step"}, "step is wrong"),
     ],
 )
@@ -75,10 +80,19 @@ def test_what_is_wrong_with_a_manifest_is_said(run: Path, change: Any, says: str
     ("name", "says"),
     [
         ("{run}@x", "must be a number"),
-        ("{run}@6", "not a complete"),
+        ("{run}@6", "not a whole"),
         ("absent", "no run directory"),
     ],
 )
 def test_what_is_not_there_is_named(run: Path, name: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         find_checkpoint(name.format(run=run))
+
+
+def test_a_checkpoint_out_of_reach_is_not_passed_over(run: Path) -> None:
+    """Taking an older one would lose steps that are there."""
+    path = manifest(run, 20)
+    path.unlink()
+    path.symlink_to(path)  # reading it fails, by root too
+    with pytest.raises(UnknownStateError, match=r"step-20 cannot be read .*: Too many levels"):
+        read_checkpoints(run)

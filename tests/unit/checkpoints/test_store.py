@@ -197,7 +197,7 @@ def test_a_flipped_bit_in_the_newest_is_named_and_the_one_before_taken(tmp_path:
     start = target.choose_start()
     assert start.checkpoint is not None and start.checkpoint.step == 1
     (why,) = start.damaged
-    assert f"step-2 is damaged: {MODEL} is not as it was written" in why
+    assert f"step-2 is not a whole checkpoint: {MODEL} is not as it was written" in why
     with pytest.raises(UserError, match="is not as it was written"):
         store(tmp_path, resume=f"{tmp_path}@2").choose_start()
     shutil.rmtree(tmp_path / "checkpoints/step-1")

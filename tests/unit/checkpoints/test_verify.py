@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from matformer_dist.checkpoints.verify import faults, verify
 from matformer_dist.errors import UserError
-from matformer_dist.run_directory import MANIFEST, read_checkpoint
+from matformer_dist.run_directory import MANIFEST, DamagedError, read_checkpoint
 from tests.unit.submodels.synthetic_run import model_config, random_model, write_run
 
 
@@ -129,10 +130,23 @@ def test_verify_reads_a_run_or_one_checkpoint_and_tells_which_is_damaged(
     (run / "checkpoints/step-4/manifest.json").unlink()
     said = {v.path.name: str(v) for v in verify(str(run))}
     assert said["step-8"].startswith("damaged: mp_rank_01_model_states.pt is not as it was")
-    assert "not a complete checkpoint" in said["step-4"]
+    assert said["step-4"] == "damaged: it has no manifest.json"
     for name in (f"{run}@8", str(run / "checkpoints/step-8")):
         (verdict,) = verify(name)
         assert verdict.path.name == "step-8" and verdict.faults
+
+
+def test_everything_that_is_wrong_is_said(original: Path, damaged: Path) -> None:
+    for name in names(original)[1:]:
+        with (damaged / name).open("ab") as file:
+            file.write(b"x")
+    (damaged / "a.pt").write_bytes(b"")
+    (verdict,) = verify(str(damaged))
+    assert len(verdict.faults) == 2
+    many = DamagedError(damaged, *"abcdef")
+    assert str(many).endswith("a; b; c; and 3 more") and str(
+        pickle.loads(pickle.dumps(many))
+    ) == str(many)
 
 
 @pytest.mark.parametrize("name", ["absent", "{run}/checkpoints", "{run}@x"])

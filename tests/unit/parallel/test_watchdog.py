@@ -6,7 +6,7 @@ import pytest
 
 from matformer_dist.parallel.watchdog import Post, describe
 
-AHEAD = [Post(9, 40, "step 40"), Post(9, 40, "step 40"), Post(9, 40, "step 40")]
+AHEAD = [Post(9, 40, 9.0, "step 40"), Post(9, 40, 9.0, "step 40"), Post(9, 40, 9.0, "step 40")]
 
 
 @pytest.mark.parametrize(
@@ -14,24 +14,28 @@ AHEAD = [Post(9, 40, "step 40"), Post(9, 40, "step 40"), Post(9, 40, "step 40")]
     [
         (
             AHEAD,
-            [Post(11, 40, "step 40"), Post(9, 40, "step 40"), Post(11, 40, "step 40")],
+            [
+                Post(11, 40, 9.0, "step 40"),
+                Post(9, 40, 9.0, "step 40"),
+                Post(11, 40, 9.0, "step 40"),
+            ],
             "no answer from rank 1 (",
         ),
         (
-            [Post(9, 40, "step 40"), None, None],
-            [Post(11, 40, "step 40"), None, None],
+            [Post(9, 40, 9.0, "step 40"), None, None],
+            [Post(11, 40, 9.0, "step 40"), None, None],
             "no answer from ranks 1, 2 (",
         ),
         (
             AHEAD,
             [
-                Post(11, 40, "step 40"),
-                Post(11, 40, "step 40"),
-                Post(11, 39, "the checkpoint of 39"),
+                Post(11, 40, 9.0, "step 40"),
+                Post(11, 40, 9.0, "step 40"),
+                Post(11, 39, 9.0, "the checkpoint of 39"),
             ],
             "waiting for rank 2, still at the checkpoint of 39",
         ),
-        (AHEAD, [Post(11, 40, "step 40")] * 3, "and so are all others"),
+        (AHEAD, [Post(11, 40, 9.0, "step 40")] * 3, "and so are all others"),
     ],
 )
 def test_the_ranks_that_others_wait_for_are_named(
@@ -43,6 +47,6 @@ def test_the_ranks_that_others_wait_for_are_named(
 
 
 def test_a_thousand_ranks_are_not_all_named() -> None:
-    before = [Post(9, 40, "a")] * 1000
-    said = describe(0, before, [Post(11, 40, "a"), *before[1:]], 5)
+    before = [Post(9, 40, 9.0, "a")] * 1000
+    said = describe(0, before, [Post(11, 40, 9.0, "a"), *before[1:]], 5)
     assert said.count(",") < 20 and "16 ..." in said

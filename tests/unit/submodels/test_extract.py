@@ -166,7 +166,7 @@ def test_bad_requests_are_named_before_anything_is_written(run: Path, tmp_path: 
     ]:
         with pytest.raises(UserError, match=message):
             extract(str(run), output=output, **arguments)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="step-6 is not a complete checkpoint"):
+    with pytest.raises(UserError, match="step-6 is not a whole checkpoint"):
         extract(f"{run}@6", ["S"], output=output)
     with pytest.raises(UserError, match="no run directory"):
         extract(str(tmp_path / "nowhere"), ["S"], output=output)

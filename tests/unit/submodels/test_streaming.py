@@ -9,12 +9,14 @@ import subprocess
 import sys
 from collections import Counter, namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from matformer_dist.checkpoints.files import hash_file
+from matformer_dist.checkpoints.memory import ReusedMemory
 from matformer_dist.checkpoints.universal import UniversalModel, load_universal
 from matformer_dist.checkpoints.universal_files import value_path
 from matformer_dist.errors import UserError
@@ -23,7 +25,7 @@ from matformer_dist.run_directory import MANIFEST, UNIVERSAL, Manifest, find_che
 from matformer_dist.submodels import extract as extract_module
 from matformer_dist.submodels.entry import read_entry
 from matformer_dist.submodels.extract import extract
-from matformer_dist.submodels.parts import Part, Scratch
+from matformer_dist.submodels.parts import Part
 from matformer_dist.submodels.safetensors_files import SafetensorsFiles, read_weights
 from tests.unit.submodels.synthetic_run import model_config, random_model, write_run
 
@@ -47,9 +49,9 @@ def test_several_submodels_take_one_pass(
     read: Counter[str] = Counter()
     weight_of = UniversalModel.weight
 
-    def counted(self: UniversalModel, name: str) -> Tensor:
+    def counted(self: UniversalModel, name: str, **how: Any) -> Tensor:
         read[name] += 1
-        return weight_of(self, name)
+        return weight_of(self, name, **how)
 
     monkeypatch.setattr(UniversalModel, "weight", counted)
     found = extract(str(run), ["S", "XL", "S:1,L:2"], output=tmp_path / "out", format=format)
@@ -117,12 +119,12 @@ def test_files_that_are_written_are_what_the_library_writes(tmp_path: Path) -> N
 
     odd = {"a": torch.randn(3, 5), "ü": torch.randn(7), "b": torch.randn(1)}
     for dtype in (torch.float32, torch.bfloat16):
-        scratch = Scratch()  # shared, as by the models of one extraction
+        memory = ReusedMemory()  # shared, as by the models of one extraction
         parts = {name: [Part(name, tuple(t.shape), lambda w: w)] for name, t in odd.items()}
         files = SafetensorsFiles(parts, dtype, 10**9)
         files.open(tmp_path)
         for name, tensor in odd.items():
-            files.write(parts[name][0], tensor, scratch)
+            files.write(parts[name][0], tensor, memory)
         files.close()
         stored = {name: tensor.to(dtype) for name, tensor in odd.items()}
         save_file(stored, tmp_path / "theirs.safetensors", metadata={"format": "pt"})

@@ -52,7 +52,7 @@ def test_auto_takes_the_newest_whole_checkpoint_and_names_the_damaged_one(run: P
     (run / "checkpoints/step-6/manifest.json").unlink()
     start = store(run).choose_start()
     assert start.checkpoint is not None and start.checkpoint.step == 4
-    assert len(start.damaged) == 1 and "step-6 is not a complete checkpoint" in start.damaged[0]
+    assert len(start.damaged) == 1 and "step-6 is not a whole checkpoint" in start.damaged[0]
 
 
 def test_a_run_without_a_whole_checkpoint_does_not_begin_again(run: Path) -> None:

@@ -14,7 +14,7 @@ from matformer_dist.checkpoints.files import hash_file
 from matformer_dist.checkpoints.universal import load_universal
 from matformer_dist.errors import UserError
 from matformer_dist.run_directory import MANIFEST, Layout, Manifest, find_checkpoint
-from tests.unit.submodels.synthetic_run import model_config, random_model, write_run
+from tests.unit.submodels.synthetic_run import NESTING, model_config, random_model, write_run
 
 MODEL_FILE = "checkpoints/step-5/mp_rank_01_model_states.pt"
 
@@ -32,6 +32,8 @@ def test_whole_weights_match_the_model_that_was_dealt(
     for name, weight in expected.items():
         assert torch.equal(universal.weight(name), weight), name
         assert torch.equal(built[name], weight), name
+        for rows in NESTING.widths if ".ffn." in name else ():
+            assert torch.equal(universal.weight(name, rows=rows), weight[:rows]), name
 
 
 def _reseal(path: Path, **changes: Any) -> None:
@@ -84,7 +86,7 @@ def _with_code(run: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_cut_file, "damaged: mp_rank_01_model_states.pt has 1000 bytes"),
+        (_cut_file, "whole checkpoint: mp_rank_01_model_states.pt has 1000 bytes"),
         (_fill_with_zeros, "damaged: cannot read .*mp_rank_01"),
         (_forget_file, "incomplete: .*mp_rank_01_model_states.pt is missing"),
         (_newer_format, "has format 2, this version of matformer_dist reads format 1"),
