@@ -32,7 +32,7 @@ def as_user_error(error: Exception) -> Exception:
         return UserError(f"cannot write {error.filename}: {error.strerror}; free some space there")
     if isinstance(error, OSError) and error.filename is not None:
         return UserError(
-            f"cannot use {error.filename}: {error.strerror}; what is read must be readable, on every "
-            "rank of a training run, and what is written must be in a place that can be written to"
+            f"cannot use {error.filename}: {error.strerror}; what is read must be readable, for "
+            "every rank of a training run, and places that are written to must be writable"
         )
     return error

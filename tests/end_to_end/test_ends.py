@@ -86,6 +86,31 @@ def test_a_signal_while_starting_ends_the_run_at_its_first_step(
     assert find_checkpoint(run).step <= 1
 
 
+def test_a_signal_ends_an_evaluation_which_the_next_start_makes_good(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """Its checkpoint is there already, and holds the line of metrics that is not complete."""
+
+    def job_of(run: Path) -> Job:
+        evaluation: dict[str, object] = {"every": 2, "batches": 150}
+        config = config_of(corpus, run, 4, evaluation=evaluation, checkpoint={"every": 2})
+        return Job(config)
+
+    run = tmp_path / "run"
+    job = job_of(run)
+    wait_for(lambda: (run / "checkpoints/step-2").exists())
+    job.signal(signal.SIGTERM)
+    assert job.wait() == [PREEMPTED], job.printed()
+    assert "checkpoint of step 2 is saved" in job.printed()
+    assert [line["step"] for line in lines(run)] == [1]
+    for _ in range(2):  # the second finds nothing left to do
+        job = job_of(run)
+        assert job.wait() == [0], job.printed()
+    whole = job_of(tmp_path / "whole")
+    assert whole.wait() == [0], whole.printed()
+    assert lines(run) == lines(tmp_path / "whole")
+
+
 def test_the_second_signal_ends_a_rank_that_waits_for_others_at_once(
     corpus: Path, tmp_path: Path
 ) -> None:
