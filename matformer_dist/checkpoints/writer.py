@@ -26,7 +26,8 @@ class CheckpointWriter:
     Nothing is raised while DeepSpeed saves, where the other ranks would wait for this one:
     `take` tells what was written, or what went wrong.
 
-    in_background: `save` takes a copy of the values in host memory, and a thread writes them.
+    in_background: `save` takes a copy of the values in host memory, and a thread writes them. The
+    memory is kept for the next checkpoint.
     classes: what `load` may make out of a file, beside tensors and Python's own types.
     busy: called, also by that thread, for every block that is written.
     """
@@ -41,6 +42,8 @@ class CheckpointWriter:
         self._waiting: list[tuple[Any, Path]] = []
         self._written: dict[Path, SavedFile] = {}
         self._failure: Exception | None = None
+        self._copies: list[Tensor] = []  # in host memory, by the order in which they are made
+        self._made = 0
 
     def start(self) -> None:
         """All has been handed over: the background may begin. (It must not run beside the copying,
@@ -60,7 +63,7 @@ class CheckpointWriter:
             self._thread.join()
             self._thread = None
         written, failure = self._written, self._failure
-        self._written, self._failure = {}, None
+        self._written, self._failure, self._made = {}, None, 0
         if failure is not None:
             raise failure
         return written
@@ -73,6 +76,33 @@ class CheckpointWriter:
         except Exception as failure:
             self._failure = failure
             self._waiting.clear()
+
+    def _in_host_memory(self, state: Any) -> Any:
+        """The same dictionaries, lists and tuples around copies of all tensors.
+
+        A tensor that is there twice is copied once.
+        """
+        copies: dict[int, Tensor] = {}
+
+        def copied(tensor: Tensor) -> Tensor:
+            if id(tensor) not in copies:
+                copies[id(tensor)] = self._next_copy(tensor).copy_(tensor.detach())
+            return copies[id(tensor)]
+
+        return _copied(state, copied)
+
+    def _next_copy(self, tensor: Tensor) -> Tensor:
+        """Memory for a tensor: that of the last checkpoint, where it fits."""
+        place, self._made = self._made, self._made + 1
+        if place == len(self._copies):
+            self._copies.append(torch.empty(0))
+        kept = self._copies[place]
+        if (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
+            # Pinned: a GPU copies there several times faster.
+            self._copies[place] = kept = torch.empty(
+                tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
+            )
+        return kept
 
     def _write_state(self, state: Any, path: Path) -> SavedFile:
         def save(stream: HashingStream) -> None:
@@ -93,7 +123,7 @@ class CheckpointWriter:
             return
         try:
             if self.in_background:
-                self._waiting.append((in_host_memory(state_dict), Path(path)))
+                self._waiting.append((self._in_host_memory(state_dict), Path(path)))
                 return
             self._written[Path(path)] = self._write_state(state_dict, Path(path))
         except Exception as failure:
@@ -117,21 +147,6 @@ class CheckpointWriter:
 
     def cleanup(self) -> None:
         pass
-
-
-def in_host_memory(state: Any) -> Any:
-    """The same dictionaries, lists and tuples around copies of all tensors in host memory.
-
-    A tensor that is there twice is copied once.
-    """
-    copies: dict[int, Tensor] = {}
-    return _copied(state, lambda tensor: _copy(tensor, copies))
-
-
-def _copy(tensor: Tensor, copies: dict[int, Tensor]) -> Tensor:
-    if id(tensor) not in copies:
-        copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
-    return copies[id(tensor)]
 
 
 def _copied(value: Any, copied: Callable[[Tensor], Tensor]) -> Any:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from matformer_dist.checkpoints.files import HashingStream, hash_file, replace_file, write_file
-from matformer_dist.checkpoints.writer import CheckpointWriter, in_host_memory
+from matformer_dist.checkpoints.writer import CheckpointWriter
 
 
 def test_what_is_hashed_while_writing_is_what_is_read_back(tmp_path: Path) -> None:
@@ -93,16 +93,24 @@ def test_a_failed_write_is_told_when_asked_for_and_only_once(
     assert not (tmp_path / "b.pt").exists(), "nothing more was to be written"
 
 
-def test_a_copy_in_host_memory_keeps_the_structure_and_no_storage() -> None:
-    weight = torch.nn.Parameter(torch.ones(2, 3))
-    state = {"module": {"w": weight, "again": weight}, "steps": [1, (weight.data[0], "x")]}
-    copy = in_host_memory(state)
-    with torch.no_grad():
-        weight.zero_()
-    assert copy["module"]["w"] is copy["module"]["again"]
-    assert torch.equal(copy["module"]["w"], torch.ones(2, 3))
-    assert not copy["module"]["w"].requires_grad
-    assert copy["steps"][0] == 1 and torch.equal(copy["steps"][1][0], torch.ones(3))
+def test_what_is_written_beside_the_training_is_what_was_saved(tmp_path: Path) -> None:
+    """Structure too; and again, in the memory of the time before, where other shapes came first."""
+    writer = CheckpointWriter(in_background=True)
+    for name, rows in (("a", 2), ("b", 4), ("c", 2), ("d", 2)):
+        weight = torch.nn.Parameter(torch.ones(rows, 3))
+        state = {"module": {"w": weight, "again": weight}, "steps": [1, (weight.data[0], "x")]}
+        writer.save(state, str(tmp_path / name))
+        with torch.no_grad():
+            weight.zero_()  # training goes on
+        writer.start()
+        writer.take()
+        found = torch.load(tmp_path / name, weights_only=True)
+        assert torch.equal(found["module"]["w"], torch.ones(rows, 3))
+        assert found["module"]["w"].data_ptr() == found["module"]["again"].data_ptr()
+        assert not found["module"]["w"].requires_grad
+        assert found["steps"][0] == 1 and torch.equal(found["steps"][1][0], torch.ones(3))
+    sizes = {name: (tmp_path / name).stat().st_size for name in "abcd"}
+    assert sizes["a"] == sizes["c"] == sizes["d"], "no more than the values is written"
 
 
 class Opener:
