@@ -4,9 +4,9 @@
 
 In turns, in one process that trains a MatLM under DeepSpeed (ZeRO 1, fp32): (a) DeepSpeed's own
 save, neither put on disk nor hashed; (b) ours; (c) ours with checkpoint.async_save, the training
-going on until the files are written; and (d) cp of the checkpoint, and sync. Printed: medians of the
-seconds that the loop stands still; of (c) also when the checkpoint is there, and how much longer a
-step takes until then.
+going on until the files are written; and (d) cp of the checkpoint, and sync. Printed: medians of
+the seconds that the loop stands still; of (c) also when the checkpoint is there, and how much
+longer a step takes until then.
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from matformer_dist.checkpoints.files import start_write_back
 from matformer_dist.checkpoints.memory import ReusedMemory
 from matformer_dist.errors import UserError
 from matformer_dist.submodels.parts import TORCH_DTYPES, Part, Parts
-from matformer_dist.submodels.write_back import start_write_back
 
 NAME = "model.gguf"
 _TENSOR_TYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "q8_0": "Q8_0"}

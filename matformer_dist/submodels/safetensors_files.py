@@ -16,10 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from matformer_dist.checkpoints.files import start_write_back
 from matformer_dist.checkpoints.memory import ReusedMemory
 from matformer_dist.errors import UserError
 from matformer_dist.submodels.parts import Part, Parts
-from matformer_dist.submodels.write_back import start_write_back
 
 SHARD_BYTES = 5 * 10**9  # as transformers
 _SINGLE = "model.safetensors"
