@@ -13,22 +13,26 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="ten times as many kills of a run")
+    parser.addoption(
+        "--long",
+        action="store_true",
+        help="all layouts of four ranks, and ten times as many kills of a run",
+    )
 
 
 class _ProcessesTakeTurns(LoadScopeScheduling):
-    """One worker runs the distributed and end-to-end tests; the others share the rest.
+    """One worker runs the distributed tests, one the end-to-end tests; the rest is shared.
 
-    Those start several ranks or a whole command for each of their steps. The few unit tests that
-    start a process are short, and run beside them.
+    Those start several ranks or a whole command for each of their steps: more of them at once would
+    only wait for each other.
 
     The mark xdist_group would do, but pytest 9.2 ignores it without a word
     (pytest-dev/pytest-xdist#1386).
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        alone = nodeid.startswith(("tests/distributed/", "tests/end_to_end/"))
-        return "processes" if alone else nodeid
+        kind = nodeid.split("/")[1]
+        return kind if kind in ("distributed", "end_to_end") else nodeid
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from matformer_dist.config import Config
+from matformer_dist.errors import UserError
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.parallel.topology import Topology
 from matformer_dist.run_directory import Manifest
@@ -30,13 +31,14 @@ def probe_loss(engine: Engine, config: Config, vocab_size: int, topology: Topolo
 
 
 def compare(saved: Manifest, loss: float) -> str:
-    """What to tell of the loss then and now; RuntimeError where it is another."""
+    """What to tell of the loss then and now; UserError where it is another."""
     was = saved.probe_loss
     if was is None:
         return f"continuity not checked: the checkpoint has no loss to compare {loss:.6f} with"
     if not abs(loss - was) <= ALLOWED[saved.precision] * abs(was):
-        raise RuntimeError(
+        raise UserError(
             f"XL's loss on made-up tokens was {was:.6f} when the checkpoint was saved by "
-            f"{saved.layout}, and is {loss:.6f} now: what was loaded is not what was saved"
+            f"{saved.layout}, and is {loss:.6f} now, so what is loaded is not what was saved: go on "
+            "with the layout that saved it, and report this as an error of matformer_dist"
         )
     return f"continuity XL's loss on made-up tokens is {loss:.6f}, was {was:.6f}"

@@ -122,7 +122,10 @@ class Run:
         else:
             with self.screen.progress(f"from {manifest.layout}", self.engine.weights) as advance:
                 self.engine.load_other_layout(checkpoint, advance)
-            self.screen.say(compare(manifest, self._probe_loss()))
+            loss = self._probe_loss()
+            with agreement():
+                said = compare(manifest, loss)
+            self.screen.say(said)
         self.step, self.skipped = manifest.step, manifest.skipped_steps
         self.skips_in_a_row = manifest.skips_in_a_row
         self.began_from = manifest.began_from
