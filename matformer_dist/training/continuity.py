@@ -38,7 +38,7 @@ def compare(saved: Manifest, loss: float) -> str:
     if not abs(loss - was) <= ALLOWED[saved.precision] * abs(was):
         raise UserError(
             f"XL's loss on made-up tokens was {was:.6f} when the checkpoint was saved by "
-            f"{saved.layout}, and is {loss:.6f} now, so what is loaded is not what was saved: go on "
+            f"{saved.layout}, and is {loss:.6f} now: what is loaded is not what was saved. Go on "
             "with the layout that saved it, and report this as an error of matformer_dist"
         )
     return f"continuity XL's loss on made-up tokens is {loss:.6f}, was {was:.6f}"

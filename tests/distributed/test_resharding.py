@@ -47,8 +47,7 @@ FP32 = [
     Case(1, 1, 2),
 ]
 BF16 = [Case(4, 2, 1, "bf16"), Case(2, 1, 2, "bf16"), Case(2, 2, 3, "bf16"), Case(1, 1, 1, "bf16")]
-# Every layout is the target of two others; TP 1 <-> 2 <-> 4, DP 1 <-> 2, ZeRO 0 <-> 1 <-> 2 <-> 3 are
-# all among them.
+# Every layout is the target of two others: TP 1 <-> 2 <-> 4, DP 1 <-> 2, ZeRO 0 <-> 1 <-> 2 <-> 3.
 PAIRS = [
     (cases[i], cases[(i + step) % len(cases)])
     for cases, steps in ((FP32, (1, 6)), (BF16, (1, 2)))

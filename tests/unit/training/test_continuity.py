@@ -16,7 +16,7 @@ def test_a_loss_that_is_another_ends_the_run(precision: str, near: float, far: f
     saved = manifest(3).model_copy(update={"precision": precision, "probe_loss": 4.0})
     assert compare(saved, 4.0 * (1 + near)).startswith("continuity XL's loss")
     for other in (4.0 * (1 + far), 4.0 * (1 - far), math.nan, math.inf):
-        with pytest.raises(UserError, match=r"was 4\.000000 when .* ZeRO 0, and is .* go on with"):
+        with pytest.raises(UserError, match=r"was 4\.000000 when .* ZeRO 0, and is .* Go on with"):
             compare(saved, other)
 
 
