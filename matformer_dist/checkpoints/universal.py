@@ -47,6 +47,7 @@ class UniversalModel:
         """
         return self.value(name, "fp32", rows=rows, memory=memory)
 
+    @torch.no_grad()  # DeepSpeed saves parameters
     def value(
         self, name: str, state: str, *, rows: int | None = None, memory: FreshMemory = FRESH
     ) -> Tensor:
@@ -65,6 +66,7 @@ class UniversalModel:
             partition.put(whole, self._shard(name, state, rank, local, memory), rank, ranks)
         return whole
 
+    @torch.no_grad()
     def share(
         self, name: str, state: str, tensor: TensorParallel, *, memory: FreshMemory = FRESH
     ) -> Tensor:

@@ -42,6 +42,7 @@ class Partition:
         piece = torch.cat(self._places(full, rank, ranks), self.dim)
         return _pad(piece, self.dim, self.local_shape(full.shape, ranks)[self.dim])
 
+    @torch.no_grad()
     def put(self, full: Tensor, piece: Tensor, rank: int, ranks: int) -> None:
         """Copy what `rank` of `ranks` stores to its places in `full`; the inverse of `deal`."""
         if self.dim is None:
