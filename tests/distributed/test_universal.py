@@ -108,7 +108,7 @@ def test_a_damaged_checkpoint_is_not_converted(runs: Path, tmp_path: Path) -> No
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     try:
-        with pytest.raises(UserError, match="damaged"):
+        with pytest.raises(UserError, match="is not a whole checkpoint"):
             convert(str(run), tmp_path / "new")
     finally:
         file.write_bytes(content)
