@@ -11,6 +11,7 @@ import signal
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Generic, TypeVar
@@ -33,6 +34,7 @@ class Workers(Generic[Task, Result]):
     def __init__(self, count: int, function: Callable[[Task], Result]) -> None:
         context = multiprocessing.get_context("spawn")  # no copy of our threads or locks
         self._processes = {}
+        resource_tracker.ensure_running()  # or the first process would start it, and unblock Ctrl-C
         interrupt = {signal.SIGINT}
         signal.pthread_sigmask(signal.SIG_BLOCK, interrupt)  # inherited, until they ignore it
         try:
