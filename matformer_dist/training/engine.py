@@ -224,6 +224,8 @@ class Engine:
     """One optimizer step at a time over a MatLM, with DeepSpeed holding gradients and states."""
 
     def __init__(self, config: Config, model: MatLM, topology: Topology) -> None:
+        # zero.Init would take the ranks for one, without a word, where nothing was begun before it.
+        deepspeed.init_distributed()
         self.config = config
         self.topology = topology
         self.accumulation = accumulation_steps(config, topology.data_size)
