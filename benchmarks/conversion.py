@@ -37,12 +37,12 @@ from benchmarks.prepare_data import documents
 from matformer_dist.checkpoints.deepspeed_files import MOMENTS, optimizer_order
 from matformer_dist.checkpoints.files import write_file
 from matformer_dist.config import ModelConfig
-from matformer_dist.data.tokenizer import train_tokenizer
+from matformer_dist.data.sentencepiece_tokenizer import train_tokenizer
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.nesting import Nesting
 from matformer_dist.parallel.layers import Initializer
 from matformer_dist.parallel.topology import TensorParallel
-from matformer_dist.run_directory import TOKENIZER, Layout, Manifest
+from matformer_dist.run_directory import Layout, Manifest
 
 VOCAB = 16000
 RANKS = Layout(tensor=2, data=2, zero_stage=1)
@@ -70,7 +70,7 @@ def write_parent(directory: Path, model: ModelConfig) -> None:
     nesting = Nesting.from_fractions(model.d_ff, ["1/8", "1/4", "1/2", "1"])
     checkpoint = directory / "checkpoints" / "step-1"
     checkpoint.mkdir(parents=True)
-    (directory / TOKENIZER).write_bytes(tokenizer.model)
+    (directory / tokenizer.file_name).write_bytes(tokenizer.model)
     files = {}
     for rank in range(RANKS.tensor):
         for data, state in enumerate(_rank_states(model, nesting, rank)):

@@ -31,7 +31,7 @@ from typing import Any
 
 from benchmarks.machine import RESULTS, write_result
 from matformer_dist.data.corpus import find_files
-from matformer_dist.data.tokenizer import Tokenizer, train_tokenizer
+from matformer_dist.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
 
 FORMATS = ("text", "jsonl", "jsonl.gz", "jsonl.zst", "parquet")
 BARE_BYTES = 8_000_000
@@ -69,7 +69,7 @@ def write_corpus(folder: Path, kind: str, size: int) -> Path:
     return path
 
 
-def bare(tokenizer: Tokenizer, texts: list[str]) -> tuple[float, float]:
+def bare(tokenizer: SentencePieceTokenizer, texts: list[str]) -> tuple[float, float]:
     """Seconds and CPU seconds a byte of SentencePiece alone, at its fastest."""
     encode = tokenizer._processor.encode
     size = sum(len(text.encode()) for text in texts)
@@ -134,7 +134,7 @@ def measure_speed(
     kind: str, corpus: Path, model: Path, texts: list[str], workers: int, repeats: int
 ) -> dict[str, Any]:
     """Medians over turns of bare and preparation, each compared with its neighbour."""
-    tokenizer = Tokenizer.load(model)
+    tokenizer = SentencePieceTokenizer.load(model)
     rows = []
     for _ in range(repeats):
         seconds, cpu = bare(tokenizer, texts)

@@ -33,7 +33,8 @@ def prepare_data_command(
     ],
     output: Annotated[Path, typer.Option(help="Prefix of the .bin and .idx files to write.")],
     tokenizer: Annotated[
-        Path | None, typer.Option(help="SentencePiece model to use; trained anew if left out.")
+        Path | None,
+        typer.Option(help="SentencePiece .model or tokenizer.json to use; else trained."),
     ] = None,
     vocab_size: Annotated[int, typer.Option(help="Pieces of a tokenizer that is trained.")] = 32000,
     workers: Annotated[int, typer.Option(help="Processes; 0: one a core.")] = 0,
@@ -87,7 +88,7 @@ def import_command(
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens of it to run.")] = 8192,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="SentencePiece model, where HF_DIR has no tokenizer.model.")
+        Path | None, typer.Option(help="Another than HF_DIR's: a .model file or tokenizer.json.")
     ] = None,
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens a sequence, of calibration and the run's config.")
@@ -138,7 +139,7 @@ def extract_command(
         str, typer.Option(help="fp32, bf16 or fp16; in format gguf also q8_0.")
     ] = "fp32",
     tokenizer: Annotated[
-        Path | None, typer.Option(help="The run's SentencePiece model, if its copy there is gone.")
+        Path | None, typer.Option(help="The run's tokenizer, if its copy there is gone.")
     ] = None,
     force: Annotated[bool, typer.Option(help="Replace what is at the output.")] = False,
 ) -> None:

@@ -32,11 +32,33 @@ class RunConfig(Section):
     dir: Path  # everything the run writes
 
 
+class RopeScaling(Section):
+    """Slower rotations for texts longer than those of training; see models/rotation.py."""
+
+    kind: Literal["linear", "llama3"]
+    factor: Annotated[float, Field(ge=1, strict=True)]
+    original_max_seq_len: Positive | None = None  # llama3: the context before
+    low_freq_factor: AboveZero = 1.0  # llama3: turns in it, up to which all of `factor` holds
+    high_freq_factor: AboveZero = 4.0  # llama3: from which none of it does
+
+    @model_validator(mode="after")
+    def _check(self) -> RopeScaling:
+        if self.kind == "llama3" and self.original_max_seq_len is None:
+            raise ValueError("model.rope_scaling of kind llama3 needs original_max_seq_len")
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"model.rope_scaling.low_freq_factor {self.low_freq_factor:g} must be below "
+                f"high_freq_factor, which is {self.high_freq_factor:g}"
+            )
+        return self
+
+
 class ModelConfig(Section):
     d_model: Positive
     n_layers: Positive
     n_heads: Positive
     n_kv_heads: Positive | None = None  # None: as many as n_heads
+    kv_channels: Positive | None = None  # of a head; None: d_model / n_heads
     d_ff: Positive  # neurons of the widest granularity
     ffn: Literal["swiglu", "gelu"] = "swiglu"
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
@@ -45,6 +67,7 @@ class ModelConfig(Section):
     vocab_size: Positive | None = None  # None: the tokenizer's
     max_seq_len: Positive = 2048
     rope_theta: AboveZero = 10000.0
+    rope_scaling: RopeScaling | None = None
     init_std: AboveZero = 0.02  # of weights at the start
 
     @property
@@ -58,11 +81,20 @@ class ModelConfig(Section):
 
     @property
     def head_dim(self) -> int:
-        return self.d_model // self.n_heads
+        return self.kv_channels or self.d_model // self.n_heads
+
+    @property
+    def attention_width(self) -> int:
+        """Of all heads' queries together."""
+        return self.n_heads * self.head_dim
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        if self.d_model % self.n_heads or self.head_dim % 2:
+        if self.kv_channels is not None and self.kv_channels % 2:
+            raise ValueError(
+                f"model.kv_channels {self.kv_channels} must be even (rotary embeddings turn pairs)"
+            )
+        if self.kv_channels is None and (self.d_model % self.n_heads or self.head_dim % 2):
             raise ValueError(
                 f"model.d_model {self.d_model} over model.n_heads {self.n_heads} must be a whole, "
                 "even head size (rotary embeddings turn pairs)"
@@ -135,7 +167,7 @@ class DataConfig(Section):
     train: list[tuple[AboveZero, str]] = Field(min_length=1)
     validation: list[tuple[AboveZero, str]] | None = None
     split: tuple[NonNegative, NonNegative] = (99.0, 1.0)  # of train, where validation is not set
-    tokenizer: Path
+    tokenizer: Path  # a .model file of SentencePiece, a tokenizer.json, or the folder of one
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 1234
     workers: Count = 0  # processes a rank that read ahead; 0: the rank reads itself
 

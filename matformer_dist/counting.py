@@ -38,7 +38,7 @@ def ffn_matrices(model: ModelConfig) -> int:
 def attention_weights(model: ModelConfig) -> int:
     """Weights of one attention layer: queries, keys, values and the output projection."""
     kv_width = model.kv_heads * model.head_dim
-    return 2 * model.d_model * model.d_model + 2 * model.d_model * kv_width
+    return 2 * model.d_model * (model.attention_width + kv_width)
 
 
 def count_parameters(model: ModelConfig, vocab_size: int, submodel: Submodel) -> ParameterCount:
@@ -95,7 +95,7 @@ def forward_flops(
         attended -= sequences - segments[0].sequences
     rows = sequences * seq_len
     projections = 2 * attention_weights(model) * seq_len
-    scores = 4 * seq_len * seq_len * model.d_model
+    scores = 4 * seq_len * seq_len * model.attention_width
     neurons = sum(s.sequences * seq_len * sum(s.submodel.widths) for s in segments)
     return Flops(
         attention=attended * (projections + scores),

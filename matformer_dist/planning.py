@@ -97,8 +97,8 @@ def _activation_bytes(config: Config, element: int) -> int:
         per_layer = residual
     else:
         norms = 4 * residual  # the inputs and outputs of both norms
-        qkv = copies * (model.d_model + 2 * model.kv_heads * model.head_dim) / tensor
-        context = copies * model.d_model / tensor
+        qkv = copies * (model.attention_width + 2 * model.kv_heads * model.head_dim) / tensor
+        context = copies * model.attention_width / tensor
         vectors = 2 if model.ffn == "swiglu" else 1
         ffn = vectors * width * model.d_ff / tensor
         per_layer = norms + 2 * qkv + context + ffn

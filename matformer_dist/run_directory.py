@@ -3,7 +3,7 @@
 ```
 config.yaml       the resolved configuration        checkpoints/step-N/   one folder a checkpoint
 metrics.jsonl     one line of measurements a time   evaluation.json       losses of submodels
-tokenizer.model   a copy of data.tokenizer          submodels/NAME/       extracted models
+tokenizer.*       a copy of data.tokenizer          submodels/NAME/       extracted models
 tensorboard/      the metrics, for TensorBoard      samples.json          generated text
 report.html       the report page                   .lock                 held while a run writes
 ```
@@ -31,7 +31,9 @@ from matformer_dist.nesting import Nesting
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
-TOKENIZER = "tokenizer.model"
+TOKENIZER_FILES = (  # those that data.tokenizer has
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+)  # fmt: skip
 _STEP = re.compile(r"step-(\d+)")
 _SHOWN_FAULTS = 3  # of one checkpoint, in a message about something else
 _UNSEALED = "0" * 64

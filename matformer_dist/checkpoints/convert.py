@@ -24,7 +24,7 @@ from matformer_dist.checkpoints.verify import faults
 from matformer_dist.errors import UserError
 from matformer_dist.run_directory import (
     MANIFEST,
-    TOKENIZER,
+    TOKENIZER_FILES,
     UNIVERSAL,
     DamagedError,
     SavedFile,
@@ -52,7 +52,7 @@ def convert(
     folder = temporary / "checkpoints" / f"step-{checkpoint.step}"
     try:
         folder.mkdir(parents=True)
-        for name in ("config.yaml", TOKENIZER):
+        for name in ("config.yaml", *TOKENIZER_FILES):
             source = checkpoint.path.parent.parent / name
             if source.exists():
                 shutil.copy(source, temporary)

@@ -27,7 +27,9 @@ from matformer_dist.data.corpus import CorpusFile, Piece, Span
 from matformer_dist.data.documents import DocumentReader, InvalidText
 from matformer_dist.data.indexed_files import IndexedWriter, token_dtype
 from matformer_dist.data.progress import Progress, megabytes
-from matformer_dist.data.tokenizer import Tokenizer, train_tokenizer
+from matformer_dist.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
+from matformer_dist.data.tokenizer import Tokenizer
+from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.data.workers import Workers
 from matformer_dist.errors import UserError
 
@@ -157,7 +159,7 @@ def prepare_data(
     """Write `output`.bin and .idx (and .json) from the corpus `inputs`; show how it gets on.
 
     inputs        files and folders, see corpus.py; `include`, `exclude`: patterns in folders
-    tokenizer     a SentencePiece model to use; else one of `vocab_size` pieces is trained on a
+    tokenizer     one to use, see load_tokenizer; else one of `vocab_size` pieces is trained on a
                   random sample of at most 32 MiB, and written to `output`.model
     workers       processes; 0: one for every core that this process may use
     invalid_text  bytes that are not UTF-8: "error", or "replace" them by U+FFFD
@@ -183,7 +185,7 @@ def prepare_data(
             f"the output {output} is a folder; give a prefix of files in it, for example "
             f"{prefix / 'corpus'}"
         )
-    given = Tokenizer.load(tokenizer) if tokenizer is not None else None
+    given = load_tokenizer(tokenizer) if tokenizer is not None else None
     dtype = token_dtype(given.vocab_size if given else vocab_size)
     suffixes = (".json",) if given else (".model", ".json")
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
@@ -193,7 +195,7 @@ def prepare_data(
             used = given or _train(source, vocab_size, console)
             with Progress(console, disk_bytes) as progress:
                 text_bytes, empty = _encode(source, used, workers or _cores(), writer, progress)
-            if given is None:
+            if isinstance(used, SentencePieceTokenizer) and not given:
                 writer.write_file(".model", used.model)
             writer.write_file(".json", _describe(source, used, writer, text_bytes))
             writer.publish()
@@ -203,7 +205,7 @@ def prepare_data(
         raise UserError(f"cannot prepare the data set {prefix}: {error}") from None
     result = PreparedData(
         prefix=prefix,
-        tokenizer=Path(tokenizer) if tokenizer is not None else Path(f"{prefix}.model"),
+        tokenizer=Path(given.source) if given else Path(f"{prefix}.model"),
         documents=writer.documents,
         empty_documents=empty,
         tokens=writer.tokens,
@@ -217,10 +219,10 @@ def prepare_data(
     return result
 
 
-def _train(source: _Corpus, vocab_size: int, console: Console) -> Tokenizer:
+def _train(source: _Corpus, vocab_size: int, console: Console) -> SentencePieceTokenizer:
     console.print(f"training a tokenizer of {vocab_size} pieces")
     with Workers(1, _Training(source, _SAMPLE_BYTES)) as workers:
-        return Tokenizer(next(workers.map([vocab_size])), "just trained")
+        return SentencePieceTokenizer.of(next(workers.map([vocab_size])), "just trained")
 
 
 def _encode(

@@ -1,89 +1,57 @@
-"""SentencePiece tokenizers that give every text back exactly, and their training.
-
-What we train is BPE with byte fallback and without any normalisation: code, odd Unicode and all
-white space round-trip. transformers' LlamaTokenizer gives the same ids from the same file with
-add_prefix_space=False and add_bos_token=False (its own reading of literal "</s>" aside).
-"""
+"""What all tokenizers do, whichever files they come from, and how they are found."""
 
 from __future__ import annotations
 
 import hashlib
-import io
-import re
+from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import sentencepiece
 from numpy.typing import NDArray
 
 from matformer_dist.errors import UserError
 
-_SPACE = "▁"  # U+2581, which stands for a space inside pieces
-_PART_CHARS = 8192  # long strings encode up to twice as fast, and in bounded memory, in parts
-_LONGEST_PART_CHARS = 1 << 20
-_SENTENCE_CHARS = 4096
-_PROBE = " a\n\t  b "
 
+class Tokenizer(ABC):
+    """Text to ids and back.
 
-class Tokenizer:
-    """A SentencePiece model. `source` names it in messages.
-
-    `digest` is the model file's SHA-256: equal digests mean equal ids.
+    `files` are its files by name, so that a copy of it stands anywhere; `source` is the path of
+    the first, for messages.
     """
 
-    def __init__(self, model: bytes, source: str) -> None:
-        self.model = model
+    def __init__(self, files: Mapping[str, bytes], source: str) -> None:
+        self.files = files
         self.source = source
-        self.digest = hashlib.sha256(model).hexdigest()
-        try:
-            if not model:  # which SentencePiece would take for "load nothing"
-                raise RuntimeError
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError:
-            raise UserError(
-                f"the tokenizer {source} is not a SentencePiece model; give a .model file that "
-                "SentencePiece or `matformer prepare-data` made"
-            ) from None
-        if self.eod < 0:
-            raise UserError(
-                f"the tokenizer {source} has no end-of-document piece </s>; train it with one"
-            )
-        self._byte_ids = [
-            self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()
-        ]
-        self._is_exact = self._processor.is_byte(self._byte_ids[0]) and self._processor.normalize(
-            _PROBE
-        ) == _PROBE.replace(" ", _SPACE)
-        self._inner_pairs = self._find_inner_pairs() if self._is_exact else set()
-
-    @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """Read a .model file; UserError where it is missing or something else."""
-        try:
-            return cls(Path(path).read_bytes(), str(path))
-        except OSError as error:
-            raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tokenizer, (self.model, self.source)
+        return type(self), (self.files, self.source)
 
     @property
+    def file_name(self) -> str:
+        """Name of the file that a tokenizer is loaded by."""
+        return next(iter(self.files))
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal digests mean equal ids."""
+        return hashlib.sha256(self._decisive()).hexdigest()
+
+    @abstractmethod
+    def _decisive(self) -> bytes:
+        """All that decides which ids a text gets, and which id ends a document."""
+
+    @property
+    @abstractmethod
     def vocab_size(self) -> int:
-        return int(self._processor.get_piece_size())
+        """Ids are below it."""
 
     @property
+    @abstractmethod
     def eod(self) -> int:
-        """Id of </s>, which ends every document."""
-        return int(self._processor.eos_id())
-
-    @property
-    def bos(self) -> int | None:
-        """Id of <s>, which prepared data do not use; None where there is none."""
-        bos = int(self._processor.bos_id())
-        return bos if bos >= 0 else None
+        """Id that ends every document."""
 
     @property
     def unique_identifiers(self) -> OrderedDict[str, str]:
@@ -91,104 +59,35 @@ class Tokenizer:
         return OrderedDict({"class": type(self).__name__, "sha256": self.digest})
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without <s> or </s>; UserError for text that is not valid Unicode."""
+        """Ids of `text` alone; what reads like a special token in it is text.
+
+        UserError for text that is not valid Unicode.
+        """
         ids: list[int] = self.encode_array(text).tolist()
         return ids
 
+    @abstractmethod
     def encode_array(self, text: str) -> NDArray[Any]:
         """The same as an int32 array [tokens]."""
-        arrays = []
-        for i, between in enumerate(text.split(_SPACE) if self._is_exact else [text]):
-            if i:  # a literal U+2581 would come back as a space: spell it in bytes
-                arrays.append(np.array(self._byte_ids, np.int32))
-            arrays.extend(map(self._encode_part, self._parts(between)))
-        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text that a model is to go on from; never none."""
+        return self.encode(text) or [self.eod]
+
+    @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; bytes that are not UTF-8 become U+FFFD."""
-        return str(self._processor.decode(list(ids)))
-
-    def _encode_part(self, part: str) -> NDArray[Any]:
-        try:
-            ids: NDArray[Any] = self._processor.encode(part, out_type="numpy")
-        except RuntimeError:
-            raise UserError(
-                f"the text {part[:40]!a} holds a lone surrogate, which is not valid Unicode; "
-                "remove it"
-            ) from None
-        return ids
-
-    def _parts(self, text: str) -> Iterator[str]:
-        """`text` cut where no piece of the vocabulary can span the cut.
-
-        So encoding the parts gives the ids of the whole. (Unless a million characters offer no
-        such place.) A tokenizer that normalises gets its text whole.
-        """
-        start = 0
-        while self._is_exact and len(text) - start > _PART_CHARS:
-            cut = start + _PART_CHARS
-            limit = min(len(text), start + _LONGEST_PART_CHARS)
-            while cut < limit and text[cut - 1 : cut + 1] in self._inner_pairs:
-                cut += 1
-            yield text[start:cut]
-            start = cut
-        yield text[start:]
-
-    def _find_inner_pairs(self) -> set[str]:
-        """Every two neighbouring characters inside a piece, as they read in a text."""
-        pairs: set[str] = set()
-        for i in range(self.vocab_size):
-            piece = self._processor.id_to_piece(i).replace(_SPACE, " ")
-            pairs.update(piece[j : j + 2] for j in range(len(piece) - 1))
-        return pairs
+        """The text; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train on `texts` (all are held in memory, at about 15 times their size).
+def lone_surrogate(text: str) -> UserError:
+    return UserError(
+        f"the text {text[:40]!a} holds a lone surrogate, which is not valid Unicode; remove it"
+    )
 
-    The same texts in the same order give the same file. UserError where they are empty, or do
-    not fit `vocab_size`.
-    """
-    writer = io.BytesIO()
+
+def read_tokenizer_file(path: Path) -> bytes:
+    """UserError where it cannot be read."""
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts),
-            model_writer=writer,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            max_sentence_length=8 * _SENTENCE_CHARS,  # bytes; none of ours is longer
-            num_threads=8,  # is written into the model: fixed, so that the file is the same
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise UserError(_explain(str(error), vocab_size)) from None
-    return Tokenizer(writer.getvalue(), "just trained")
-
-
-def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        for start in range(0, len(text), _SENTENCE_CHARS):
-            yield text[start : start + _SENTENCE_CHARS]
-
-
-def _explain(message: str, vocab_size: int) -> str:
-    """SentencePiece's error in the words of our options."""
-    if most := re.search(r"set it to a value <= (\d+)", message):
-        return (
-            f"the corpus is too small for a vocabulary of {vocab_size} pieces, it gives at most "
-            f"{most[1]}; set a smaller vocab_size, or add text"
-        )
-    if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return (
-            f"a vocabulary of {vocab_size} pieces is too small for this corpus' characters and "
-            f"256 bytes; set vocab_size to {least[1]} or more"
-        )
-    if "sentences_.empty()" in message:
-        return "the corpus is empty: there is no text to train a tokenizer on"
-    return f"SentencePiece cannot train a tokenizer of {vocab_size} pieces: {message}"
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None

@@ -15,11 +15,11 @@ from matformer_dist.checkpoints.universal import load_universal
 from matformer_dist.config_file import load_config
 from matformer_dist.counting import count_parameters, flops_per_token
 from matformer_dist.data.datasets import build_datasets, micro_batches
-from matformer_dist.data.tokenizer import Tokenizer
+from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.evaluation.loss import SubmodelLoss, evaluate_submodels
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.nesting import Submodel, mix_n_match
-from matformer_dist.run_directory import TOKENIZER, find_checkpoint
+from matformer_dist.run_directory import find_checkpoint
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def evaluate_run(
     size = config.training.micro_batch_size
     sequences = (batches or config.evaluation.batches) * config.training.global_batch_size
     count = sequences // size
-    tokenizer = Tokenizer.load(directory / TOKENIZER)
+    tokenizer = load_tokenizer(directory)
     _, validation = build_datasets(config, tokenizer, size, sequences)
     assert validation is not None
 

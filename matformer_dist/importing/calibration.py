@@ -20,8 +20,8 @@ from matformer_dist.data.corpus import INCLUDE, find_files, pieces
 from matformer_dist.data.documents import DocumentReader
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.errors import UserError
-from matformer_dist.models.attention import Rotation
 from matformer_dist.models.matlm import Block
+from matformer_dist.models.rotation import Rotation
 from matformer_dist.nesting import Nesting
 from matformer_dist.parallel.layers import Initializer
 from matformer_dist.parallel.topology import SINGLE
@@ -64,7 +64,7 @@ class Calibration:
         self.model = model
         self._hidden = F.embedding(tokens, embedding)
         positions = torch.arange(tokens.shape[1])
-        self._rotation = Rotation.of(positions, model.head_dim, model.rope_theta)
+        self._rotation = Rotation.of(positions, model)
 
     @torch.no_grad()
     def through(self, weights: dict[str, Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 ```
 config.json          llama_config.py     what the model is, or why it cannot be imported
-tokenizer.model      vocabulary.py       a piece for every row of the embedding
+tokenizer.*          vocabulary.py       an id for every row of the embedding
 model*.safetensors   llama_weights.py    a tensor at a time, as MatLM's
   calibration text   calibration.py, importance.py    each layer's neurons, most important first
 -> RUN/              run_files.py        checkpoints/step-0, whole weights
@@ -27,6 +27,7 @@ from matformer_dist.config import Config
 from matformer_dist.config_file import validate_config
 from matformer_dist.counting import count_parameters
 from matformer_dist.data.tokenizer import Tokenizer
+from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.errors import UserError
 from matformer_dist.importing.calibration import Calibration, read_tokens
 from matformer_dist.importing.importance import activation_weighted, falling, magnitude
@@ -34,7 +35,6 @@ from matformer_dist.importing.llama_config import LlamaConfig, read_llama_config
 from matformer_dist.importing.llama_weights import LlamaWeights
 from matformer_dist.importing.run_files import write_run
 from matformer_dist.importing.vocabulary import find_tokenizer
-from matformer_dist.run_directory import TOKENIZER
 
 ORDERS = ("importance", "none")
 CALIBRATION_TOKENS = 8192
@@ -47,7 +47,7 @@ class ImportOptions:
 
     order        importance: neurons by falling importance; none: as they are in the checkpoint
     calibration  files or folders of text to measure importance on; without, weights alone count
-    tokenizer    a SentencePiece model, where the checkpoint has none
+    tokenizer    another than the one beside the checkpoint, see load_tokenizer
     seq_len      training.seq_len, and the length of calibration's sequences
     """
 
@@ -88,7 +88,7 @@ def import_model(
     _check_output(output)
     described = read_llama_config(directory)
     tokenizer = find_tokenizer(directory, options.tokenizer, described.vocab_size)
-    config = _config(described, options, output)
+    config = _config(described, options, output, tokenizer)
     source = LlamaWeights(directory, config.model, tokenizer.vocab_size)
     tokens = None
     if options.calibration:
@@ -125,7 +125,9 @@ def _check_output(output: Path) -> None:
         raise UserError(f"{output} exists and is not an empty folder; choose another output")
 
 
-def _config(described: LlamaConfig, options: ImportOptions, output: Path) -> Config:
+def _config(
+    described: LlamaConfig, options: ImportOptions, output: Path, tokenizer: Tokenizer
+) -> Config:
     """The run's settings; UserError where the nesting or seq_len does not fit the model."""
     model = described.model
     nesting: dict[str, Any] = {
@@ -142,7 +144,7 @@ def _config(described: LlamaConfig, options: ImportOptions, output: Path) -> Con
         "run": {"dir": str(output)},
         "model": model.model_dump(),
         "nesting": nesting,
-        "data": {"train": [[1.0, "unset"]], "tokenizer": str(output / TOKENIZER)},
+        "data": {"train": [[1.0, "unset"]], "tokenizer": str(output / tokenizer.file_name)},
         "optimizer": {"lr": 1e-4},
         "schedule": {"warmup_steps": 100, "min_lr": 1e-5},
         "training": {
@@ -237,11 +239,11 @@ def _notices(
     if tokenizer.eod not in described.eos_ids:
         notices.append(
             f"config.json ends texts with id {', '.join(map(str, described.eos_ids))}, the run's "
-            f"documents end with the tokenizer's </s>, id {tokenizer.eod}"
+            f"documents end with the tokenizer's end, id {tokenizer.eod}"
         )
-    if tokenizer.model != Tokenizer.load(tokenizer.source).model:
+    if tokenizer.digest != load_tokenizer(tokenizer.source).digest:
         notices.append(
-            f"the run's {TOKENIZER} has pieces added up to the embedding's {tokenizer.vocab_size} "
-            "rows; prepare data with it, not with the original"
+            f"the run's {tokenizer.file_name} has tokens added up to the embedding's "
+            f"{tokenizer.vocab_size} rows; prepare data with it, not with the original"
         )
     return notices

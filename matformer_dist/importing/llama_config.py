@@ -22,6 +22,7 @@ _KEYS = {  # ours: theirs
     "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads",
+    "kv_channels": "head_dim",
     "d_ff": "intermediate_size",
     "norm_eps": "rms_norm_eps",
     "tied_embeddings": "tie_word_embeddings",
@@ -32,6 +33,7 @@ _KEYS = {  # ours: theirs
 }
 _DEFAULTS = {  # of transformers' LlamaConfig, where a file leaves a key out
     "num_key_value_heads": None,
+    "head_dim": None,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
     "max_position_embeddings": 2048,
@@ -46,7 +48,17 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {  # keys of what MatLM has in one kind o
     "partial_rotary_factor": (None, 1),
     "quantization_config": (None,),
 }
-_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_ROPE_KEYS: dict[str, dict[str, str]] = {  # of each type; theirs: ours
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_position_embeddings": "original_max_seq_len",
+    },
+}
+_EVERY_ROPE = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
 @dataclass(frozen=True)
@@ -76,15 +88,16 @@ def read_llama_config(directory: Path) -> LlamaConfig:
             f"{path} describes a model that cannot be imported: {'; '.join(found)}. Its weights "
             "would compute something else here; choose a checkpoint without that"
         )
-    parameters = config.get("rope_parameters") or {}
+    rope = _rope(config)
     values = {**_DEFAULTS, **config}
-    values["rope_theta"] = parameters.get("rope_theta", values["rope_theta"])
+    values["rope_theta"] = rope.get("rope_theta", values["rope_theta"])
     try:
         model = ModelConfig.model_validate(
             {
                 **{ours: values[theirs] for ours, theirs in _KEYS.items()},
                 "ffn": "swiglu",
                 "norm": "rmsnorm",
+                "rope_scaling": _rope_scaling(rope),
             }
         )
     except ValidationError as error:
@@ -125,33 +138,44 @@ def _not_allowed(config: dict[str, Any]) -> Iterator[str]:
         value = config.get(key, allowed[0])
         if value not in allowed:
             yield f"{key} is {_short(value)}, allowed is {allowed[0]!r}"
-    size, heads = config["hidden_size"], config["num_attention_heads"]
-    head_dim = config.get("head_dim")
-    numbers = isinstance(size, int) and isinstance(heads, int)
-    if head_dim is not None and numbers and head_dim * heads != size:
-        allowed_dim = f"hidden_size {size} / num_attention_heads {heads}"
-        yield f"head_dim is {head_dim!r}, allowed is {allowed_dim}"
 
 
 def _rope_faults(config: dict[str, Any]) -> Iterator[str]:
     """Of rope_parameters, as transformers 5 writes it, and of rope_scaling, as those before."""
     for key in ("rope_parameters", "rope_scaling"):
         rope = config.get(key)
-        if rope is not None and not _is_plain(rope):
+        if rope is not None and not _is_known(rope):
             yield (
-                f"{key} is {_short(rope)}, allowed is rope_type 'default' (no scaling, the same "
-                "in all layers, over the whole head)"
+                f"{key} is {_short(rope)}, allowed is rope_type {' or '.join(_ROPE_KEYS)} with all "
+                "that it needs and no more (the same in all layers, over the whole head)"
             )
 
 
-def _is_plain(rope: Any) -> bool:
-    """Whether rotary embeddings are those of the first Llama but for rope_theta."""
-    return (
-        isinstance(rope, dict)
-        and set(rope) <= _ROPE_KEYS
-        and rope.get("rope_type", rope.get("type", "default")) == "default"
-        and rope.get("partial_rotary_factor", 1) == 1
-    )
+def _is_known(rope: Any) -> bool:
+    """Whether MatLM has these rotary embeddings."""
+    if not isinstance(rope, dict) or rope.get("partial_rotary_factor", 1) != 1:
+        return False
+    own = _ROPE_KEYS.get(_rope_type(rope))
+    return own is not None and own.keys() <= rope.keys() <= own.keys() | _EVERY_ROPE
+
+
+def _rope_type(rope: dict[str, Any]) -> Any:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    return kind if isinstance(kind, str) else None
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """rope_scaling where a file has both, as transformers takes it; rope_theta of either."""
+    parameters = config.get("rope_parameters") or {}
+    theta = {k: v for k, v in parameters.items() if k == "rope_theta"}
+    return {**theta, **(config.get("rope_scaling") or parameters)}
+
+
+def _rope_scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
+    kind = _rope_type(rope)
+    if kind == "default":
+        return None
+    return {"kind": kind, **{ours: rope[theirs] for theirs, ours in _ROPE_KEYS[kind].items()}}
 
 
 def _eos_ids(value: Any) -> tuple[int, ...]:
@@ -166,7 +190,9 @@ def _explain(item: Any) -> str:
         for ours, theirs in _KEYS.items():
             message = message.replace(f"model.{ours} ", f"{theirs} ")
         return message
-    return f"{_KEYS[item['loc'][0]]} is {item['input']!r}: {item['msg']}"
+    first, *inner = item["loc"]
+    name = ".".join(map(str, [_KEYS.get(first, first), *inner]))
+    return f"{name} is {item['input']!r}: {item['msg']}"
 
 
 def _short(value: Any) -> str:

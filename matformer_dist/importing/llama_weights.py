@@ -119,13 +119,14 @@ class LlamaWeights:
 
 def _shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """Their names, and shapes, of every weight of a Llama."""
-    D, F, kv = model.d_model, model.d_ff, model.kv_heads * model.head_dim
+    D, F, heads = model.d_model, model.d_ff, model.attention_width
+    kv = model.kv_heads * model.head_dim
     of_layer: dict[str, tuple[int, ...]] = {
         "input_layernorm": (D,),
-        "self_attn.q_proj": (D, D),
+        "self_attn.q_proj": (heads, D),
         "self_attn.k_proj": (kv, D),
         "self_attn.v_proj": (kv, D),
-        "self_attn.o_proj": (D, D),
+        "self_attn.o_proj": (D, heads),
         "post_attention_layernorm": (D,),
         "mlp.gate_proj": (F, D),
         "mlp.up_proj": (F, D),

@@ -2,7 +2,7 @@
 
 ```
 config.yaml              the model's settings; data.train is left for the user to set
-tokenizer.model          a piece for every row of the embedding
+tokenizer.*              an id for every row of the embedding
 checkpoints/step-0/      whole weights as in DeepSpeed's universal checkpoints, and the manifest
 ```
 """
@@ -26,7 +26,7 @@ from matformer_dist.config import Config
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.parallel.layers import Initializer
-from matformer_dist.run_directory import MANIFEST, TOKENIZER, UNIVERSAL, Manifest, SavedFile
+from matformer_dist.run_directory import MANIFEST, UNIVERSAL, Manifest, SavedFile
 
 STEP = "step-0"
 _NOTE = """\
@@ -69,7 +69,8 @@ def write_run(
         advance()
     assert not expected, f"not written: {sorted(expected)}"
     text = config_text(config)
-    replace_file(directory / TOKENIZER, tokenizer.model)
+    for name, content in tokenizer.files.items():
+        replace_file(directory / name, content)
     replace_file(directory / "config.yaml", text.encode())
     manifest = _manifest(config, text, tokenizer, files)
     replace_file(checkpoint / MANIFEST, manifest.sealed().encode())

@@ -1,72 +1,89 @@
-"""The tokenizer of an imported model: a SentencePiece model with a piece for every embedding row.
+"""The tokenizer of an imported model: one with an id for every row of the embedding.
 
-A checkpoint's embedding often has more rows than its tokenizer.model has pieces: padding to a
-round number, or tokens that were added behind it (of chats, say). No row is dropped, which would
-change the model's probabilities. The tokenizer gets control pieces instead, as llama.cpp's
-converter gives it: no text is ever encoded to them, so every text keeps its ids.
+A checkpoint's embedding often has more rows than its tokenizer has tokens: padding to a round
+number, or tokens that were added behind it (of chats, say). No row is dropped, which would change
+the model's probabilities. The tokenizer gets special tokens instead, as llama.cpp's converter gives
+it: no text is ever encoded to them, so every text keeps its ids.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
+from matformer_dist.data import huggingface_tokenizer
+from matformer_dist.data.huggingface_tokenizer import HuggingFaceTokenizer
+from matformer_dist.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from matformer_dist.data.tokenizer import Tokenizer
+from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.errors import UserError
-from matformer_dist.run_directory import TOKENIZER
 
 _CONTROL = 3  # SentencePiece's type of a piece that no text encodes to
 
 
 def find_tokenizer(directory: Path, chosen: Path | None, vocab_size: int) -> Tokenizer:
-    """`chosen`, or the checkpoint's own tokenizer.model, with `vocab_size` pieces.
+    """`chosen`, or the checkpoint's own, with `vocab_size` ids.
 
-    UserError where there is none, or it has more pieces than the embedding has rows.
+    UserError where there is none, or it has more ids than the embedding has rows.
     """
-    path = chosen or directory / TOKENIZER
-    if chosen is None and not path.exists():
-        raise UserError(_without_sentencepiece(directory))
-    tokenizer = Tokenizer.load(path)
+    tokenizer = load_tokenizer(chosen or directory)
     missing = vocab_size - tokenizer.vocab_size
     if missing < 0:
         raise UserError(
-            f"the tokenizer {path} has {tokenizer.vocab_size} pieces, the embedding in {directory} "
-            f"has {vocab_size} rows; give the tokenizer that the model was trained with by "
-            "--tokenizer"
+            f"the tokenizer {tokenizer.source} has {tokenizer.vocab_size} ids, the embedding in "
+            f"{directory} has {vocab_size} rows; give the tokenizer that the model was trained "
+            "with by --tokenizer"
         )
-    return tokenizer if missing == 0 else _filled_up(tokenizer, directory, vocab_size)
+    if missing == 0:
+        return tokenizer
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return _with_tokens(tokenizer, directory, vocab_size)
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    return _with_pieces(tokenizer, directory, vocab_size)
 
 
-def _without_sentencepiece(directory: Path) -> str:
-    other = (directory / "tokenizer.json").exists()
-    held = "only tokenizer.json, which" if other else "no tokenizer.model, which"
-    reason = "is not read here" if other else "is needed here"
-    return (
-        f"{directory} has {held} {reason}: calibration, training, extract and generate work with "
-        "SentencePiece models alone, so without one there is nothing that an import would be good "
-        "for. If the model has a SentencePiece tokenizer (Llama 1 and 2 and their kin do), give "
-        "its tokenizer.model by --tokenizer; models with a byte-level BPE tokenizer (Llama 3) "
-        "cannot be imported"
-    )
-
-
-def _filled_up(tokenizer: Tokenizer, directory: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer with control pieces behind its own, named as the checkpoint names them."""
+def _with_pieces(
+    tokenizer: SentencePieceTokenizer, directory: Path, vocab_size: int
+) -> SentencePieceTokenizer:
+    """Control pieces behind its own."""
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(tokenizer.model)
     taken = {piece.piece for piece in proto.pieces}
+    for _, name in _names(range(len(proto.pieces), vocab_size), taken, directory):
+        proto.pieces.add(piece=name, score=0.0, type=_CONTROL)
+    proto.trainer_spec.vocab_size = vocab_size
+    return SentencePieceTokenizer.of(proto.SerializeToString(deterministic=True), tokenizer.source)
+
+
+def _with_tokens(
+    tokenizer: HuggingFaceTokenizer, directory: Path, vocab_size: int
+) -> HuggingFaceTokenizer:
+    """Special tokens behind its own; UserError where ids before them are left out."""
+    content = json.loads(tokenizer.files[huggingface_tokenizer.FILE])
+    for i, name in _names(range(tokenizer.vocab_size, vocab_size), tokenizer.tokens, directory):
+        added = {"id": i, "content": name, "special": True, "normalized": False}
+        content["added_tokens"].append(
+            {**added, "single_word": False, "lstrip": False, "rstrip": False}
+        )
+    text = json.dumps(content, ensure_ascii=False)
+    files = {**tokenizer.files, huggingface_tokenizer.FILE: text.encode()}
+    return HuggingFaceTokenizer(files, tokenizer.source)
+
+
+def _names(ids: range, taken: set[str], directory: Path) -> Iterator[tuple[int, str]]:
+    """Ids and names of new tokens, named as the checkpoint names them where that is no other's."""
     names = _added_tokens(directory)
-    for i in range(len(proto.pieces), vocab_size):
+    taken = set(taken)
+    for i in ids:
         name = names.get(i, "")
         if not name or name in taken:
             name = f"<unused-{i}>"
         taken.add(name)
-        proto.pieces.add(piece=name, score=0.0, type=_CONTROL)
-    proto.trainer_spec.vocab_size = vocab_size
-    return Tokenizer(proto.SerializeToString(deterministic=True), tokenizer.source)
+        yield i, name
 
 
 def _added_tokens(directory: Path) -> dict[int, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from matformer_dist.data.tokenizer import Tokenizer
+from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.errors import UserError
 from matformer_dist.inference.loading import load_native, load_transformers
 from matformer_dist.models.matlm import MatLM
@@ -152,8 +152,8 @@ def sample(
             f"{directory} is in format gguf, which llama.cpp runs (see its README.md); extract "
             "with --format native or hf to generate here"
         )
-    tokenizer = Tokenizer.load(directory / "tokenizer.model")
-    ids = tokenizer.encode(prompt) or [tokenizer.eod]
+    tokenizer = load_tokenizer(directory)
+    ids = tokenizer.encode_prompt(prompt)
     if entry["format"] == "hf":
         context, step = load_transformers(directory, dtype, where, entry.get("sparse", False))
         _check_context(len(ids), max_new_tokens, context)

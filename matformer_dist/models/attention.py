@@ -22,31 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from matformer_dist.config import ModelConfig
+from matformer_dist.models.rotation import Rotation
 from matformer_dist.parallel.layers import Initializer, column_linear, row_linear
 from matformer_dist.parallel.layout import COLUMNS, ROWS
 from matformer_dist.parallel.topology import TensorParallel
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """Cosines and sines [s, h] of rotary position embedding, in fp32, laid out as Llama's."""
-
-    cos: Tensor
-    sin: Tensor
-
-    @classmethod
-    def of(cls, positions: Tensor, head_dim: int, theta: float) -> Rotation:
-        exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-        angles = positions.float()[:, None] * theta ** (-exponents / head_dim)
-        angles = torch.cat([angles, angles], dim=-1)
-        return cls(angles.cos(), angles.sin())
-
-    def turn(self, x: Tensor) -> Tensor:
-        """Rotate x [B, s, heads, h], in fp32, and return it in its own dtype."""
-        first, second = x.float().chunk(2, dim=-1)
-        turned = torch.cat([-second, first], dim=-1)
-        cos, sin = self.cos[:, None, :], self.sin[:, None, :]
-        return (x.float() * cos + turned * sin).to(x.dtype)
 
 
 @dataclass
@@ -82,7 +61,7 @@ class Attention(nn.Module):
         )
         self.w_out = init.parameter(
             f"{name}.w_out",
-            (model.d_model, model.d_model),
+            (model.d_model, model.attention_width),
             model.output_std,
             COLUMNS,
             tensor,

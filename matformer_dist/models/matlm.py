@@ -19,9 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 from matformer_dist.config import ModelConfig
 from matformer_dist.errors import UserError
-from matformer_dist.models.attention import Attention, LayerCache, Rotation
+from matformer_dist.models.attention import Attention, LayerCache
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.models.nested_feed_forward import NestedFeedForward
+from matformer_dist.models.rotation import Rotation
 from matformer_dist.nesting import Nesting, Segment, Submodel
 from matformer_dist.ops.multi_granularity_loss import multi_granularity_loss
 from matformer_dist.ops.vocab_shard import VocabShard
@@ -199,7 +200,7 @@ class MatLM(nn.Module):
         s = tokens.shape[1]
         start = cache[0].length if cache is not None else 0
         positions = torch.arange(start, start + s, device=tokens.device)
-        rotation = Rotation.of(positions, self.model.head_dim, self.model.rope_theta)
+        rotation = Rotation.of(positions, self.model)
         rows = [segment.sequences * s for segment in segments]
         x = self.embedding(tokens)
         for i, layer in enumerate(self.layers):

@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 from matformer_dist.checkpoints.files import sync_directory, sync_file
 from matformer_dist.checkpoints.universal import UniversalModel, load_universal
 from matformer_dist.data.tokenizer import Tokenizer
+from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.errors import UserError
-from matformer_dist.run_directory import TOKENIZER, find_checkpoint
+from matformer_dist.run_directory import find_checkpoint
 from matformer_dist.submodels.entry import ENTRY, describe
 from matformer_dist.submodels.formats import DTYPES, FORMATS, directory_name
 from matformer_dist.submodels.gguf_format import gguf_export
@@ -134,7 +135,7 @@ def _check_format(format: str, sparse: bool, dtype: str) -> None:
 
 def _tokenizer(universal: UniversalModel, run_dir: Path, path: Path | None) -> Tokenizer:
     """The tokenizer that the run was trained with: its own copy, if no other is named."""
-    tokenizer = Tokenizer.load(path or run_dir / TOKENIZER)
+    tokenizer = load_tokenizer(path or run_dir)
     path = Path(tokenizer.source)
     if tokenizer.digest != universal.checkpoint.manifest.tokenizer_sha256:
         raise UserError(

@@ -16,7 +16,8 @@ FFN_MULT_STEP = 256  # neurons: widths that `ffn_mult` of format hf, sparse, can
 
 def has_transformers_architecture(model: ModelConfig) -> bool:
     """Whether some architecture of transformers is this model's, so that format hf can hold it."""
-    return has_llama_architecture(model) or (model.ffn, model.norm) == ("gelu", "layernorm")
+    starcoder = (model.ffn, model.norm) == ("gelu", "layernorm")
+    return has_llama_architecture(model) or (starcoder and model.attention_width == model.d_model)
 
 
 def has_llama_architecture(model: ModelConfig) -> bool:

@@ -6,7 +6,7 @@ with them so.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,17 @@ def gguf_package() -> Any:
 
 
 class GgufFile:
-    """`describe` gives the writer its settings, once the file is begun."""
+    """`describe` gives the writer its settings, once the file is begun. `constants` are fp32
+    tensors by name that are no part of a weight.
+    """
 
     def __init__(
-        self, parts: Parts, dtype: str, architecture: str, describe: Callable[[Any], None]
+        self,
+        parts: Parts,
+        dtype: str,
+        architecture: str,
+        describe: Callable[[Any], None],
+        constants: Mapping[str, NDArray[Any]],
     ) -> None:
         self._gguf = gguf_package()
         self.parts = parts
@@ -51,6 +58,7 @@ class GgufFile:
         self._architecture = architecture
         self._describe = describe
         self._ordered = [part for of_weight in parts.values() for part in of_weight]
+        self._constants = constants
         self.bytes = sum(map(self._size, self._ordered))
         self._writer: Any = None
 
@@ -61,6 +69,8 @@ class GgufFile:
         if self.dtype == "q8_0":
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         self._describe(writer)
+        for name, values in self._constants.items():
+            writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
         for part in self._ordered:
             writer.add_tensor_info(
                 part.name, part.shape, np.dtype(np.float32), self._size(part), self._type_of(part)
@@ -68,6 +78,8 @@ class GgufFile:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        for values in self._constants.values():
+            writer.write_tensor_data(values)
 
     def write(self, part: Part, weight: Tensor, memory: ReusedMemory) -> None:
         expected = next(iter(self._writer.tensors[0]))

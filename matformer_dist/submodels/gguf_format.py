@@ -6,10 +6,6 @@ A uniform submodel is of architecture `llama`. Mix'n'Match submodels are of `dec
 llama.cpp's Llama architectures that reads a width per layer (src/models/deci.cpp). Both turn
 neighbouring rows of a head against each other (LLAMA_ROPE_TYPE_NORM), where ours and transformers'
 turn the halves: rows of queries and keys are interleaved.
-
-llama.cpp tokenizes like us, but for what SentencePiece's own text form cannot tell apart: a literal
-U+2581 is a space to it, and "</s>" in a text is the end of a document where the vocabulary has
-pieces that merge to it.
 """
 
 from __future__ import annotations
@@ -17,14 +13,17 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from numpy.typing import NDArray
 from torch import Tensor
 
+from matformer_dist.config import ModelConfig
 from matformer_dist.errors import UserError
+from matformer_dist.models.rotation import frequencies
 from matformer_dist.submodels.formats import has_llama_architecture
 from matformer_dist.submodels.gguf_files import GgufFile, gguf_package
+from matformer_dist.submodels.gguf_tokenizer import gguf_tokenizer
 from matformer_dist.submodels.parts import Export, Parts, Source
 from matformer_dist.submodels.transformers_format import transformers_parts
-from matformer_dist.submodels.transformers_tokenizer import exact_pieces
 
 
 def gguf_export(source: Source) -> Export:
@@ -36,15 +35,15 @@ def gguf_export(source: Source) -> Export:
             "extract with --format native"
         )
     architecture = "llama" if source.submodel.is_uniform else "deci"
-    pieces = exact_pieces(source.tokenizer, "llama.cpp")
+    describe_tokenizer = gguf_tokenizer(source.tokenizer)
 
     def describe(writer: Any) -> None:
         _describe_model(writer, source)
-        _describe_tokenizer(writer, source, pieces)
+        describe_tokenizer(writer)
 
     parts = _parts(source, architecture)
-    weights = GgufFile(parts, source.dtype, architecture, describe)
-    return Export(weights, {"tokenizer.model": source.tokenizer.model})
+    weights = GgufFile(parts, source.dtype, architecture, describe, _slowed_rotation(model))
+    return Export(weights, source.tokenizer.files)
 
 
 def _parts(source: Source, architecture: str) -> Parts:
@@ -71,6 +70,14 @@ def _interleaved(cut: Any, h: int, weight: Tensor) -> Tensor:
     return rows.reshape(-1, 2, h // 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
 
 
+def _slowed_rotation(model: ModelConfig) -> dict[str, NDArray[Any]]:
+    """By what llama.cpp divides each frequency, [h / 2], where that is not the same for all."""
+    if model.rope_scaling is None or model.rope_scaling.kind == "linear":
+        return {}
+    plain = frequencies(model.model_copy(update={"rope_scaling": None}))
+    return {"rope_freqs.weight": (plain / frequencies(model)).numpy()}
+
+
 def _describe_model(writer: Any, source: Source) -> None:
     model, widths = source.universal.model, source.submodel.widths
     per_layer = not source.submodel.is_uniform
@@ -88,21 +95,7 @@ def _describe_model(writer: Any, source: Source) -> None:
     writer.add_value_length(model.head_dim)
     writer.add_rope_dimension_count(model.head_dim)
     writer.add_rope_freq_base(model.rope_theta)
+    if model.rope_scaling is not None and model.rope_scaling.kind == "linear":
+        writer.add_rope_scaling_type(gguf_package().RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(model.rope_scaling.factor)
     writer.add_layer_norm_rms_eps(model.norm_eps)
-
-
-def _describe_tokenizer(writer: Any, source: Source, pieces: Any) -> None:
-    """A document begins behind the end of another, and nothing is put before a text."""
-    eod = source.tokenizer.eod
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list([piece.piece for piece in pieces.pieces])
-    writer.add_token_scores([piece.score for piece in pieces.pieces])
-    writer.add_token_types([piece.type for piece in pieces.pieces])  # numbered as SentencePiece's
-    writer.add_bos_token_id(eod)
-    writer.add_eos_token_id(eod)
-    writer.add_unk_token_id(pieces.trainer_spec.unk_id)
-    writer.add_add_bos_token(False)
-    writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(pieces.normalizer_spec.add_dummy_prefix)
-    writer.add_remove_extra_whitespaces(False)

@@ -46,7 +46,7 @@ def native_export(source: Source) -> Export:
         SafetensorsFiles(_parts(source), source.torch_dtype, source.shard_bytes),
         {
             "config.json": json.dumps(_config(source), indent=2) + "\n",
-            "tokenizer.model": source.tokenizer.model,
+            **source.tokenizer.files,
         },
     )
 

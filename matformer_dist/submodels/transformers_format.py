@@ -52,8 +52,9 @@ def check_architecture(model: ModelConfig) -> None:
     if not has_transformers_architecture(model):
         raise UserError(
             f"transformers has no architecture with model.ffn {model.ffn} and model.norm "
-            f"{model.norm} (it has swiglu with rmsnorm, and gelu with layernorm); extract with "
-            "--format native"
+            f"{model.norm} at {model.n_heads} heads of {model.head_dim} (it has swiglu with "
+            "rmsnorm, and, where the heads together are as wide as the model, gelu with "
+            "layernorm); extract with --format native"
         )
 
 
@@ -72,7 +73,6 @@ def transformers_files(source: Source, config: dict[str, Any]) -> dict[str, str 
     return {
         "config.json": json.dumps(config, indent=2) + "\n",
         "generation_config.json": json.dumps(generation, indent=2) + "\n",
-        "tokenizer.model": source.tokenizer.model,
         **tokenizer_files(source.tokenizer, source.universal.model.max_seq_len),
     }
 
@@ -88,8 +88,7 @@ def transformers_config(source: Source) -> dict[str, Any]:
         "num_attention_heads": model.n_heads,
         "num_key_value_heads": model.kv_heads,
         "max_position_embeddings": model.max_seq_len,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
-        "rope_theta": model.rope_theta,  # where readers older than transformers 5 look
+        **_rope(model),
         "initializer_range": model.init_std,
         "tie_word_embeddings": model.tied_embeddings,
         "bos_token_id": eod,
@@ -116,6 +115,26 @@ def transformers_config(source: Source) -> dict[str, Any]:
         "norm_epsilon": model.norm_eps,
         "use_bias": False,
         "sliding_window": None,
+    }
+
+
+def _rope(model: ModelConfig) -> dict[str, Any]:
+    """Rotary embeddings, where transformers 5 looks for them, and where readers before it do."""
+    scaling = model.rope_scaling
+    if scaling is None:
+        rope: dict[str, Any] = {"rope_type": "default"}
+    else:
+        rope = {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.kind == "llama3":
+            rope |= {
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_max_seq_len,
+            }
+    return {
+        "rope_parameters": {**rope, "rope_theta": model.rope_theta},
+        "rope_theta": model.rope_theta,
+        "rope_scaling": rope if scaling is not None else None,
     }
 
 

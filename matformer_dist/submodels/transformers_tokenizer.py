@@ -1,5 +1,6 @@
-"""Our SentencePiece tokenizers as files of transformers that give the same ids for every text.
+"""Tokenizers as files of transformers that give the same ids for every text.
 
+A tokenizer.json is one already, and goes with all that its tokenizer_config.json sets for prompts.
 SentencePiece writes a space as U+2581, so a literal U+2581 is ambiguous, and readers that work
 with that character turn it into a space. Here pieces hold spaces themselves: a space is a space,
 and a literal U+2581 is spelled in bytes, as our own tokenizer does. Special pieces in a text
@@ -13,6 +14,8 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
+from matformer_dist.data.huggingface_tokenizer import HuggingFaceTokenizer
+from matformer_dist.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.errors import UserError
 
@@ -22,7 +25,10 @@ _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
 
 
 def tokenizer_files(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, str | bytes]:
-    """tokenizer.json and tokenizer_config.json; UserError where ids could not be equal."""
+    """tokenizer.json, what belongs to it, the original; UserError where ids could not be equal."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return dict(tokenizer.files)
+    assert isinstance(tokenizer, SentencePieceTokenizer)
     proto = exact_pieces(tokenizer, "transformers")
     names = [piece.piece for piece in proto.pieces]
     config = {
@@ -35,12 +41,13 @@ def tokenizer_files(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, str | b
         "clean_up_tokenization_spaces": False,
     }
     return {
+        **tokenizer.files,
         "tokenizer.json": json.dumps(_tokenizer_json(proto), ensure_ascii=False),
         "tokenizer_config.json": json.dumps(config, indent=2),
     }
 
 
-def exact_pieces(tokenizer: Tokenizer, reader: str) -> Any:
+def exact_pieces(tokenizer: SentencePieceTokenizer, reader: str) -> Any:
     """The SentencePiece model; UserError where `reader` could not give the same ids."""
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(tokenizer.model)

@@ -15,13 +15,13 @@ from matformer_dist.checkpoints.store import CheckpointStore
 from matformer_dist.config import Config
 from matformer_dist.counting import forward_flops
 from matformer_dist.data.datasets import build_datasets, micro_batches
-from matformer_dist.data.tokenizer import Tokenizer
+from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.errors import PreemptedError, UserError
 from matformer_dist.evaluation.loss import SubmodelLoss, evaluate_submodels
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.parallel.agreement import agreement, gathered, on_main
 from matformer_dist.parallel.topology import Topology
-from matformer_dist.run_directory import TOKENIZER, Checkpoint, Manifest, lock
+from matformer_dist.run_directory import TOKENIZER_FILES, Checkpoint, Manifest, lock
 from matformer_dist.training import random_states, setup
 from matformer_dist.training.continuity import compare, probe_loss
 from matformer_dist.training.control import Control
@@ -62,7 +62,7 @@ class Run:
             check_deepspeed_section(config, topology.data_size)
             setup.check_monitors(config)
             setup.choose_operators(config, topology)
-            self.tokenizer = Tokenizer.load(config.data.tokenizer)
+            self.tokenizer = load_tokenizer(config.data.tokenizer)
             self.vocab_size = setup.check_vocabulary(config, self.tokenizer)
         notices = on_main(lambda: setup.check_run_directory(config))
         self.store = CheckpointStore(config.run.dir, config.checkpoint, control.busy)
@@ -103,7 +103,9 @@ class Run:
         directory = self.config.run.dir
         directory.mkdir(parents=True, exist_ok=True)
         self._lock = lock(directory)
-        contents = {"config.yaml": self.config.to_yaml().encode(), TOKENIZER: self.tokenizer.model}
+        contents = {"config.yaml": self.config.to_yaml().encode(), **self.tokenizer.files}
+        for name in set(TOKENIZER_FILES) - contents.keys():  # of a start that came to nothing
+            (directory / name).unlink(missing_ok=True)
         for name, content in contents.items():
             path = directory / name
             if not path.exists() or path.read_bytes() != content:

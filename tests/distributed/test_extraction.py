@@ -12,13 +12,14 @@ from torch import Tensor
 
 from matformer_dist.checkpoints.universal import load_universal
 from matformer_dist.config import Config
-from matformer_dist.data.tokenizer import Tokenizer, train_tokenizer
+from matformer_dist.data.sentencepiece_tokenizer import train_tokenizer
+from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.inference.loading import load_native
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.nesting import Submodel
 from matformer_dist.parallel.layers import Initializer
 from matformer_dist.parallel.topology import Topology, initialize, leave_groups
-from matformer_dist.run_directory import TOKENIZER, find_checkpoint
+from matformer_dist.run_directory import find_checkpoint
 from matformer_dist.submodels.extract import extract
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_cases import SEQ_LEN, VOCAB, tiny_config, train
@@ -93,12 +94,12 @@ def train_and_save(config: Config, topology: Topology) -> dict[str, NDArray[Any]
 
     _, engine, trained = train(config, topology)
     store = CheckpointStore(config.run.dir, config.checkpoint)
-    tokenizer = Tokenizer.load(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer)
     manifest = setup.describe(config, topology, tokenizer.digest, VOCAB, STEPS)
     store.save(engine, manifest)
     if topology.is_main:
         (config.run.dir / "config.yaml").write_text(config.to_yaml())
-        (config.run.dir / TOKENIZER).write_bytes(tokenizer.model)
+        (config.run.dir / tokenizer.file_name).write_bytes(tokenizer.files[tokenizer.file_name])
     copy = local_copy(config, topology, trained)
     engine.deepspeed.destroy()
     if config.training.precision == "bf16":

@@ -17,7 +17,12 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "sandwich": {"kind": "sandwich", "distillation": 1.0},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
-    "grouped-query, tied": {"n_kv_heads": 4, "n_heads": 8, "tied_embeddings": True},
+    "grouped-query, tied": {
+        "n_kv_heads": 4,
+        "n_heads": 8,
+        "kv_channels": 6,
+        "tied_embeddings": True,
+    },
     "paper": {"ffn": "gelu", "norm": "layernorm", "tied_embeddings": True},
 }
 

@@ -66,10 +66,12 @@ def test_shared_tokens_save_the_first_layers_attention() -> None:
 
 
 def test_parameter_count_matches_gated_grouped_query_by_hand() -> None:
-    model = ModelConfig(d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=96, max_seq_len=8)
+    model = ModelConfig(
+        d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, kv_channels=24, d_ff=96, max_seq_len=8
+    )
     nesting = Nesting.from_widths([32, 96])
     count = count_parameters(model, 100, nesting.parse("S:1,XL:1", 2))
-    assert count.attention == 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64)
+    assert count.attention == 2 * (64 * 96 + 2 * 64 * 48 + 96 * 64)
     assert count.ffn == 3 * 64 * (32 + 96)
     assert count.norms == 5 * 64
     assert count.embedding == count.head == 6400

@@ -38,6 +38,7 @@ ONLY_IN = {  # a library: the files or folders that alone may import it
     "megatron": ("parallel/", "data/"),
     "transformers": ("submodels/shipped_code/", "inference/loading.py"),
     "gguf": ("submodels/gguf_files.py",),
+    "tokenizers": ("data/huggingface_tokenizer.py",),
     "launch": (),
 }
 NOT_IN = {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from matformer_dist.data.tokenizer import Tokenizer, train_tokenizer
+from matformer_dist.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
 
 _WORDS = [
     "def",
@@ -43,12 +43,14 @@ def make_texts(count: int, seed: int = 0, words: int = 60) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> Tokenizer:
+def tokenizer() -> SentencePieceTokenizer:
     return train_tokenizer(make_texts(200), 400)
 
 
 @pytest.fixture(scope="session")
-def tokenizer_path(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tokenizer_path(
+    tokenizer: SentencePieceTokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     path.write_bytes(tokenizer.model)
     return path

@@ -16,7 +16,8 @@ from matformer_dist.config_file import validate_config
 from matformer_dist.data.checks import check_data
 from matformer_dist.data.datasets import build_datasets, micro_batches
 from matformer_dist.data.prepare import prepare_data
-from matformer_dist.data.tokenizer import Tokenizer
+from matformer_dist.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.errors import UserError
 from tests.distributed.ranks import run_ranks
 from tests.unit.data.conftest import make_texts
@@ -72,7 +73,7 @@ def contains(stream: list[int], sample: list[int]) -> bool:
 
 
 def build(config: Config, train: int, validation: int) -> Any:
-    return build_datasets(config, Tokenizer.load(config.data.tokenizer), train, validation)
+    return build_datasets(config, load_tokenizer(config.data.tokenizer), train, validation)
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_prepared_text_comes_back_as_samples(tmp_path: Path, tokenizer_path: Pat
     write(folder, "a.jsonl", texts)
     prepare_data([folder], tmp_path / "d", tokenizer=tokenizer_path, workers=1)
     config = make_config(tmp_path, tokenizer_path)
-    tokenizer = Tokenizer.load(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path)
     train, validation = build(config, 4, 2)
     encoded = [[*tokenizer.encode(text), tokenizer.eod] for text in texts]
     for dataset, documents in ((train, encoded[:36]), (validation, encoded[36:])):
@@ -169,7 +170,7 @@ def test_more_samples_than_there_are_pass_over_the_data_again(config: Config) ->
 
 def test_validation_is_not_passed_over_again(config: Config) -> None:
     """All samples it holds are given once each; who asks for more is told how many there are."""
-    tokenizer = Tokenizer.load(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer)
     held = len(build(config, 4, 2)[1])
     batch = config.training.global_batch_size
     most = held // batch
@@ -187,7 +188,7 @@ def test_validation_is_not_passed_over_again(config: Config) -> None:
 def test_each_part_of_a_blended_validation_must_last(tmp_path: Path, tokenizer_path: Path) -> None:
     blend = blend_case(tmp_path)
     config = make_config(tmp_path, tokenizer_path, blend)
-    tokenizer = Tokenizer.load(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path)
     batch = config.training.global_batch_size
     samples = 0
     while True:
@@ -301,8 +302,8 @@ def test_data_of_another_tokenizer_are_found_though_their_ids_fit(
     prepare_data([tmp_path / "a.jsonl"], tmp_path / "d", tokenizer=tokenizer_path, workers=1)
     build(make_config(tmp_path, tokenizer_path), 4, 2)
     other = tmp_path / "other.model"
-    other.write_bytes(Tokenizer.load(tokenizer_path).model + b"\x9a\x06\x01x")  # an unknown field
-    assert Tokenizer.load(other).vocab_size == 400
+    other.write_bytes(tokenizer_path.read_bytes() + b"\x9a\x06\x01x")  # an unknown field
+    assert load_tokenizer(other).vocab_size == 400
     message = r"d was made with another tokenizer \(SHA-256 \w{12}\.\.\.\) than data\.tokenizer"
     failing(make_config(tmp_path, other), message)
     write_megatrons(tmp_path / "d", make_documents(60), np.uint16)
@@ -311,7 +312,7 @@ def test_data_of_another_tokenizer_are_found_though_their_ids_fit(
     build(make_config(tmp_path, tokenizer_path), 4, 2)
 
 
-def first_rows(config: Config, tokenizer: Tokenizer, samples: int) -> tuple[Any, ...]:
+def first_rows(config: Config, tokenizer: SentencePieceTokenizer, samples: int) -> tuple[Any, ...]:
     """On every rank: what it would train on, or the message of its UserError."""
     try:
         train, validation = build_datasets(config, tokenizer, samples, 4)
@@ -328,7 +329,7 @@ def cut_cache_short(config: Config) -> None:
         file.write_bytes(file.read_bytes()[:-8])
 
 
-def ask_often(config: Config, tokenizer: Tokenizer, prefix: str) -> list[Any]:
+def ask_often(config: Config, tokenizer: SentencePieceTokenizer, prefix: str) -> list[Any]:
     """What a rank gets at first, again, from a cut cache, of replaced data, of missing data."""
     import torch.distributed as dist
 
@@ -351,7 +352,7 @@ def ask_often(config: Config, tokenizer: Tokenizer, prefix: str) -> list[Any]:
 
 
 def test_ranks_share_indices_that_match_a_single_process(
-    tmp_path: Path, config: Config, tokenizer: Tokenizer
+    tmp_path: Path, config: Config, tokenizer: SentencePieceTokenizer
 ) -> None:
     alone = first_rows(config, tokenizer, 60)
     prefix = str(tmp_path / "d")
@@ -372,9 +373,9 @@ def test_building_prints_nothing(tmp_path: Path, config: Config) -> None:
         "import sys\n"
         "from matformer_dist.config_file import load_config\n"
         "from matformer_dist.data.datasets import build_datasets\n"
-        "from matformer_dist.data.tokenizer import Tokenizer\n"
+        "from matformer_dist.data.tokenizer_files import load_tokenizer\n"
         "config = load_config(sys.argv[1])\n"
-        "build_datasets(config, Tokenizer.load(config.data.tokenizer), 20, 4)\n"
+        "build_datasets(config, load_tokenizer(config.data.tokenizer), 20, 4)\n"
     )
     run = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "config.yaml")],

@@ -19,7 +19,7 @@ from matformer_dist.data import corpus, prepare
 from matformer_dist.data.documents import DocumentReader
 from matformer_dist.data.indexed_files import open_indexed
 from matformer_dist.data.prepare import PreparedData, prepare_data
-from matformer_dist.data.tokenizer import Tokenizer
+from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.errors import UserError
 from tests.unit.data.conftest import make_texts
 from tests.unit.data.test_corpus import write
@@ -59,7 +59,7 @@ def digests(folder: Path) -> dict[str, str]:
 @pytest.mark.usefixtures("in_this_process")
 def test_data_of_every_format_match_their_texts(tmp_path: Path, tokenizer_path: Path) -> None:
     texts = [*make_texts(50), "", "▁ odd \x00 text", "  "]
-    tokenizer = Tokenizer.load(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path)
     folder = tmp_path / "corpus"
     folder.mkdir()
     names = ["a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet"]
@@ -101,7 +101,7 @@ def test_files_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
     assert sorted(digests(tmp_path / "1")) == ["d.bin", "d.idx", "d.json", "d.model"]
     from_text = -(-(folder / "c.txt").stat().st_size // corpus.PIECE_BYTES)
     assert prepared[0].documents == 8000 + from_text + 30 and from_text > 1
-    trained = Tokenizer.load(prepared[0].tokenizer)
+    trained = load_tokenizer(prepared[0].tokenizer)
     assert trained.vocab_size == 400
     text = "".join(trained.decode(ids) for ids in documents_of(prepared[0]))
     assert text.endswith("".join(make_texts(3, seed=9)))

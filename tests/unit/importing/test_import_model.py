@@ -32,6 +32,18 @@ KINDS: dict[str, dict[str, Any]] = {
     "untied": {},
     "tied": {"tie_word_embeddings": True},
     "grouped": {"num_key_value_heads": 2, "rope_parameters": {"rope_theta": 5e4}},
+    "llama3": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "low_freq_factor": 0.2,
+            "high_freq_factor": 2.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "wide-heads": {"head_dim": 12, "num_key_value_heads": 2},
+    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     "multi-query-tied": {
         "num_key_value_heads": 1,
         "tie_word_embeddings": True,

@@ -54,15 +54,17 @@ def refused(checkpoint: Path) -> str:
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', allowed is 'silu'"),
         ({"attention_bias": True}, "attention_bias is True, allowed is False"),
         ({"mlp_bias": True}, "mlp_bias is True, allowed is False"),
-        ({"head_dim": 16}, "head_dim is 16, allowed is hidden_size 32 / num_attention_heads 4"),
+        ({"head_dim": 15}, "head_dim 15 must be even"),
         ({"sliding_window": 4096}, "sliding_window is 4096, allowed is None"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters is"),
         ({"rope_parameters": {"full": {"rope_type": "default"}}}, "the same in all layers"),
         ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "over the whole head"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is {'type': 'linear'"),
-        ({"rope_scaling": "dynamic"}, "rope_scaling is 'dynamic', allowed is rope_type 'default'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling is {'type': 'yarn'"),
+        ({"rope_scaling": {"type": ["linear"]}}, "allowed is rope_type default or linear or"),
+        ({"rope_scaling": "dynamic"}, "rope_scaling is 'dynamic', allowed is rope_type default"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "rope_scaling.factor is '2': Input"),
         ({"hidden_size": "32"}, "hidden_size is '32'"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0"),
         ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads 3"),
@@ -101,6 +103,10 @@ def test_configs_as_older_versions_wrote_them_are_read(tmp_path: Path) -> None:
         expected = llama(some_tokens()).logits
     actual = xl_logits(tmp_path / "run", some_tokens())
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    edit_config(directory, rope_scaling={"type": "linear", "factor": 2.0})
+    scaled = read_llama_config(directory).model
+    assert scaled.rope_scaling is not None and scaled.rope_theta == 5e5
+    assert (scaled.rope_scaling.kind, scaled.rope_scaling.factor) == ("linear", 2.0)
 
 
 def test_defaults_are_those_of_transformers(tmp_path: Path) -> None:

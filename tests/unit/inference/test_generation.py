@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from matformer_dist.data.tokenizer import Tokenizer
+from matformer_dist.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from matformer_dist.errors import UserError
 from matformer_dist.inference import loading
 from matformer_dist.inference.generation import Sampling, generate, sample
@@ -176,7 +176,7 @@ def test_sample_stops_at_the_end_of_a_document(
     ids = tokenizer.encode("def")
     loaded = loading.load_native(extracted["native"])
     (tokens,) = generate(loaded.model, loaded.submodel, [ids], max_new_tokens=20, sampling=GREEDY)
-    monkeypatch.setattr(Tokenizer, "eod", tokens[7])
+    monkeypatch.setattr(SentencePieceTokenizer, "eod", tokens[7])
     cut = sample(extracted["native"], "def", max_new_tokens=20, temperature=0, device="cpu")
     first = tokens.index(tokens[7])
     assert cut.tokens == first + 1 < whole.tokens

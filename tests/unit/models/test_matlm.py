@@ -23,6 +23,7 @@ SHAPE: dict[str, Any] = {"d_model": 24, "n_layers": 3, "n_heads": 4, "d_ff": 16,
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {},
     "grouped-query, tied": {"n_kv_heads": 2, "tied_embeddings": True},
+    "wide heads": {"n_kv_heads": 2, "kv_channels": 24},
     "paper": {"ffn": "gelu", "norm": "layernorm", "tied_embeddings": True},
 }
 

@@ -11,7 +11,7 @@ import yaml
 
 from matformer_dist.checkpoints.files import hash_file
 from matformer_dist.config import ModelConfig
-from matformer_dist.data.tokenizer import Tokenizer, train_tokenizer
+from matformer_dist.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.nesting import Nesting
 from matformer_dist.parallel.layers import Initializer
@@ -23,7 +23,7 @@ TEXT = "def total(numbers):\n    return sum(numbers)  # a short comment, ümläu
 
 
 @functools.cache
-def small_tokenizer() -> Tokenizer:
+def small_tokenizer() -> SentencePieceTokenizer:
     return train_tokenizer([TEXT] * 3, VOCAB)
 
 
@@ -50,8 +50,9 @@ def write_run(directory: Path, lm: MatLM, *, tensor: int = 1, step: int = 5) -> 
     tokenizer = small_tokenizer()
     checkpoint = directory / "checkpoints" / f"step-{step}"
     checkpoint.mkdir(parents=True)
-    tokenizer_path = directory / "tokenizer.model"
-    tokenizer_path.write_bytes(tokenizer.model)
+    tokenizer_path = directory / tokenizer.file_name
+    for name, content in tokenizer.files.items():
+        (directory / name).write_bytes(content)
     config = {
         "run": {"dir": str(directory)},
         "model": lm.model.model_dump(mode="json"),

@@ -11,7 +11,7 @@ import yaml
 from safetensors import safe_open
 
 from matformer_dist.counting import count_parameters
-from matformer_dist.data.tokenizer import train_tokenizer
+from matformer_dist.data.sentencepiece_tokenizer import train_tokenizer
 from matformer_dist.errors import UserError
 from matformer_dist.report.inputs import Extracted
 from matformer_dist.submodels import extract as extract_module

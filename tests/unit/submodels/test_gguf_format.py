@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from matformer_dist.data.tokenizer import train_tokenizer
+from matformer_dist.data.sentencepiece_tokenizer import train_tokenizer
+from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.errors import UserError
 from matformer_dist.inference.generation import Sampling, generate, sample
 from matformer_dist.submodels.extract import extract
+from tests.unit.byte_level import byte_level_tokenizer, save_tokenizer
 from tests.unit.submodels import synthetic_run
 from tests.unit.submodels.odd_texts import CORPUS, ODD
 from tests.unit.submodels.synthetic_run import (
@@ -29,6 +32,14 @@ gguf = pytest.importorskip("gguf")
 
 CHANGES: dict[str, dict[str, Any]] = {
     "multi-head": {},
+    "llama3": {
+        "rope_scaling": {
+            "kind": "llama3", "factor": 8.0, "low_freq_factor": 0.2, "high_freq_factor": 2.0,
+            "original_max_seq_len": 16,
+        },
+    },
+    "wide-heads": {"kv_channels": 12, "n_kv_heads": 2},
+    "linear": {"rope_scaling": {"kind": "linear", "factor": 4.0}},
     "grouped-tied": {
         "n_kv_heads": 2, "tied_embeddings": True, "rope_theta": 5e4, "norm_eps": 1e-3,
     },
@@ -166,3 +177,39 @@ def test_llama_cpp_tokenizes_like_us(tmp_path: Path, monkeypatch: pytest.MonkeyP
     # As the module says: it cannot tell this character from a space.
     assert llama.tokenize("a\u2581b".encode()) == tokenizer.encode("a b")
     assert llama.token_eos() == llama.token_bos() == tokenizer.eod
+
+
+@pytest.mark.parametrize("rule", ["llama-bpe", "smollm", "gpt-2"])
+def test_llama_cpp_tokenizes_byte_level_bpe_like_us(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
+    pytest.importorskip("llama_cpp")
+    tokenizer = byte_level_tokenizer(tmp_path / "json", CORPUS, 320, rule)
+    monkeypatch.setattr(synthetic_run, "VOCAB", 320)
+    monkeypatch.setattr(synthetic_run, "small_tokenizer", lambda: tokenizer)
+    run = write_run(tmp_path / "run", random_model(model_config()))
+    (one,) = extract(str(run), ["S"], output=tmp_path / "out", format="gguf")
+    llama = llama_cpp_model(one.path)
+    for text in [*ODD, *CORPUS, "it's 12345 I'LL\n\n\n x", "<|end_of_text|>"]:
+        ids = tokenizer.encode(text)
+        assert llama.tokenize(text.encode(), add_bos=False, special=False) == ids, text
+        begun = llama.tokenize(text.encode(), add_bos=True, special=False)
+        assert begun == tokenizer.encode_prompt(text), text
+        assert llama.detokenize(ids) == text.encode()
+    assert llama.token_eos() == tokenizer.eod
+
+
+def test_byte_level_bpe_that_llama_cpp_does_not_know_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_tokenizer(tmp_path / "json", CORPUS, VOCAB)
+    content = json.loads(path.read_text())
+    content["model"]["ignore_merges"] = False
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] += "|x"
+    content["normalizer"] = {"type": "NFC"}
+    path.write_text(json.dumps(content))
+    monkeypatch.setattr(synthetic_run, "small_tokenizer", lambda: load_tokenizer(path))
+    run = write_run(tmp_path / "run", random_model(model_config()))
+    with pytest.raises(UserError, match=r"it normalises text, it cuts words by none of .*gpt-2"):
+        extract(str(run), ["S"], output=tmp_path / "out", format="gguf")
+    assert not (tmp_path / "out").exists()

@@ -30,7 +30,14 @@ def export(run: Path, submodels: list[str], output: Path, **options: Any) -> lis
     return extract(str(run), submodels, output=output, format="hf", sparse=True, **options)
 
 
-@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 2, "tied_embeddings": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"n_kv_heads": 2, "tied_embeddings": True},
+        {"kv_channels": 12, "rope_scaling": {"kind": "linear", "factor": 4.0}},
+    ],
+)
 def test_logits_and_greedy_tokens_match_universal_model_in_place(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:

@@ -27,6 +27,10 @@ transformers = pytest.importorskip("transformers")
 
 LLAMA = {"ffn": "swiglu", "norm": "rmsnorm"}
 STARCODER2 = {"ffn": "gelu", "norm": "layernorm"}
+LLAMA3_ROPE = {
+    "kind": "llama3", "factor": 8.0, "low_freq_factor": 0.2, "high_freq_factor": 2.0,
+    "original_max_seq_len": 16,
+}  # fmt: skip
 SUBMODELS = ["S", "M", "L", "XL", "S:2,L:1", "XL:1,S:2"]
 
 
@@ -36,10 +40,20 @@ SUBMODELS = ["S", "M", "L", "XL", "S:2,L:1", "XL:1,S:2"]
         LLAMA,
         {**LLAMA, "tied_embeddings": True, "n_kv_heads": 2, "rope_theta": 5e4, "norm_eps": 1e-3},
         {**LLAMA, "n_kv_heads": 1},
+        {**LLAMA, "n_kv_heads": 2, "kv_channels": 12, "rope_scaling": LLAMA3_ROPE},
         STARCODER2,
+        {**STARCODER2, "rope_scaling": {"kind": "linear", "factor": 4.0}},
         {**STARCODER2, "tied_embeddings": True, "n_kv_heads": 2, "norm_eps": 1e-3},
     ],
-    ids=["llama", "llama-grouped-tied", "llama-multi-query", "starcoder2", "starcoder2-tied"],
+    ids=[
+        "llama",
+        "llama-grouped-tied",
+        "llama-multi-query",
+        "llama-3",
+        "starcoder2",
+        "starcoder2-linear",
+        "starcoder2-tied",
+    ],
 )
 def test_hf_logits_match_universal_model_in_place(tmp_path: Path, changes: dict[str, Any]) -> None:
     model = model_config(**changes)

@@ -10,7 +10,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from matformer_dist.data.tokenizer import Tokenizer, train_tokenizer
+from matformer_dist.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
 from matformer_dist.errors import UserError
 from matformer_dist.submodels.transformers_tokenizer import tokenizer_files
 from tests.unit.submodels.odd_texts import CORPUS, ODD
@@ -18,14 +18,14 @@ from tests.unit.submodels.odd_texts import CORPUS, ODD
 transformers = pytest.importorskip("transformers")
 
 
-def _train(**options: Any) -> Tokenizer:
+def _train(**options: Any) -> SentencePieceTokenizer:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS), model_writer=model, minloglevel=2,
         **{"model_type": "bpe", "vocab_size": 400, "byte_fallback": True,
            "normalization_rule_name": "identity", "remove_extra_whitespaces": False, **options},
     )  # fmt: skip
-    return Tokenizer(model.getvalue(), "test")
+    return SentencePieceTokenizer.of(model.getvalue(), "test")
 
 
 @pytest.fixture(scope="module", params=["ours", "dummy-prefix"])
