@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,18 +14,17 @@ from matformer_dist.checkpoints.deepspeed_files import MOMENTS, optimizer_order
 from matformer_dist.checkpoints.files import (
     HashingStream,
     replace_file,
-    sync_directory,
     write_file,
 )
+from matformer_dist.checkpoints.new_directory import NewDirectory
 from matformer_dist.checkpoints.universal import UniversalModel, load_universal
 from matformer_dist.checkpoints.universal_files import description, stored_value, value_path
-from matformer_dist.checkpoints.verify import faults
+from matformer_dist.checkpoints.verify import BackgroundCheck
 from matformer_dist.errors import UserError
 from matformer_dist.run_directory import (
     MANIFEST,
     TOKENIZER_FILES,
     UNIVERSAL,
-    DamagedError,
     SavedFile,
     find_checkpoint,
 )
@@ -42,33 +40,27 @@ def convert(
     """
     found = find_checkpoint(run)
     checkpoint = replace(found, path=found.path.resolve())
-    if output.exists():
-        raise UserError(f"{output} exists; choose another output")
-    if wrong := faults(checkpoint):
-        raise DamagedError(checkpoint.path, *wrong)
+    new = NewDirectory(output)
     model = load_universal(checkpoint)
-    output = output.absolute()
-    temporary = output.with_name(f"{output.name}.{os.getpid()}.incomplete")
-    folder = temporary / "checkpoints" / f"step-{checkpoint.step}"
+    folder = new.path / "checkpoints" / f"step-{checkpoint.step}"
     try:
-        folder.mkdir(parents=True)
-        for name in ("config.yaml", *TOKENIZER_FILES):
-            source = checkpoint.path.parent.parent / name
-            if source.exists():
-                shutil.copy(source, temporary)
-        files = _write(model, folder, advance)
-        manifest = checkpoint.manifest.model_copy(
-            update={"layout": UNIVERSAL, "random_states": [], "files": files}
-        )
-        replace_file(folder / MANIFEST, manifest.sealed().encode())
-        replace_file(folder.parent / "latest_universal", folder.name.encode())
-        temporary.rename(output)
-        sync_directory(output.parent)
+        with new:
+            folder.mkdir(parents=True)
+            for name in ("config.yaml", *TOKENIZER_FILES):
+                source = checkpoint.path.parent.parent / name
+                if source.exists():
+                    shutil.copy(source, new.path)
+            with BackgroundCheck(checkpoint):
+                files = _write(model, folder, advance)
+            manifest = checkpoint.manifest.model_copy(
+                update={"layout": UNIVERSAL, "random_states": [], "files": files}
+            )
+            replace_file(folder / MANIFEST, manifest.sealed().encode())
+            replace_file(folder.parent / "latest_universal", folder.name.encode())
+            new.publish()
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror}; choose another output") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return output / "checkpoints" / folder.name
+    return new.place / "checkpoints" / folder.name
 
 
 def _write(

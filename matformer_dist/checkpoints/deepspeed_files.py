@@ -92,6 +92,8 @@ def rank_states(directory: Path, rank: int, layout: Layout, precision: str) -> R
             return _fragments(optimizers)
         model = _load(directory / f"zero_pp_rank_0_mp_rank_{rank:02d}_model_states.pt")
         return _cut_weights(optimizers, model["param_shapes"])
+    except UserError:
+        raise
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"the checkpoint {directory} is not laid out as DeepSpeed 0.19 does for ZeRO stage "
@@ -110,9 +112,15 @@ def _load(path: Path) -> Any:
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(
-            f"the checkpoint is damaged: cannot read {path} ({str(error).splitlines()[0]}); "
-            "choose another"
+            f"the checkpoint is damaged: cannot read {path} ({_reason(error)}); choose another"
         ) from None
+
+
+def _reason(error: Exception) -> str:
+    """The first line, without torch's advice to unpickle anything."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds more than weights and what DeepSpeed keeps beside them, or is cut short"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _whole(file: Mapping[str, Any]) -> RankStates:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import NamedTuple
 
 from matformer_dist.checkpoints.files import hash_file
@@ -72,6 +74,37 @@ def faults(
     if part == 0:
         found += [f"{name} is not in {MANIFEST}" for name in _strangers(checkpoint)]
     return [fault for fault in found if fault]
+
+
+class _StoppedError(Exception):
+    pass
+
+
+class BackgroundCheck:
+    """Reads all of a checkpoint in a thread while the `with` block runs.
+
+    At its end, DamagedError where something is wrong: instead of an error of the block too, which
+    the damage may have led to.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._stop = Event()
+
+    def __enter__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._found = self._thread.submit(faults, self._checkpoint, advance=self._go_on)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and not issubclass(kind, UserError):
+            self._stop.set()
+        self._thread.shutdown()
+        if not self._stop.is_set() and (wrong := self._found.result()):
+            raise DamagedError(self._checkpoint.path, *wrong) from None
+
+    def _go_on(self, _: int) -> None:
+        if self._stop.is_set():
+            raise _StoppedError
 
 
 def _fault(checkpoint: Checkpoint, name: str, advance: Callable[[int], object]) -> str:

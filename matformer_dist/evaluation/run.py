@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from matformer_dist.checkpoints.universal import load_universal
+from matformer_dist.checkpoints.verify import BackgroundCheck
 from matformer_dist.config_file import load_config
 from matformer_dist.counting import count_parameters, flops_per_token
 from matformer_dist.data.datasets import build_datasets, micro_batches
@@ -58,7 +59,8 @@ def evaluate_run(
         for submodel in mix_n_match(nesting, layers):
             chosen.setdefault(submodel, "heuristic")
     universal = load_universal(checkpoint)
-    model = universal.build()
+    with BackgroundCheck(checkpoint):
+        model = universal.build()
     size = config.training.micro_batch_size
     sequences = (batches or config.evaluation.batches) * config.training.global_batch_size
     count = sequences // size

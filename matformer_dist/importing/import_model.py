@@ -12,8 +12,6 @@ The order of the neurons changes nothing that XL computes: rows of w_in and w_ou
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matformer_dist.checkpoints.files import sync_directory
+from matformer_dist.checkpoints.new_directory import NewDirectory
 from matformer_dist.config import Config
 from matformer_dist.config_file import validate_config
 from matformer_dist.counting import count_parameters
@@ -85,7 +83,7 @@ def import_model(
     `output` then.
     """
     _check_options(options)
-    _check_output(output)
+    new = NewDirectory(output)
     described = read_llama_config(directory)
     tokenizer = find_tokenizer(directory, options.tokenizer, described.vocab_size)
     config = _config(described, options, output, tokenizer)
@@ -96,7 +94,7 @@ def import_model(
             options.calibration, tokenizer, options.calibration_tokens, config.training.seq_len
         )
     weights = _weights(source, config, options.order, tokens)
-    _write(output, config, tokenizer, weights, progress)
+    _write(new, config, tokenizer, weights, progress)
     submodel = config.granularities.uniform(config.granularities.largest, config.model.n_layers)
     count = count_parameters(config.model, tokenizer.vocab_size, submodel)
     notices = _notices(described, tokenizer, options, tokens)
@@ -113,16 +111,6 @@ def _check_options(options: ImportOptions) -> None:
         )
     if options.fractions is not None and options.widths is not None:
         raise UserError("--fractions and --widths are both given; keep one")
-
-
-def _check_output(output: Path) -> None:
-    if not output.name or output.name == "..":
-        raise UserError(
-            f"the output {output} has no name of its own; give the name of a new folder, for "
-            "example runs/imported"
-        )
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise UserError(f"{output} exists and is not an empty folder; choose another output")
 
 
 def _config(
@@ -190,13 +178,12 @@ def _put_in_order(layer: dict[str, Tensor], calibration: Calibration | None) -> 
 
 
 def _write(
-    output: Path,
+    new: NewDirectory,
     config: Config,
     tokenizer: Tokenizer,
     weights: Iterator[tuple[str, Tensor]],
     progress: Callable[[int, int], None],
 ) -> None:
-    """Write under a temporary name beside the output, and rename last."""
     total = 6 * config.model.n_layers + 2 + (not config.model.tied_embeddings)
     done = 0
 
@@ -205,18 +192,13 @@ def _write(
         done += 1
         progress(done, total)
 
-    temporary = output.with_name(f"{output.name}.{os.getpid()}.incomplete")
     try:
-        temporary.mkdir(parents=True)
-        progress(0, total)
-        with torch.no_grad():
-            write_run(temporary, config, tokenizer, weights, advance)
-        temporary.rename(output)
-        sync_directory(output.parent)
+        with new, torch.no_grad():
+            progress(0, total)
+            write_run(new.path, config, tokenizer, weights, advance)
+            new.publish()
     except OSError as error:
-        raise UserError(f"cannot write {output}: {error}; choose another output") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"cannot write {new.place}: {error}; choose another output") from None
 
 
 def _order_in_words(order: str, tokens: Tensor | None) -> str:

@@ -14,20 +14,22 @@ submodel.json, README.md    see entry.py; the model card
 from __future__ import annotations
 
 import json
-import os
+import re
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from matformer_dist.checkpoints.files import sync_directory, sync_file
+from matformer_dist.checkpoints.new_directory import NewDirectory
 from matformer_dist.checkpoints.universal import UniversalModel, load_universal
+from matformer_dist.checkpoints.verify import BackgroundCheck
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.errors import UserError
-from matformer_dist.run_directory import find_checkpoint
+from matformer_dist.run_directory import TOKENIZER_FILES, find_checkpoint
 from matformer_dist.submodels.entry import ENTRY, describe
 from matformer_dist.submodels.formats import DTYPES, FORMATS, directory_name
 from matformer_dist.submodels.gguf_format import gguf_export
@@ -41,6 +43,13 @@ from matformer_dist.submodels.transformers_format import transformers_export
 _EXPORTS = {"native": native_export, "hf": transformers_export, "gguf": gguf_export}
 
 
+_OURS = re.compile(  # names that any format writes
+    r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.gguf"
+    r"|model\.safetensors\.index\.json|(configuration|modeling)_nemotron_nas\.py"
+    rf"|README\.md|{re.escape(ENTRY)}|{'|'.join(map(re.escape, TOKENIZER_FILES))}"
+)
+
+
 @dataclass(frozen=True)
 class ExtractedModel:
     """A model that `extract` wrote."""
@@ -52,16 +61,12 @@ class ExtractedModel:
 
 
 class _Model(NamedTuple):
-    """A model to write: first all of it into `temporary`, beside the target."""
+    """A model to write."""
 
     weights: WeightFiles
     files: dict[str, str | bytes]  # the others by name
     entry: dict[str, Any]
-    target: Path
-
-    @property
-    def temporary(self) -> Path:
-        return self.target.with_name(f"{self.target.name}.{os.getpid()}.incomplete")
+    directory: NewDirectory
 
 
 def extract(
@@ -81,9 +86,10 @@ def extract(
     That is `output`, or for several `output/NAME`; the parent's weights are read once for all, one
     at a time. fp32 is the default because it is what training kept: nothing is lost, and any other
     dtype can be made from it. `sparse` is for format hf: exact widths, for engines that read them.
-    `force` replaces a model that was extracted before. `tokenizer` stands in where the run's copy
-    is gone. UserError for input that does not fit and for a full disk, before anything is written;
-    for weights that overflow in fp16, before any model is in place.
+    `force` replaces a model that was extracted before, where nothing else is beside it. `tokenizer`
+    stands in where the run's copy is gone. UserError for input that does not fit and for a full
+    disk, before anything is written; for weights that overflow in fp16 and for a damaged
+    checkpoint, all of which is read meanwhile, before any model is in place.
     """
     _check_format(format, sparse, dtype)
     universal = load_universal(find_checkpoint(run))
@@ -98,23 +104,26 @@ def extract(
     models = []
     for submodel in chosen:
         target = output if len(chosen) == 1 else output / directory_name(submodel)
-        _check_target(target, force)
+        new = NewDirectory(target, _check_replaced if force else _check_free)
         source = Source(universal, submodel, text, dtype, shard_bytes)
-        models.append(_model(source, export(source), target, run_dir, format))
+        models.append(_model(source, export(source), new, run_dir, format))
+    _check_distinct([model.directory.place for model in models])
     _check_space(output, models)
-    was_there = output.exists()
+    widths = [max(of) for of in zip(*(submodel.widths for submodel in chosen), strict=True)]
     try:
-        _write(universal, models, [max(of) for of in zip(*(s.widths for s in chosen), strict=True)])
+        with ExitStack() as stack:
+            for model in models:
+                stack.enter_context(model.directory)
+            with BackgroundCheck(universal.checkpoint):
+                _write(universal, models, widths)
+            for model in models:
+                model.directory.publish()
     except OSError as error:
         raise UserError(f"cannot write {output}: {error}; choose another output") from None
-    finally:
-        for model in models:
-            shutil.rmtree(model.temporary, ignore_errors=True)
-        if not was_there:
-            with suppress(OSError):  # it holds models
-                output.rmdir()
     return [
-        ExtractedModel(m.target, m.entry["submodel"], m.entry["parameters"], m.entry["bytes"])
+        ExtractedModel(
+            m.directory.place, m.entry["submodel"], m.entry["parameters"], m.entry["bytes"]
+        )
         for m in models
     ]
 
@@ -145,30 +154,45 @@ def _tokenizer(universal: UniversalModel, run_dir: Path, path: Path | None) -> T
     return tokenizer
 
 
-def _check_target(target: Path, force: bool) -> None:
-    if not target.name or target.name == "..":
-        raise UserError(
-            f"the output {target} has no name of its own; give the name of a new folder, for "
-            "example ./M"
-        )
+def _check_distinct(places: Sequence[Path]) -> None:
+    for place in places:
+        if places.count(place) > 1:
+            raise UserError(
+                f"two of the submodels would be written to {place}; extract them one by one"
+            )
+
+
+def _check_free(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists and is not empty; choose another output, or force it")
+
+
+def _check_replaced(target: Path) -> None:
+    """UserError where something would be lost that `extract` did not write."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    if not force:
-        raise UserError(f"{target} exists and is not empty; choose another output, or force it")
     if not (target / ENTRY).exists():
         raise UserError(
             f"{target} holds no extracted model, so it is not replaced; choose another output"
         )
+    foreign = sorted(path.name for path in target.iterdir() if not _OURS.fullmatch(path.name))
+    if foreign:
+        raise UserError(
+            f"{target} holds {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''} beside "
+            "an extracted model, which would be lost; move that away, or choose another output"
+        )
 
 
-def _model(source: Source, export: Export, target: Path, run_dir: Path, format: str) -> _Model:
+def _model(
+    source: Source, export: Export, directory: NewDirectory, run_dir: Path, format: str
+) -> _Model:
     entry = describe(source, export, run_dir, format)
     files = {
         **export.files,
         ENTRY: json.dumps(entry, indent=2) + "\n",
         "README.md": model_card(entry, source.universal.model, source.universal.vocab_size),
     }
-    return _Model(export.weights, files, entry, target)
+    return _Model(export.weights, files, entry, directory)
 
 
 def _check_space(output: Path, models: Sequence[_Model]) -> None:
@@ -186,26 +210,12 @@ def _check_space(output: Path, models: Sequence[_Model]) -> None:
 
 
 def _write(universal: UniversalModel, models: Sequence[_Model], widths: Sequence[int]) -> None:
-    """Write all models under temporary names, and rename them when all are on disk."""
-    for model in models:
-        model.temporary.mkdir(parents=True)
-    write_weights(universal, [(model.weights, model.temporary) for model in models], widths)
+    """Write all files of all models, and put them on disk."""
+    write_weights(universal, [(model.weights, model.directory.path) for model in models], widths)
     for model in models:
         for name, content in model.files.items():
             data = content.encode() if isinstance(content, str) else content
-            (model.temporary / name).write_bytes(data)
-        for path in model.temporary.iterdir():
+            (model.directory.path / name).write_bytes(data)
+        for path in model.directory.path.iterdir():
             sync_file(path)
-        sync_directory(model.temporary)
-    for model in models:
-        _put_in_place(model)
-
-
-def _put_in_place(model: _Model) -> None:
-    """Rename; a model that was there goes aside first, and away last."""
-    replaced = model.temporary.with_suffix(".replaced")
-    if model.target.exists():
-        model.target.rename(replaced)
-    model.temporary.rename(model.target)
-    shutil.rmtree(replaced, ignore_errors=True)
-    sync_directory(model.target.parent)
+        sync_directory(model.directory.path)

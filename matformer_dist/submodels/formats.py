@@ -5,12 +5,15 @@ Without torch: the report, which only prints commands, asks here what `extract` 
 
 from __future__ import annotations
 
+import hashlib
+
 from matformer_dist.config import ModelConfig
 from matformer_dist.nesting import Submodel
 
 _FLOATS = ("fp32", "bf16", "fp16")
 DTYPES = {"native": _FLOATS, "hf": _FLOATS, "gguf": (*_FLOATS, "q8_0")}  # by format
 FORMATS = tuple(DTYPES)
+_LONGEST_NAME, _SHORTENED_NAME = 120, 60  # bytes, characters
 FFN_MULT_STEP = 256  # neurons: widths that `ffn_mult` of format hf, sparse, can say
 
 
@@ -26,5 +29,12 @@ def has_llama_architecture(model: ModelConfig) -> bool:
 
 
 def directory_name(submodel: Submodel | str) -> str:
-    """ "S:2,M:2" as "Sx2-Mx2"; no text, wherever it was read, leads out of the parent."""
-    return str(submodel).replace(":", "x").replace(",", "-").replace("/", "-")
+    """ "S:2,M:2" as "Sx2-Mx2"; no text, wherever it was read, leads out of the parent.
+
+    A long name ends in a digest, since file systems hold 255 bytes.
+    """
+    name = str(submodel).replace(":", "x").replace(",", "-").replace("/", "-")
+    if len(name.encode()) <= _LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(str(submodel).encode()).hexdigest()[:8]
+    return f"{name[:_SHORTENED_NAME]}-{digest}"

@@ -18,10 +18,11 @@ from torch import Tensor
 from matformer_dist.checkpoints.files import start_write_back
 from matformer_dist.checkpoints.memory import ReusedMemory
 from matformer_dist.errors import UserError
-from matformer_dist.submodels.parts import TORCH_DTYPES, Part, Parts
+from matformer_dist.submodels.parts import TORCH_DTYPES, Part, Parts, largest
 
 NAME = "model.gguf"
 _TENSOR_TYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "q8_0": "Q8_0"}
+_LARGEST_Q8_0 = 127 * 65504  # a block's scale, 1/127 of its largest value, is in fp16
 _FILE_TYPES = {
     "fp32": "ALL_F32", "bf16": "MOSTLY_BF16", "fp16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0",
 }  # fmt: skip
@@ -111,7 +112,9 @@ class GgufFile:
 
     def _values(self, part: Part, weight: Tensor, memory: ReusedMemory) -> NDArray[Any]:
         if len(part.shape) == 1 or self.dtype == "q8_0":
-            values = part.values(weight, torch.float32, memory).numpy()
-            return self._gguf.quants.quantize(values, self._type_of(part))
+            values = part.values(weight, torch.float32, memory)
+            if len(part.shape) > 1 and largest(values) > _LARGEST_Q8_0:
+                part.refuse_range(largest(values), self.dtype)
+            return self._gguf.quants.quantize(values.numpy(), self._type_of(part))
         stored = part.values(weight, TORCH_DTYPES[self.dtype], memory)
         return (stored.view(torch.uint16) if self.dtype == "bf16" else stored).numpy()

@@ -21,7 +21,7 @@ def release_files(directory: Path) -> None:
     root = f"{directory.resolve()}/"
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    for line in os.fsdecode(_MAPS.read_bytes()).splitlines():
+    for line in os.fsdecode(_MAPS.read_bytes()).split("\n")[:-1]:  # no other line ends
         span, _, _, _, inode, *path = line.split(maxsplit=5)
         if inode != "0" and path and path[0].startswith(root):
             first, last = (int(address, 16) for address in span.split("-"))

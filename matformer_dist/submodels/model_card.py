@@ -54,7 +54,7 @@ print(sample("PATH", "def ", max_new_tokens=50).text)"""
 _SPARSE_LOADING = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
 prompt = tokenizer("def ", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))"""

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class Part(NamedTuple):
     def values(self, weight: Tensor, dtype: torch.dtype, memory: ReusedMemory) -> Tensor:
         """[*shape] of `dtype`, contiguous, until `memory` is used again.
 
-        UserError where the range of `dtype` does not hold a value.
+        UserError where the range of `dtype` does not hold a value; the weight's own are finite.
         """
         found = self.cut(weight)
         if found.shape == self.shape and found.dtype == dtype and found.is_contiguous():
@@ -54,12 +55,14 @@ class Part(NamedTuple):
             _copy_transposed(found, corner)
         else:
             corner.copy_(found)
-        if dtype != weight.dtype and _largest(stored) == torch.inf != _largest(weight):
-            raise UserError(
-                f"{self.name} holds values up to {_largest(found):.3g}, beyond the range of "
-                f"{str(dtype).removeprefix('torch.')}; choose bf16 or fp32"
-            )
+        if dtype != found.dtype and largest(stored) == torch.inf:
+            self.refuse_range(largest(found), str(dtype).removeprefix("torch."))
         return stored
+
+    def refuse_range(self, found: float, dtype: str) -> NoReturn:
+        raise UserError(
+            f"{self.name} holds values up to {found:.3g}, beyond the range of {dtype}; choose fp32"
+        )
 
 
 # By the names of the parent's weights.
@@ -126,6 +129,11 @@ def write_weights(
             memory.release("part", _KEPT_BYTES)
             weight = universal.weight(name, rows=rows, memory=memory)
             release_files(universal.checkpoint.path)
+            if not isfinite(largest(weight)):
+                raise UserError(
+                    f"{name} of {universal.checkpoint.path} holds values that are not finite; "
+                    "choose another step"
+                )
             for files, _ in models:
                 for part in files.parts[name]:
                     files.write(part, weight, memory)
@@ -149,7 +157,7 @@ def _copy_transposed(source: Tensor, target: Tensor) -> None:
         target[rows].copy_(source[rows].to(target.dtype, copy=True).contiguous())
 
 
-def _largest(values: Tensor) -> float:
+def largest(values: Tensor) -> float:
     """Largest magnitude; nan where there is one."""
     low, high = values.aminmax()
     return float(torch.maximum(-low, high))
