@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -86,7 +87,12 @@ def import_command(
         list[Path] | None,
         typer.Option(help="Text to measure importance on; repeatable. Without: weights alone."),
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(help="Tokens of it to run.")] = 8192,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of it to run; 8192 if left out.")
+    ] = None,
+    text_key: Annotated[
+        str, typer.Option(help="Key or column of calibration that holds the text.")
+    ] = "text",
     tokenizer: Annotated[
         Path | None, typer.Option(help="Another than HF_DIR's: a .model file or tokenizer.json.")
     ] = None,
@@ -106,6 +112,7 @@ def import_command(
         order=order,
         calibration=calibration or (),
         calibration_tokens=calibration_tokens,
+        text_key=text_key,
         tokenizer=tokenizer,
         seq_len=seq_len,
     )
@@ -311,8 +318,14 @@ def _whole_numbers(option: str, text: str | None) -> list[int] | None:
         ) from None
 
 
+def _end(number: int, _: object) -> None:
+    """So that what was begun is cleaned away, as with Ctrl-C."""
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Run the command; what the user can mend is one message and exit code 2."""
+    signal.signal(signal.SIGTERM, _end)
     try:
         app()
     except (UserError, OSError) as error:

@@ -18,12 +18,13 @@ import errno
 import fcntl
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from matformer_dist.config import ModelConfig
 from matformer_dist.errors import UserError
@@ -88,7 +89,7 @@ class Manifest(BaseModel):
     layout: Layout
     model: ModelConfig
     nesting: Nesting
-    vocab_size: int
+    vocab_size: int = Field(gt=0)
     precision: str
     tokenizer_sha256: str
     config_sha256: str
@@ -103,6 +104,14 @@ class Manifest(BaseModel):
     probe_loss: float | None = None  # see training/continuity.py; null if not finite
     files: dict[str, SavedFile]
     manifest_sha256: str = _UNSEALED  # of this file, with zeros in its place
+
+    @model_validator(mode="after")
+    def _check(self) -> Manifest:
+        if self.nesting.d_ff != self.model.d_ff:
+            raise ValueError(
+                f"nesting ends at {self.nesting.d_ff}, model.d_ff is {self.model.d_ff}"
+            )
+        return self
 
     def sealed(self) -> str:
         """The text of manifest.json, with its own SHA-256."""
@@ -228,14 +237,24 @@ def _out_of_reach(path: Path, error: OSError) -> UnknownStateError:
 def read_checkpoints(run_dir: Path) -> Checkpoints:
     """Every checkpoint of a run, whole or damaged; UnknownStateError for one that may be either."""
     found = Checkpoints([], {})
-    for path in (run_dir / "checkpoints").glob("step-*"):
-        if name := _STEP.fullmatch(path.name):
-            try:
-                found.complete.append(read_checkpoint(path))
-            except DamagedError as error:
-                found.damaged[int(name[1])] = str(error)
+    for step, path in _step_folders(run_dir).items():
+        try:
+            found.complete.append(read_checkpoint(path))
+        except DamagedError as error:
+            found.damaged[step] = str(error)
     found.complete.sort(key=lambda checkpoint: checkpoint.step)
     return found
+
+
+def _step_folders(run_dir: Path) -> dict[int, Path]:
+    """Whole or not, by step, the oldest first; OSError where the folder of all cannot be read."""
+    folder = run_dir / "checkpoints"
+    try:
+        names = os.listdir(folder)  # glob would take what it may not read for nothing
+    except FileNotFoundError:
+        return {}
+    found = {int(m[1]): folder / name for name in names if (m := _STEP.fullmatch(name))}
+    return dict(sorted(found.items()))
 
 
 def find_checkpoint(run: str | Path) -> Checkpoint:
@@ -276,13 +295,12 @@ def checkpoint_paths(run: str) -> list[Path]:
         path = Path(name) / "checkpoints" / f"step-{step}"
     if path.is_dir() and _STEP.fullmatch(path.name):
         return [path]
-    folders = path.glob("checkpoints/step-*")
-    found = {int(m[1]): folder for folder in folders if (m := _STEP.fullmatch(folder.name))}
+    found = _step_folders(path)
     if not found:
         raise UserError(
             f"{run} holds no checkpoint; give a run directory, RUN@STEP or a checkpoint's folder"
         )
-    return [found[step] for step in sorted(found)]
+    return list(found.values())
 
 
 def _read_chosen(path: Path) -> Checkpoint:

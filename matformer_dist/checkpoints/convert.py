@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from matformer_dist.checkpoints.deepspeed_files import MOMENTS, optimizer_order
 from matformer_dist.checkpoints.files import (
@@ -16,7 +17,7 @@ from matformer_dist.checkpoints.files import (
     replace_file,
     write_file,
 )
-from matformer_dist.checkpoints.new_directory import NewDirectory
+from matformer_dist.checkpoints.new_directory import NewDirectory, check_space
 from matformer_dist.checkpoints.universal import UniversalModel, load_universal
 from matformer_dist.checkpoints.universal_files import description, stored_value, value_path
 from matformer_dist.checkpoints.verify import BackgroundCheck
@@ -42,14 +43,12 @@ def convert(
     checkpoint = replace(found, path=found.path.resolve())
     new = NewDirectory(output)
     model = load_universal(checkpoint)
+    check_space(output, 4 * len(_states(model)) * sum(p.numel() for p in model.whole.values()))
     folder = new.path / "checkpoints" / f"step-{checkpoint.step}"
     try:
         with new:
             folder.mkdir(parents=True)
-            for name in ("config.yaml", *TOKENIZER_FILES):
-                source = checkpoint.path.parent.parent / name
-                if source.exists():
-                    shutil.copy(source, new.path)
+            _copy_settings(checkpoint.path.parent.parent, new)
             with BackgroundCheck(checkpoint):
                 files = _write(model, folder, advance)
             manifest = checkpoint.manifest.model_copy(
@@ -61,6 +60,24 @@ def convert(
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror}; choose another output") from None
     return new.place / "checkpoints" / folder.name
+
+
+def _copy_settings(run: Path, new: NewDirectory) -> None:
+    """The configuration, which names the new run directory, and the tokenizer in it."""
+    copied = [name for name in TOKENIZER_FILES if (run / name).exists()]
+    for name in copied:
+        shutil.copy(run / name, new.path)
+    config = run / "config.yaml"
+    if config.exists():
+        tree = yaml.safe_load(config.read_text())
+        tree["run"]["dir"] = str(new.place)
+        if copied:
+            tree["data"]["tokenizer"] = str(new.place / copied[0])
+        replace_file(new.path / "config.yaml", yaml.safe_dump(tree, sort_keys=False).encode())
+
+
+def _states(model: UniversalModel) -> tuple[str, ...]:
+    return ("fp32", *(MOMENTS if model.checkpoint.manifest.has_optimizer else ()))
 
 
 def _write(
@@ -76,7 +93,7 @@ def _write(
 
         files[str(path.relative_to(folder))] = write_file(path, save)
 
-    states = ("fp32", *(MOMENTS if model.checkpoint.manifest.has_optimizer else ()))
+    states = _states(model)
     for done, (name, parameter) in enumerate(model.whole.items(), 1):
         for state in states:
             content = stored_value(name, parameter, model.value(name, state))

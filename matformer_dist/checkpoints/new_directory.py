@@ -53,6 +53,12 @@ class NewDirectory:
                 f"cannot write {place}: {there} is no folder that can be written to; choose "
                 "another output"
             )
+        for parent in self.place.parents:
+            if parent.name == "checkpoints" and (parent.parent / "config.yaml").exists():
+                raise UserError(
+                    f"the output {place} lies among the checkpoints of {parent.parent}, which are "
+                    "deleted as newer ones come; choose another output"
+                )
         self._check = check
         self._made: list[Path] = []  # parents, the innermost first
         token = secrets.token_hex(4)
@@ -85,6 +91,17 @@ class NewDirectory:
             raise
         sync_directory(self.place.parent)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_space(place: Path, needed_bytes: int) -> None:
+    """UserError where the disk of `place` has no room for so much, beside what it may replace."""
+    there = next(p for p in (place.absolute(), *place.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(there).free
+    if needed_bytes > free:
+        raise UserError(
+            f"{place} needs {needed_bytes / 1e9:,.2f} GB, the disk of {there} has "
+            f"{free / 1e9:,.2f} GB free; choose another output, or make room"
+        )
 
 
 def _is_empty(place: Path) -> bool:

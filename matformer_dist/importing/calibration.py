@@ -27,7 +27,9 @@ from matformer_dist.parallel.layers import Initializer
 from matformer_dist.parallel.topology import SINGLE
 
 
-def read_tokens(inputs: Sequence[Path], tokenizer: Tokenizer, tokens: int, seq_len: int) -> Tensor:
+def read_tokens(
+    inputs: Sequence[Path], tokenizer: Tokenizer, tokens: int, seq_len: int, text_key: str = "text"
+) -> Tensor:
     """The first `tokens` ids of the inputs' documents as sequences [n, s], as in training.
 
     s is `seq_len`, or what there is where that is less; what fills no sequence is left out.
@@ -35,7 +37,7 @@ def read_tokens(inputs: Sequence[Path], tokenizer: Tokenizer, tokens: int, seq_l
     """
     if tokens < 1:
         raise UserError(f"--calibration-tokens {tokens} must be above 0, for example 8192")
-    reader = DocumentReader()
+    reader = DocumentReader(text_key)
     eod = np.array([tokenizer.eod], np.int32)
     arrays: list[NDArray[np.int32]] = []
     held = 0

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matformer_dist.checkpoints.new_directory import NewDirectory
+from matformer_dist.checkpoints.new_directory import NewDirectory, check_space
 from matformer_dist.config import Config
 from matformer_dist.config_file import validate_config
 from matformer_dist.counting import count_parameters
+from matformer_dist.data.huggingface_tokenizer import HuggingFaceTokenizer
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.errors import UserError
@@ -32,7 +33,7 @@ from matformer_dist.importing.importance import activation_weighted, falling, ma
 from matformer_dist.importing.llama_config import LlamaConfig, read_llama_config
 from matformer_dist.importing.llama_weights import LlamaWeights
 from matformer_dist.importing.run_files import write_run
-from matformer_dist.importing.vocabulary import find_tokenizer
+from matformer_dist.importing.vocabulary import beginning, find_tokenizer
 
 ORDERS = ("importance", "none")
 CALIBRATION_TOKENS = 8192
@@ -45,6 +46,7 @@ class ImportOptions:
 
     order        importance: neurons by falling importance; none: as they are in the checkpoint
     calibration  files or folders of text to measure importance on; without, weights alone count
+    text_key     the key or column of calibration that holds the text
     tokenizer    another than the one beside the checkpoint, see load_tokenizer
     seq_len      training.seq_len, and the length of calibration's sequences
     """
@@ -54,7 +56,8 @@ class ImportOptions:
     names: Sequence[str] | None = None
     order: str = "importance"
     calibration: Sequence[Path] = ()
-    calibration_tokens: int = CALIBRATION_TOKENS
+    calibration_tokens: int | None = None  # CALIBRATION_TOKENS, where there is text
+    text_key: str = "text"
     tokenizer: Path | None = None
     seq_len: int | None = None
 
@@ -77,27 +80,32 @@ def import_model(
 ) -> ImportedModel:
     """Make the Llama-architecture checkpoint in `directory` the run directory `output`.
 
-    The same checkpoint, options and text give the same weights. Memory: the weights of one layer,
-    or the embedding; with calibration the hidden states of its tokens too. `progress` is called
+    The same checkpoint, options and text give the same weights. Memory: up to four times the
+    fp32 weights of a layer, or three times the embedding; with calibration the hidden states of its
+    tokens too. `progress` is called
     with weights written and in all. UserError for what cannot be imported; nothing is left at
     `output` then.
     """
     _check_options(options)
     new = NewDirectory(output)
+    if "${" in str(output):
+        raise UserError(
+            f"the output {output} holds '${{', which config files read as a reference; choose "
+            "another name"
+        )
     described = read_llama_config(directory)
+    source = LlamaWeights(directory, described.model, described.vocab_size)
     tokenizer = find_tokenizer(directory, options.tokenizer, described.vocab_size)
     config = _config(described, options, output, tokenizer)
-    source = LlamaWeights(directory, config.model, tokenizer.vocab_size)
-    tokens = None
-    if options.calibration:
-        tokens = read_tokens(
-            options.calibration, tokenizer, options.calibration_tokens, config.training.seq_len
-        )
-    weights = _weights(source, config, options.order, tokens)
-    _write(new, config, tokenizer, weights, progress)
     submodel = config.granularities.uniform(config.granularities.largest, config.model.n_layers)
     count = count_parameters(config.model, tokenizer.vocab_size, submodel)
-    notices = _notices(described, tokenizer, options, tokens)
+    check_space(output, 4 * count.total)
+    tokens = None
+    if options.calibration:
+        tokens = _calibration_tokens(options, tokenizer, config.training.seq_len)
+    weights = _weights(source, config, options.order, tokens)
+    _write(new, config, tokenizer, weights, progress)
+    notices = _notices(directory, described, tokenizer, options, tokens)
     return ImportedModel(output, count.total, _order_in_words(options.order, tokens), notices)
 
 
@@ -108,6 +116,11 @@ def _check_options(options: ImportOptions) -> None:
         raise UserError(
             "--order none keeps the checkpoint's order of neurons, so --calibration would change "
             "nothing; leave one of the two out"
+        )
+    if options.calibration_tokens is not None and not options.calibration:
+        raise UserError(
+            f"--calibration-tokens {options.calibration_tokens} needs text to take them from; give "
+            "it by --calibration, or leave both out"
         )
     if options.fractions is not None and options.widths is not None:
         raise UserError("--fractions and --widths are both given; keep one")
@@ -145,6 +158,23 @@ def _config(
     return validate_config(tree, source="the imported model's configuration")
 
 
+def _calibration_tokens(options: ImportOptions, tokenizer: Tokenizer, seq_len: int) -> Tensor:
+    try:
+        return read_tokens(
+            options.calibration, tokenizer, _asked(options), seq_len, options.text_key
+        )
+    except UserError as error:
+        raise UserError(
+            f"the calibration text cannot be used: {error} (of the options of `matformer "
+            "prepare-data`, import has --text-key)"
+        ) from None
+
+
+def _asked(options: ImportOptions) -> int:
+    count = options.calibration_tokens
+    return CALIBRATION_TOKENS if count is None else count
+
+
 def _weights(
     source: LlamaWeights, config: Config, order: str, tokens: Tensor | None
 ) -> Iterator[tuple[str, Tensor]]:
@@ -159,7 +189,8 @@ def _weights(
         layer = source.layer(i)
         if order == "importance":
             _put_in_order(layer, calibration)
-        yield from ((f"layers.{i}.{name}", weight) for name, weight in layer.items())
+        for name in list(layer):
+            yield f"layers.{i}.{name}", layer.pop(name)
     yield "final_norm.weight", source.final_norm()
     if not config.model.tied_embeddings:
         yield "head.weight", source.head()
@@ -210,18 +241,29 @@ def _order_in_words(order: str, tokens: Tensor | None) -> str:
 
 
 def _notices(
-    described: LlamaConfig, tokenizer: Tokenizer, options: ImportOptions, tokens: Tensor | None
+    directory: Path,
+    described: LlamaConfig,
+    tokenizer: Tokenizer,
+    options: ImportOptions,
+    tokens: Tensor | None,
 ) -> list[str]:
     notices = []
-    if tokens is not None and tokens.numel() <= options.calibration_tokens // 2:
+    if tokens is not None and tokens.numel() <= _asked(options) // 2:
         notices.append(
-            f"the calibration text gave {tokens.numel():,} tokens, "
-            f"{options.calibration_tokens:,} were asked for"
+            f"the calibration text gave {tokens.numel():,} tokens, {_asked(options):,} were asked "
+            "for"
         )
-    if tokenizer.eod not in described.eos_ids:
+    if described.eos_ids and tokenizer.eod not in described.eos_ids:
         notices.append(
             f"config.json ends texts with id {', '.join(map(str, described.eos_ids))}, the run's "
             f"documents end with the tokenizer's end, id {tokenizer.eod}"
+        )
+    begins = beginning(tokenizer, directory)
+    if begins is not None:
+        kept = isinstance(tokenizer, HuggingFaceTokenizer)
+        notices.append(
+            f"the checkpoint's texts begin with id {begins}; documents in prepared data begin with "
+            f"nothing{'' if kept else ', and so do prompts here and of extracted models'}"
         )
     if tokenizer.digest != load_tokenizer(tokenizer.source).digest:
         notices.append(

@@ -111,7 +111,7 @@ def read_llama_config(directory: Path) -> LlamaConfig:
 def _read(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
             f"cannot read {path} ({reason}); give the folder of a Hugging Face checkpoint, with "

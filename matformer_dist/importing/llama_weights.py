@@ -151,7 +151,7 @@ def _files_by_weight(directory: Path) -> dict[str, str]:
         files: dict[str, str] = json.loads((directory / _INDEX).read_text())["weight_map"]
         if not all(Path(file).name == file for file in files.values()):
             raise ValueError("a shard lies in another folder")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"cannot read {directory / _INDEX} ({type(error).__name__}: {error}); download it again"
         ) from None
@@ -189,7 +189,7 @@ def _header(path: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
             for name in opened.keys():  # noqa: SIM118  (it is no mapping)
                 part = opened.get_slice(name)
                 yield name, tuple(part.get_shape()), part.get_dtype()
-    except (OSError, SafetensorError) as error:
+    except (OSError, UnicodeError, SafetensorError) as error:
         raise UserError(f"cannot read {path} ({error}); download it again") from None
 
 

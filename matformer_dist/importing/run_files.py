@@ -66,6 +66,7 @@ def write_run(
         assert weight.shape == shape, f"{name} is {weight.shape}, not {shape}"
         path = value_path(checkpoint, name, "fp32")
         files[path.relative_to(checkpoint).as_posix()] = _write_weight(path, weight)
+        del weight  # before the next is made
         advance()
     assert not expected, f"not written: {sorted(expected)}"
     text = config_text(config)

@@ -22,6 +22,7 @@ from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.errors import UserError
 
+_LONGEST_NAME = 128  # characters, of a token that the checkpoint names
 _CONTROL = 3  # SentencePiece's type of a piece that no text encodes to
 
 
@@ -46,12 +47,27 @@ def find_tokenizer(directory: Path, chosen: Path | None, vocab_size: int) -> Tok
     return _with_pieces(tokenizer, directory, vocab_size)
 
 
+def beginning(tokenizer: Tokenizer, directory: Path) -> int | None:
+    """Id that the checkpoint's own tokenizer puts before texts; None where it puts nothing."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        proto = _proto(tokenizer)
+        adds = _read(directory / "tokenizer_config.json").get("add_bos_token", True)
+        return proto.trainer_spec.bos_id if adds and proto.trainer_spec.bos_id >= 0 else None
+    first, *_ = tokenizer.encode_prompt("a")
+    return first if first != tokenizer.encode("a")[0] else None
+
+
+def _proto(tokenizer: SentencePieceTokenizer) -> Any:
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(tokenizer.model)
+    return proto
+
+
 def _with_pieces(
     tokenizer: SentencePieceTokenizer, directory: Path, vocab_size: int
 ) -> SentencePieceTokenizer:
     """Control pieces behind its own."""
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(tokenizer.model)
+    proto = _proto(tokenizer)
     taken = {piece.piece for piece in proto.pieces}
     for _, name in _names(range(len(proto.pieces), vocab_size), taken, directory):
         proto.pieces.add(piece=name, score=0.0, type=_CONTROL)
@@ -80,10 +96,17 @@ def _names(ids: range, taken: set[str], directory: Path) -> Iterator[tuple[int, 
     taken = set(taken)
     for i in ids:
         name = names.get(i, "")
-        if not name or name in taken:
+        if name in taken or not _is_name(name):
             name = f"<unused-{i}>"
+        while name in taken:
+            name = f"<{name}>"
         taken.add(name)
         yield i, name
+
+
+def _is_name(text: str) -> bool:
+    """Whether both kinds of tokenizers can hold it."""
+    return 0 < len(text) <= _LONGEST_NAME and text.isprintable()
 
 
 def _added_tokens(directory: Path) -> dict[int, str]:
@@ -92,7 +115,7 @@ def _added_tokens(directory: Path) -> dict[int, str]:
     names = {i: name for name, i in added.items() if isinstance(i, int)}
     decoder = _read(directory / "tokenizer_config.json").get("added_tokens_decoder")
     for key, token in (decoder if isinstance(decoder, dict) else {}).items():
-        if key.isdecimal() and isinstance(token, dict):
+        if key.isdecimal() and len(key) < 10 and isinstance(token, dict):
             names[int(key)] = str(token.get("content", ""))
     return names
 
@@ -101,6 +124,6 @@ def _read(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none: names are all that is taken from it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

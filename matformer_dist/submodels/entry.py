@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from matformer_dist.counting import count_parameters
 from matformer_dist.errors import UserError
+from matformer_dist.run_directory import Manifest
 from matformer_dist.submodels.formats import FORMATS
 from matformer_dist.submodels.parts import Export, Source
 
@@ -21,7 +23,6 @@ def describe(source: Source, export: Export, run_dir: Path, format: str) -> dict
     """
     universal, submodel = source.universal, source.submodel
     count = count_parameters(universal.model, universal.vocab_size, submodel)
-    is_fp32 = universal.checkpoint.manifest.precision == "fp32"
     nesting = universal.nesting
     return {
         "submodel": str(submodel),
@@ -34,11 +35,18 @@ def describe(source: Source, export: Export, run_dir: Path, format: str) -> dict
         "step": universal.checkpoint.step,
         "run": str(run_dir),
         "bytes": export.weights.bytes,
-        "trained": "fp32 weights" if is_fp32 else "fp32 master weights",
+        "trained": _origin(universal.checkpoint.manifest),
         "loss": _measured_loss(run_dir, universal.checkpoint.step, str(submodel)),
         "padded_width": export.padded_width,
         "nesting": {"widths": list(nesting.widths), "names": list(nesting.names)},
     }
+
+
+def _origin(manifest: Manifest) -> str:
+    """Of what the weights were rounded, in words."""
+    if not manifest.has_optimizer:
+        return "the weights as imported"
+    return "training's fp32 weights" + (" (masters)" if manifest.precision != "fp32" else "")
 
 
 def _measured_loss(run_dir: Path, step: int, submodel: str) -> float | None:
@@ -50,13 +58,14 @@ def _measured_loss(run_dir: Path, step: int, submodel: str) -> float | None:
         evaluation = json.loads(path.read_text())
         if evaluation["step"] != step:
             return None
-        losses = {entry["submodel"]: float(entry["loss"]) for entry in evaluation["submodels"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        losses = {entry["submodel"]: entry["loss"] for entry in evaluation["submodels"]}
+        loss = losses.get(submodel)
+        return float(loss) if loss is not None and isfinite(loss) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"cannot read {path} ({type(error).__name__}: {error}); evaluate the run again, or "
             "delete the file"
         ) from None
-    return losses.get(submodel)
 
 
 def read_entry(directory: Path) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from matformer_dist.checkpoints.files import sync_directory, sync_file
-from matformer_dist.checkpoints.new_directory import NewDirectory
+from matformer_dist.checkpoints.new_directory import NewDirectory, check_space
 from matformer_dist.checkpoints.universal import UniversalModel, load_universal
 from matformer_dist.checkpoints.verify import BackgroundCheck
 from matformer_dist.data.tokenizer import Tokenizer
@@ -108,7 +107,8 @@ def extract(
         source = Source(universal, submodel, text, dtype, shard_bytes)
         models.append(_model(source, export(source), new, run_dir, format))
     _check_distinct([model.directory.place for model in models])
-    _check_space(output, models)
+    needed = sum(model.weights.bytes + sum(map(len, model.files.values())) for model in models)
+    check_space(output, needed)
     widths = [max(of) for of in zip(*(submodel.widths for submodel in chosen), strict=True)]
     try:
         with ExitStack() as stack:
@@ -193,20 +193,6 @@ def _model(
         "README.md": model_card(entry, source.universal.model, source.universal.vocab_size),
     }
     return _Model(export.weights, files, entry, directory)
-
-
-def _check_space(output: Path, models: Sequence[_Model]) -> None:
-    """UserError where the disk has no room for all models, beside what they replace."""
-    there = output.absolute()
-    while not there.is_dir():
-        there = there.parent
-    needed = sum(model.weights.bytes + sum(map(len, model.files.values())) for model in models)
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        raise UserError(
-            f"the models need {needed / 1e9:,.2f} GB, the disk of {there} has {free / 1e9:,.2f} GB "
-            "free; choose another output, fewer submodels or a smaller --dtype, or make room"
-        )
 
 
 def _write(universal: UniversalModel, models: Sequence[_Model], widths: Sequence[int]) -> None:

@@ -87,7 +87,13 @@ class GgufFile:
         assert part.name == expected, "parts come in their order"
         (file,) = self._writer.fout
         first = file.tell()
-        self._writer.write_tensor_data(self._values(part, weight, memory))
+        values = self._values(part, weight, memory)
+        try:
+            self._writer.write_tensor_data(values)
+        except OSError as error:
+            if error.errno is None:  # numpy's own, which says how much was written, but not why
+                error = OSError(f"{part.name} could not be written whole: is the disk full?")
+            raise error from None
         start_write_back(file, first)
 
     def close(self) -> None:

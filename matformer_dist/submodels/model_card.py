@@ -15,7 +15,7 @@ _CARD = """\
 
 # {submodel} of a MatFormer language model
 
-Taken out of a trained universal model by slicing, without training: step {step} of the run
+Taken out of a universal model by slicing, without training: step {step} of the run
 `{run}`.
 
 | | |
@@ -27,7 +27,7 @@ Taken out of a trained universal model by slicing, without training: step {step}
 | layers, width, heads (key-value) | {n_layers}, {d_model}, {n_heads} ({kv_heads}) |
 | context | {max_seq_len} tokens |
 | vocabulary | {vocab_size} pieces |
-| weights | {dtype}, {bytes:,} bytes, from training's {trained} |
+| weights | {dtype}, {bytes:,} bytes, from {trained} |
 | validation loss | {loss} |
 {widths_note}
 ## How to load it

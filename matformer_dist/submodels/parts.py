@@ -26,6 +26,7 @@ from matformer_dist.submodels.mapped_memory import release_files
 _BLOCK_ROWS = 128
 _KEPT_BYTES = 256 * 1024**2
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 class Part(NamedTuple):
@@ -56,12 +57,14 @@ class Part(NamedTuple):
         else:
             corner.copy_(found)
         if dtype != found.dtype and largest(stored) == torch.inf:
-            self.refuse_range(largest(found), str(dtype).removeprefix("torch."))
+            self.refuse_range(largest(found), _NAMES[dtype])
         return stored
 
     def refuse_range(self, found: float, dtype: str) -> NoReturn:
+        others = "fp32" if dtype == "bf16" else "bf16 or fp32"
         raise UserError(
-            f"{self.name} holds values up to {found:.3g}, beyond the range of {dtype}; choose fp32"
+            f"{self.name} holds values up to {found:.3g}, beyond the range of {dtype}; choose "
+            f"{others}"
         )
 
 

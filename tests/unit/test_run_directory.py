@@ -96,3 +96,13 @@ def test_a_checkpoint_out_of_reach_is_not_passed_over(run: Path) -> None:
     path.symlink_to(path)  # reading it fails, by root too
     with pytest.raises(UnknownStateError, match=r"step-20 cannot be read .*: Too many levels"):
         read_checkpoints(run)
+
+
+def test_checkpoints_out_of_reach_are_not_taken_for_none(tmp_path: Path) -> None:
+    """Else a run would begin anew."""
+    (tmp_path / "checkpoints").touch()  # for a folder that may not be read, as root may read all
+    for find in (read_checkpoints, find_checkpoint):
+        with pytest.raises(NotADirectoryError):
+            find(tmp_path)
+    (tmp_path / "checkpoints").unlink()
+    assert not read_checkpoints(tmp_path).complete

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
+from matformer_dist.checkpoints.convert import convert
 from matformer_dist.checkpoints.files import hash_file
 from matformer_dist.checkpoints.universal import load_universal
 from matformer_dist.errors import UserError
@@ -118,3 +120,15 @@ def test_reading_needs_no_deepspeed(tmp_path: Path) -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_converted_run_is_a_run_of_its_own(tmp_path: Path) -> None:
+    """Else training by its config.yaml would go on in the first one."""
+    run = write_run(tmp_path / "run", random_model(model_config()))
+    _reseal(run / "checkpoints/step-5/manifest.json", has_optimizer=False)
+    convert(str(run), tmp_path / "copy")
+    tree = yaml.safe_load((tmp_path / "copy/config.yaml").read_text())
+    assert tree["run"]["dir"] == str(tmp_path / "copy")
+    assert tree["data"]["tokenizer"] == str(tmp_path / "copy/tokenizer.model")
+    before = yaml.safe_load((run / "config.yaml").read_text())
+    assert {k for k in tree if tree[k] != before[k]} == {"run", "data"}

@@ -39,6 +39,7 @@ def save(llama: Any, directory: Path, shard_size: str = "50KB") -> Path:
     """A checkpoint in shards, as downloaded."""
     llama.save_pretrained(directory, max_shard_size=shard_size)
     (directory / "tokenizer.model").write_bytes(small_tokenizer().model)
+    (directory / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False}))
     return directory
 
 

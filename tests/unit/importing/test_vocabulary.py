@@ -69,6 +69,19 @@ def test_added_pieces_have_the_checkpoints_names_and_no_text(tmp_path: Path) -> 
     assert filled.digest != original.digest
 
 
+def test_names_that_cannot_be_are_not_taken(tmp_path: Path) -> None:
+    save(random_llama(vocab_size=PADDED), tmp_path)
+    added = {"<unused-308>": 307, "a" * 1000: 309, "\ud800": 310, "\x00": 311, "": 312}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    decoder = {"9" * 5000: {"content": "x"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+    filled = find_tokenizer(tmp_path, None, PADDED)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=filled.files["tokenizer.model"])
+    assert [processor.id_to_piece(i) for i in range(307, 313)] == [
+        "<unused-308>", "<<unused-308>>", *(f"<unused-{i}>" for i in range(309, 313))
+    ]  # fmt: skip
+
+
 def test_a_tokenizer_that_fits_is_kept_as_it_is(tmp_path: Path) -> None:
     save(random_llama(), tmp_path / "hf")
     import_model(tmp_path / "hf", tmp_path / "run")
@@ -108,7 +121,10 @@ def test_a_tokenizer_json_comes_in_and_goes_out(tmp_path: Path, rows: int) -> No
     assert load_config(tmp_path / "run/config.yaml", ["data.train=[[1,x]]"]).data.tokenizer == (
         tmp_path / "run/tokenizer.json"
     )
-    assert model.notices == [] or (rows > SIZE and "prepare data with it" in model.notices[0])
+    first, *rest = model.notices
+    assert first.startswith(f"the checkpoint's texts begin with id {SIZE - 2}; ")
+    assert "extracted" not in first, "this tokenizer comes and goes whole"
+    assert rest == [] or (rows > SIZE and "prepare data with it" in rest[0])
     for text in (*ODD, TEXT, f"<unused-{SIZE}>", "<|end_of_text|>"):
         assert run.encode(text) == original.encode(text)
 
@@ -151,6 +167,16 @@ def test_ends_that_differ_are_said(tmp_path: Path) -> None:
     source = save(random_llama(eos_token_id=[7, 9]), tmp_path / "hf")
     model = import_model(source, tmp_path / "run")
     assert "config.json ends texts with id 7, 9, the run's documents end" in model.notices[0]
+
+
+def test_a_beginning_that_is_lost_is_said(tmp_path: Path) -> None:
+    source = save(random_llama(), tmp_path / "hf")
+    (source / "tokenizer_config.json").unlink()  # LlamaTokenizer's default is to begin with <s>
+    (notice,) = import_model(source, tmp_path / "run").notices
+    assert notice == (
+        "the checkpoint's texts begin with id 1; documents in prepared data begin with nothing, "
+        "and so do prompts here and of extracted models"
+    )
 
 
 def test_another_tokenizer_of_the_right_size_is_taken_where_it_is_named(tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ from matformer_dist.counting import count_parameters
 from matformer_dist.data.sentencepiece_tokenizer import train_tokenizer
 from matformer_dist.errors import UserError
 from matformer_dist.report.inputs import Extracted
+from matformer_dist.run_directory import DamagedError
 from matformer_dist.submodels import extract as extract_module
 from matformer_dist.submodels.entry import read_entry
 from matformer_dist.submodels.extract import extract
+from matformer_dist.submodels.formats import FORMATS, directory_name
 from matformer_dist.submodels.safetensors_files import read_weights
 from tests.unit.submodels.synthetic_run import (
     NESTING,
@@ -108,6 +110,9 @@ def test_measured_loss_comes_from_the_evaluation_of_the_same_step(
         path.write_text(json.dumps({**evaluation, "step": 4}))
         (other,) = extract(str(run), ["M"], output=tmp_path / "b")
         assert read_entry(other.path)["loss"] is None
+        path.write_text(json.dumps(evaluation).replace("2.5", "NaN"))
+        (other,) = extract(str(run), ["M"], output=tmp_path / "d")
+        assert read_entry(other.path)["loss"] is None
         path.write_text("{")
         with pytest.raises(UserError, match=r"cannot read .*evaluation.json"):
             extract(str(run), ["M"], output=tmp_path / "c")
@@ -132,6 +137,54 @@ def test_output_is_replaced_only_where_asked_and_only_a_model(run: Path, tmp_pat
     with pytest.raises(UserError, match=r"cannot write .*thesis\.tex"):
         extract(str(run), ["M"], output=precious / "thesis.tex" / "out")
     assert [file.name for file in precious.iterdir()] == ["thesis.tex"]
+
+
+def test_what_lies_beside_a_model_is_not_deleted_with_it(run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    extract(str(run), ["S"], output=output)
+    (output / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"out holds thesis\.tex beside an extracted model"):
+        extract(str(run), ["M"], output=output, force=True)
+    assert read_entry(output)["submodel"] == "S" and (output / "thesis.tex").exists()
+
+
+def test_no_model_is_written_among_checkpoints(run: Path) -> None:
+    for place in ("checkpoints/step-7", "checkpoints/step-5/x"):
+        with pytest.raises(UserError, match=r"lies among the checkpoints of .*run, which are dele"):
+            extract(str(run), ["S"], output=run / place)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-5"]
+
+
+@pytest.mark.parametrize("format", list(FORMATS))
+def test_every_format_can_be_replaced(run: Path, tmp_path: Path, format: str) -> None:
+    for sparse in (False, True) if format == "hf" else (False,):
+        if format == "gguf":
+            pytest.importorskip("gguf")
+        for submodel in ("S", "M"):
+            extract(
+                str(run), [submodel], output=tmp_path / "out", format=format, sparse=sparse,
+                shard_bytes=30_000, force=True,
+            )  # fmt: skip
+        assert read_entry(tmp_path / "out")["submodel"] == "M"
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_flipped_bit_goes_into_no_model(tmp_path: Path, tensor: int) -> None:
+    run = write_run(tmp_path / "run", random_model(model_config()), tensor=tensor)
+    path = run / f"checkpoints/step-5/mp_rank_{tensor - 1:02d}_model_states.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x40  # a weight's
+    path.write_bytes(content)
+    with pytest.raises(DamagedError, match=r"mp_rank_0\d_model_states\.pt is not as it was"):
+        extract(str(run), ["S", "XL"], output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_directories_are_short_and_different() -> None:
+    names = [",".join([f"{a}:1", f"{b}:1"] * 40) for a, b in ("SM", "SL", "MS")]
+    short = [directory_name(name) for name in names]
+    assert len(set(short)) == 3 and max(map(len, short)) < 80
+    assert directory_name("S:2,M:2") == "Sx2-Mx2" and directory_name("../..") == "..-.."
 
 
 @pytest.mark.parametrize("submodels", [["M"], ["S", "M"]])

@@ -103,6 +103,17 @@ def test_what_gguf_cannot_hold_is_refused(tmp_path: Path) -> None:
         sample(one.path, "def ")
 
 
+def test_values_beyond_a_blocks_scale_are_refused(tmp_path: Path) -> None:
+    lm = random_model(model_config())
+    with torch.no_grad():
+        lm.get_parameter("layers.1.attention.w_out")[3, 3] = 1e7
+    run = write_run(tmp_path / "run", lm)
+    with pytest.raises(
+        UserError, match=r"attn_output\.weight .* 1e\+07, beyond .* q8_0; choose bf16"
+    ):
+        extract(str(run), ["XL"], output=tmp_path / "out", format="gguf", dtype="q8_0")
+
+
 def llama_cpp_model(path: Path) -> Any:
     """llama.cpp with a key-value cache in fp32, as ours."""
     llama_cpp = pytest.importorskip("llama_cpp")

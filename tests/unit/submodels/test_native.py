@@ -11,6 +11,7 @@ import torch
 from matformer_dist.errors import UserError
 from matformer_dist.inference.loading import load_native
 from matformer_dist.submodels.extract import extract
+from matformer_dist.submodels.safetensors_files import read_weights
 from tests.unit.submodels.synthetic_run import NESTING, VOCAB, model_config, random_model, write_run
 
 
@@ -56,14 +57,30 @@ def test_low_precision_is_the_rounded_weight(tmp_path: Path, dtype: torch.dtype)
 
 
 def test_values_beyond_fp16_are_refused(tmp_path: Path) -> None:
+    """Where a part holds them: the smaller submodel has none."""
     lm = random_model(model_config())
     with torch.no_grad():
-        lm.get_parameter("layers.1.ffn.w_out")[0, 0] = 1e5
+        lm.get_parameter("layers.1.ffn.w_in")[50, 3] = 1e5
     run = write_run(tmp_path / "run", lm)
-    with pytest.raises(UserError, match=r"layers.1.ffn.w_out holds values up to 1e\+05"):
-        extract(str(run), ["S"], output=tmp_path / "out", dtype="fp16")
-    assert list(tmp_path.iterdir()) == [run]
-    extract(str(run), ["S"], output=tmp_path / "out", dtype="bf16")
+    (small,) = extract(str(run), ["L"], output=tmp_path / "small", dtype="fp16")
+    assert all(weight.isfinite().all() for _, weight in read_weights(small.path))
+    with pytest.raises(
+        UserError, match=r"layers\.1\.ffn\.w_in .*1e\+05, beyond .* fp16; choose bf16"
+    ):
+        extract(str(run), ["L", "XL"], output=tmp_path / "out", dtype="fp16")
+    assert not (tmp_path / "out").exists()
+    extract(str(run), ["XL"], output=tmp_path / "out", dtype="bf16")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    lm = random_model(model_config())
+    with torch.no_grad():
+        lm.get_parameter("layers.1.ffn.w_in")[7, 3] = value
+    run = write_run(tmp_path / "run", lm)
+    with pytest.raises(UserError, match=r"layers\.1\.ffn\.w_in of .* not finite; choose another"):
+        extract(str(run), ["S"], output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_directories_that_are_not_whole_are_named(tmp_path: Path) -> None:

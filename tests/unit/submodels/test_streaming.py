@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter, namedtuple
@@ -141,7 +142,7 @@ def test_a_disk_without_room_is_named_before_anything_is_written(
 ) -> None:
     usage = namedtuple("usage", ["total", "used", "free"])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 10**5, 10**5))
-    with pytest.raises(UserError, match=r"the models need 0\.00 GB, the disk of .* 0\.00 GB free"):
+    with pytest.raises(UserError, match=r"out needs 0\.00 GB, the disk of .* 0\.00 GB free"):
         extract(str(run), ["S", "XL"], output=tmp_path / "deep" / "out")
     assert not list(tmp_path.iterdir())
 
@@ -161,3 +162,30 @@ def test_a_disk_that_fills_up_leaves_what_was_there(
     assert list(tmp_path.iterdir()) == [output]
     assert read_entry(output)["submodel"] == "S"
     assert json.loads((output / "config.json").read_text())["granularities"] == ["S"] * 3
+
+
+_STUCK = """
+import sys, time
+from pathlib import Path
+from matformer_dist import cli
+from matformer_dist.submodels import extract
+
+def stuck(path):
+    print("stuck", flush=True)
+    time.sleep(60)
+
+extract.sync_file = stuck
+sys.argv = ["matformer", "extract", sys.argv[1], "--submodel", "S", "--output", sys.argv[2]]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_leaves_nothing(run: Path, tmp_path: Path, number: int, code: int) -> None:
+    command = [sys.executable, "-c", _STUCK, str(run), str(tmp_path / "deep/out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "stuck\n"
+        assert list((tmp_path / "deep").iterdir())
+        process.send_signal(number)
+        assert process.wait() == code
+    assert not list(tmp_path.iterdir())
