@@ -47,6 +47,11 @@ class NewDirectory:
             check(self.place)
         except (OSError, RuntimeError) as error:  # a part of it is a file; a link to itself
             raise UserError(f"cannot write {place}: {error}; choose another output") from None
+        if self.place.is_mount():
+            raise UserError(
+                f"the output {place} is a mount point, which nothing can be renamed to; give the "
+                f"name of a new folder in it, for example {place / 'new'}"
+            )
         there = next(p for p in (self.place.parent, *self.place.parent.parents) if p.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             raise UserError(

@@ -126,3 +126,8 @@ def test_names_that_cannot_be_are_refused_at_once(place: str, says: str) -> None
 def test_long_names_are_made(tmp_path: Path) -> None:
     make(tmp_path / ("é" * 127))
     assert len(names(tmp_path)) == 2
+
+
+def test_a_mount_point_is_refused_at_once() -> None:
+    with pytest.raises(UserError, match=r"/dev/shm is a mount point.*, for example /dev/shm/new"):
+        NewDirectory(Path("/dev/shm"), check=lambda _: None)

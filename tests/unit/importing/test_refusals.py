@@ -103,7 +103,9 @@ def test_configs_as_older_versions_wrote_them_are_read(tmp_path: Path) -> None:
         expected = llama(some_tokens()).logits
     actual = xl_logits(tmp_path / "run", some_tokens())
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-    edit_config(directory, rope_scaling={"type": "linear", "factor": 2.0})
+    edit_config(directory, rope_theta=..., rope_scaling={"rope_type": "default", "rope_theta": 3e5})
+    assert read_llama_config(directory).model.rope_theta == 3e5
+    edit_config(directory, rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2.0})
     scaled = read_llama_config(directory).model
     assert scaled.rope_scaling is not None and scaled.rope_theta == 5e5
     assert (scaled.rope_scaling.kind, scaled.rope_scaling.factor) == ("linear", 2.0)

@@ -56,14 +56,21 @@ def test_directory_holds_what_is_promised(run: Path, tmp_path: Path, format: str
     assert list((tmp_path / "a").iterdir()) == [one.path]
 
 
-@pytest.mark.parametrize("format", ["native", "hf"])
+@pytest.mark.parametrize(
+    ("format", "sparse", "needs"),
+    [
+        ("native", False, "torch"),
+        ("hf", False, "transformers"),
+        ("hf", True, "transformers"),
+        ("gguf", False, "llama_cpp"),
+    ],
+)
 def test_the_model_cards_code_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str, sparse: bool, needs: str
 ) -> None:
-    if format == "hf":
-        pytest.importorskip("transformers")
+    pytest.importorskip(needs)
     run = write_run(tmp_path / "run", random_model(model_config(max_seq_len=96)))
-    (one,) = extract(str(run), ["S:2,M:1"], output=tmp_path / "out", format=format)
+    (one,) = extract(str(run), ["S:2,M:1"], output=tmp_path / "out", format=format, sparse=sparse)
     card = (one.path / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0]
     exec(code.replace("PATH", str(one.path)), {})
