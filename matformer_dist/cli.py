@@ -318,17 +318,26 @@ def _whole_numbers(option: str, text: str | None) -> list[int] | None:
         ) from None
 
 
-def _end(number: int, _: object) -> None:
-    """So that what was begun is cleaned away, as with Ctrl-C."""
-    sys.exit(128 + number)
-
-
 def main() -> None:
-    """Run the command; what the user can mend is one message and exit code 2."""
-    signal.signal(signal.SIGTERM, _end)
+    """Run the command; what the user can mend is one message and exit code 2.
+
+    SIGINT and SIGTERM end it as exceptions do, so that what was begun is cleaned away.
+    """
+    signals: list[int] = []
+
+    def end(number: int, _: object) -> None:
+        signals.append(number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
     try:
         app()
-    except (UserError, OSError) as error:
+    except Exception as error:
+        if signals:  # compiled code may make an error of its own of what a handler raises
+            sys.exit(128 + signals[0])
         if not isinstance(said := as_user_error(error), UserError):
             raise
         print(f"error: {said}", file=sys.stderr)
