@@ -262,9 +262,9 @@ def find_checkpoint(run: str | Path) -> Checkpoint:
 
     A damaged newest checkpoint is an error, not a reason to take an older one unasked.
     """
-    path = Path(run).absolute() if (Path(run) / MANIFEST).exists() else Path(run)
+    path = Path(run)
     if (path / MANIFEST).exists():
-        return _read_chosen(path)
+        return _read_chosen(path.resolve())  # a link to it is in no run directory
     name, at, step = str(run).rpartition("@")
     if at and not path.exists():
         if not step.isdigit():

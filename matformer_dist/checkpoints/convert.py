@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,7 @@ def convert(
     `advance` is told how many weights are done, of how many. Memory: one weight. UserError for a
     damaged checkpoint, and for an output that exists.
     """
-    found = find_checkpoint(run)
-    checkpoint = replace(found, path=found.path.resolve())
+    checkpoint = find_checkpoint(run)
     new = NewDirectory(output)
     model = load_universal(checkpoint)
     check_space(output, 4 * len(_states(model)) * sum(p.numel() for p in model.whole.values()))

@@ -18,16 +18,15 @@ unpickler maps files into memory: no code runs, and what is not asked for is not
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from matformer_dist.checkpoints.pickles import Ignored, read_pickle
 from matformer_dist.errors import UserError
 from matformer_dist.run_directory import Layout
 
@@ -60,17 +59,10 @@ class _Fragment:
     start: int = 0
 
 
-class _Ignored:
-    """Stands in for DeepSpeed's classes that say nothing about weights."""
-
-    def __init__(self, *values: object) -> None:
-        pass
-
-
-_STAND_INS: list[Any] = [
+_STAND_INS: list[tuple[type, str]] = [
     (_Fragment, "deepspeed.utils.tensor_fragment.fragment_address"),
-    (_Ignored, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (_Ignored, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (Ignored, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (Ignored, "deepspeed.runtime.zero.config.ZeroStageEnum"),
 ]
 
 
@@ -103,24 +95,7 @@ def rank_states(directory: Path, rank: int, layout: Layout, precision: str) -> R
 
 
 def _load(path: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals(_STAND_INS):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(
-            f"the checkpoint is incomplete: {path} is missing; choose another"
-        ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"the checkpoint is damaged: cannot read {path} ({_reason(error)}); choose another"
-        ) from None
-
-
-def _reason(error: Exception) -> str:
-    """The first line, without torch's advice to unpickle anything."""
-    if isinstance(error, pickle.UnpicklingError):
-        return "it holds more than weights and what DeepSpeed keeps beside them, or is cut short"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return read_pickle(path, _STAND_INS)
 
 
 def _whole(file: Mapping[str, Any]) -> RankStates:

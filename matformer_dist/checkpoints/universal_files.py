@@ -7,7 +7,6 @@ canonical order, so a submodel's weights are prefixes of them.
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from matformer_dist.checkpoints.pickles import Ignored, read_pickle
 from matformer_dist.errors import UserError
 from matformer_dist.parallel.layout import REPLICATED, Partition
 
@@ -23,15 +23,8 @@ VOCABULARY = ("embedding.weight", "head.weight")  # cut by rows, and padded
 _VALUE = "param"
 
 
-class _Ignored:
-    """Stands in for DeepSpeed's description of sub-parameters."""
-
-    def __init__(self, *values: object) -> None:
-        pass
-
-
-_STAND_INS: list[Any] = [
-    (_Ignored, "deepspeed.checkpoint.universal_checkpoint.SubparamShape"),
+_STAND_INS: list[tuple[type, str]] = [
+    (Ignored, "deepspeed.checkpoint.universal_checkpoint.SubparamShape"),
 ]
 
 
@@ -92,26 +85,12 @@ def value_path(directory: Path, name: str, state: str) -> Path:
 
 
 def read_value(directory: Path, name: str, state: str, shape: torch.Size) -> Tensor:
-    """One state of a weight, mapped into memory; UserError where the file does not hold it.
-
-    torch's restricted unpickler reads it: no code of the file runs.
-    """
+    """One state of a weight, mapped into memory; UserError where the file does not hold it."""
     path = value_path(directory, name, state)
-    try:
-        with torch.serialization.safe_globals(_STAND_INS):
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        value = content[_VALUE]
-        assert isinstance(value, Tensor)
-    except FileNotFoundError:
-        raise UserError(
-            f"the checkpoint is incomplete: {path} is missing; choose another"
-        ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, TypeError, KeyError, AssertionError,
-            pickle.UnpicklingError) as error:  # fmt: skip
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"the checkpoint is damaged: cannot read {path} ({reason}); choose another"
-        ) from None
+    content = read_pickle(path, _STAND_INS)
+    value = content.get(_VALUE) if isinstance(content, dict) else None
+    if not isinstance(value, Tensor):
+        raise UserError(f"the checkpoint is damaged: {path} holds no weight; choose another")
     if value.numel() != shape.numel():
         raise UserError(
             f"{path} holds {list(value.shape)}, the model's {name} is {list(shape)}; choose another"

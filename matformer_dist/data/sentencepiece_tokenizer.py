@@ -34,10 +34,8 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, files: Mapping[str, bytes], source: str) -> None:
         super().__init__(files, source)
         try:
-            if not self.model:  # which SentencePiece would take for "load nothing"
-                raise RuntimeError
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.model)
-        except RuntimeError:
+            self._read()
+        except (RuntimeError, UnicodeError):
             raise UserError(
                 f"the tokenizer {source} is not a SentencePiece model; give a .model file that "
                 "SentencePiece or `matformer prepare-data` made, or a tokenizer.json"
@@ -46,6 +44,11 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(
                 f"the tokenizer {source} has no end-of-document piece </s>; train it with one"
             )
+
+    def _read(self) -> None:
+        if not self.model:  # which SentencePiece would take for "load nothing"
+            raise RuntimeError
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.model)
         self._byte_ids = [
             self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()
         ]

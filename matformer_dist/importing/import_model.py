@@ -215,18 +215,9 @@ def _write(
     weights: Iterator[tuple[str, Tensor]],
     progress: Callable[[int, int], None],
 ) -> None:
-    total = 6 * config.model.n_layers + 2 + (not config.model.tied_embeddings)
-    done = 0
-
-    def advance() -> None:
-        nonlocal done
-        done += 1
-        progress(done, total)
-
     try:
         with new, torch.no_grad():
-            progress(0, total)
-            write_run(new.path, config, tokenizer, weights, advance)
+            write_run(new.path, config, tokenizer, weights, progress)
             new.publish()
     except OSError as error:
         raise UserError(f"cannot write {new.place}: {error}; choose another output") from None

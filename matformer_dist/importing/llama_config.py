@@ -129,8 +129,8 @@ def _missing_or_foreign(config: dict[str, Any]) -> list[str]:
         return [f"architectures is {architectures!r}, allowed is ['{_ARCHITECTURE}']"]
     if config.get("model_type") != "llama":
         return [f"model_type is {config.get('model_type')!r}, allowed is 'llama'"]
-    missing = [key for key in _KEYS.values() if key not in config and key not in _DEFAULTS]
-    return [f"it does not set {key}" for key in missing]
+    needed = [key for key in _KEYS.values() if key not in _DEFAULTS]
+    return [f"it does not set {key}" for key in needed if config.get(key) is None]
 
 
 def _not_allowed(config: dict[str, Any]) -> Iterator[str]:

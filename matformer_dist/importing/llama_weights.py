@@ -44,9 +44,9 @@ class LlamaWeights:
     def __init__(self, directory: Path, model: ModelConfig, vocab_size: int) -> None:
         self.directory = directory
         self.model = model
-        expected = _shapes(model, vocab_size)
         self._files = _files_by_weight(directory)
-        self._check(expected)
+        self._check_layers()
+        self._check(_shapes(model, vocab_size))
 
     def layer(self, i: int) -> dict[str, Tensor]:
         """fp32 weights of layer i, under the names they have in a Block."""
@@ -88,6 +88,16 @@ class LlamaWeights:
                 "model's training had failed: choose another checkpoint"
             )
         return weight
+
+    def _check_layers(self) -> None:
+        parts = (name.split(".") for name in self._files if name.startswith("model.layers."))
+        held = len({part[2] for part in parts if len(part) > 2})
+        if held < self.model.n_layers:
+            raise UserError(
+                f"{self.directory} does not hold the weights that its config.json describes: "
+                f"num_hidden_layers is {self.model.n_layers}, the files hold {held} layers; "
+                "download it again, or choose another checkpoint"
+            )
 
     def _check(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Names, shapes and dtypes, from the files' headers."""

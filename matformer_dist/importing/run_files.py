@@ -50,16 +50,18 @@ def write_run(
     config: Config,
     tokenizer: Tokenizer,
     weights: Iterable[tuple[str, Tensor]],
-    advance: Callable[[], None],
+    progress: Callable[[int, int], None],
 ) -> None:
     """Write all files, the manifest last, onto disk; OSError where they cannot be.
 
     `weights` are MatLM's, by name, in canonical order, each once; they are written as they come.
-    `advance` is called behind each.
+    `progress` is told of how many are written, of how many.
     """
     checkpoint = directory / "checkpoints" / STEP
     checkpoint.mkdir(parents=True)
     expected = _expected(config, tokenizer.vocab_size)
+    total = len(expected)
+    progress(0, total)
     files: dict[str, SavedFile] = {}
     for name, weight in weights:
         shape = expected.pop(name)
@@ -67,7 +69,7 @@ def write_run(
         path = value_path(checkpoint, name, "fp32")
         files[path.relative_to(checkpoint).as_posix()] = _write_weight(path, weight)
         del weight  # before the next is made
-        advance()
+        progress(len(files), total)
     assert not expected, f"not written: {sorted(expected)}"
     text = config_text(config)
     for name, content in tokenizer.files.items():

@@ -23,6 +23,7 @@ from matformer_dist.submodels.parts import TORCH_DTYPES, Part, Parts, largest
 NAME = "model.gguf"
 _TENSOR_TYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "q8_0": "Q8_0"}
 _LARGEST_Q8_0 = 127 * 65504  # a block's scale, 1/127 of its largest value, is in fp16
+_Q8_0_BLOCKS = 1 << 14  # quantized at a time
 _FILE_TYPES = {
     "fp32": "ALL_F32", "bf16": "MOSTLY_BF16", "fp16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0",
 }  # fmt: skip
@@ -38,6 +39,23 @@ def gguf_package() -> Any:
             "matformer-dist[export]`, or extract with another --format"
         ) from None
     return gguf
+
+
+def quantize_q8_0(values: Tensor, stored: Tensor) -> None:
+    """fp32 blocks [n, 32] to Q8_0's [n, 34]: an fp16 scale, 1/127 of the largest, and int8 values.
+
+    Bit for bit what gguf.quants.quantize makes, three times as fast: a piece at a time stays in the
+    processor's caches.
+    """
+    pieces = zip(values.split(_Q8_0_BLOCKS), stored.split(_Q8_0_BLOCKS), strict=True)
+    for piece, out in pieces:
+        scales = piece.abs().amax(dim=1, keepdim=True) / 127
+        scaled = piece * torch.where(scales == 0, 0, 1 / scales)
+        size = scaled.abs()
+        whole = size.floor()
+        size.sub_(whole).mul_(2).floor_().add_(whole)  # halves away from zero
+        out[:, :2] = scales.to(torch.float16).view(torch.uint8)
+        out[:, 2:].view(torch.int8).copy_(size.copysign_(scaled))
 
 
 class GgufFile:
@@ -121,6 +139,10 @@ class GgufFile:
             values = part.values(weight, torch.float32, memory)
             if len(part.shape) > 1 and largest(values) > _LARGEST_Q8_0:
                 part.refuse_range(largest(values), self.dtype)
-            return self._gguf.quants.quantize(values.numpy(), self._type_of(part))
+            if len(part.shape) == 1:
+                return values.numpy()
+            quantized = memory.take("quantized", (values.numel() // 32, 34), torch.uint8)
+            quantize_q8_0(values.view(-1, 32), quantized)
+            return quantized.numpy()
         stored = part.values(weight, TORCH_DTYPES[self.dtype], memory)
         return (stored.view(torch.uint16) if self.dtype == "bf16" else stored).numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def refused(checkpoint: Path) -> str:
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', allowed is 'silu'"),
         ({"attention_bias": True}, "attention_bias is True, allowed is False"),
         ({"mlp_bias": True}, "mlp_bias is True, allowed is False"),
+        ({"vocab_size": None}, "it does not set vocab_size"),
+        ({"head_dim": {}}, "head_dim is {}"),
         ({"head_dim": 15}, "head_dim 15 must be even"),
         ({"sliding_window": 4096}, "sliding_window is 4096, allowed is None"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
@@ -81,6 +84,22 @@ def test_what_matlm_does_not_compute_is_named(
     message = refused(directory)
     assert says in message
     assert str(directory / "config.json") in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"vocab_size": 10**12}, "model.embed_tokens.weight in .* config.json makes it"),
+        ({"num_hidden_layers": 10**12}, r"num_hidden_layers is 10+, the files hold 3 layers"),
+        ({"intermediate_size": 10**12}, "config.json makes it"),
+    ],
+)
+def test_sizes_that_no_memory_holds_are_refused(
+    tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    directory = save(random_llama(), tmp_path / "hf")
+    edit_config(directory, **changes)
+    assert re.search(says, refused(directory))
 
 
 def test_all_of_it_is_named_at_once(sharded: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.errors import UserError
 from matformer_dist.inference.generation import Sampling, generate, sample
 from matformer_dist.submodels.extract import extract
+from matformer_dist.submodels.gguf_files import quantize_q8_0
 from tests.unit.byte_level import byte_level_tokenizer, save_tokenizer
 from tests.unit.submodels import synthetic_run
 from tests.unit.submodels.odd_texts import CORPUS, ODD
@@ -101,6 +102,20 @@ def test_what_gguf_cannot_hold_is_refused(tmp_path: Path) -> None:
     (one,) = extract(str(run), ["M"], output=tmp_path / "out", format="gguf")
     with pytest.raises(UserError, match=r"in format gguf, which llama.cpp runs"):
         sample(one.path, "def ")
+
+
+def test_q8_0_is_bit_for_bit_the_packages() -> None:
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(40_000, 32, generator=generator) * 10.0 ** torch.randint(
+        -9, 5, (40_000, 1), generator=generator
+    )
+    values[7] = 0
+    values[8] = torch.arange(32) - 15.5  # halves
+    values[9] = 1e-30  # its scale is 0 in fp16
+    stored = torch.empty(len(values), 34, dtype=torch.uint8)
+    quantize_q8_0(values, stored)
+    expected = gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType.Q8_0)
+    assert np.array_equal(stored.numpy(), expected)
 
 
 def test_values_beyond_a_blocks_scale_are_refused(tmp_path: Path) -> None:
