@@ -3,13 +3,14 @@
     python -m benchmarks.conversion
 
 The parent is a synthetic checkpoint of 1.0 B parameters as DeepSpeed leaves it on two
-tensor-parallel ranks with ZeRO 1 over two data-parallel ones, in bf16 with fp32 master weights. Its
-moments, which are not read, are there in name only (one value, repeated). In turns, by processes of
-their own: an extraction, whose files are on disk when it returns; cp of these files, and then their
-sync; and an extraction that leaves them in the system's cache, as cp does. All reading is from that
-cache. Printed: medians of seconds; the ratios of like to like in neighbouring turns, on disk and in
-the cache; the extraction's peak of resident memory, pages of mapped files included, against what it
-is allowed: three times the largest weight of the parent, and 1 GB.
+tensor-parallel ranks with ZeRO 1 over two data-parallel ones, in bf16 with fp32 master weights and
+moments, 12.5 GB. In turns, by processes of their own: an extraction that does not verify the parent,
+whose files are on disk when it returns; cp of these files, and then their sync; an extraction that
+leaves them in the system's cache, as cp does; and one that verifies, which reads all of the parent.
+What is read comes from the cache, as far as that holds it. Printed: medians of seconds; the ratios
+of like to like in neighbouring turns, on disk and in the cache; the seconds with verification; the
+peak of resident memory, pages of mapped files included, against what it is allowed: three times the
+largest weight of the parent, and 1 GB.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def _rank_states(model: ModelConfig, nesting: Nesting, rank: int) -> Iterator[di
                 at += local[name].numel()
             parts.append(flat[first : first + size].clone())
             mappings.append(mapping)
-            moments = {key: torch.zeros(1).expand(size) for key in MOMENTS}
+            moments = {key: torch.zeros(size) for key in MOMENTS}
             states[i] = {**moments, "step": torch.tensor(1.0)}
         optimizer = {
             "single_partition_of_fp32_groups": parts,
@@ -129,19 +130,19 @@ def _rank_states(model: ModelConfig, nesting: Nesting, rank: int) -> Iterator[di
 
 
 def print_extraction(
-    run: str, output: str, submodels: list[str], options: dict[str, Any], syncs: bool
+    run: str, output: str, submodels: list[str], options: dict[str, Any], way: str
 ) -> None:
     """In a process of its own: seconds of the extraction, and peak resident bytes."""
     from matformer_dist.submodels.extract import extract
 
     stack = ExitStack()
-    if not syncs:
+    if way == "cached":
         for name in ("extract.sync_file", "gguf_files.start_write_back",
                      "safetensors_files.start_write_back"):  # fmt: skip
             stack.enter_context(mock.patch(f"matformer_dist.submodels.{name}"))
     begun, cpu = time.perf_counter(), time.process_time()
     with stack:
-        models = extract(run, submodels, output=Path(output), **options)
+        models = extract(run, submodels, output=Path(output), verify=way == "verified", **options)
     measured = {
         "seconds": time.perf_counter() - begun,
         "cpu_seconds": time.process_time() - cpu,
@@ -172,18 +173,21 @@ def turn(
 ) -> dict[str, float]:
     output, copied = folder / "extracted", folder / "copied"
 
-    def run_extraction(syncs: bool) -> dict[str, float]:
-        words = [str(run), str(output), json.dumps(submodels), json.dumps(options), str(int(syncs))]
+    def run_extraction(way: str) -> dict[str, float]:
+        words = [str(run), str(output), json.dumps(submodels), json.dumps(options), way]
         command = [sys.executable, "-m", "benchmarks.conversion", "--extract", *words]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found: dict[str, float] = json.loads(done.stdout)
         return found
 
     try:
-        row = run_extraction(syncs=True)
+        row = run_extraction("synced")
         row["cp_seconds"], row["cp_and_sync_seconds"] = copy(output, copied)
         shutil.rmtree(output)
-        row["cached_seconds"] = run_extraction(syncs=False)["seconds"]
+        shutil.rmtree(copied)
+        row["cached_seconds"] = run_extraction("cached")["seconds"]
+        shutil.rmtree(output)
+        row["verified_seconds"] = run_extraction("verified")["seconds"]
     finally:
         shutil.rmtree(output, ignore_errors=True)
         shutil.rmtree(copied, ignore_errors=True)
@@ -194,7 +198,7 @@ def turn(
 def measure(folder: Path, run: Path, allowed: int, turns: int, only: list[int]) -> Iterator[Any]:
     print(f"{'':<30} {'on disk:':>19} {'in the cache:':>19}\n"
           f"{'submodels':<10} {'format':<9} {'dtype':<5} {'GB':>5}{2 * '      s     cp ratio'}"
-          f" {'peak MB':>7} (allowed {allowed / 1e6:.0f})")  # fmt: skip
+          f" {'verified s':>10} {'peak MB':>7} (allowed {allowed / 1e6:.0f})")  # fmt: skip
     for i, (submodels, options) in enumerate(CASES):
         if only and i not in only:
             continue
@@ -210,14 +214,15 @@ def measure(folder: Path, run: Path, allowed: int, turns: int, only: list[int]) 
         print(f"{name:<10} {kind:<9} {options['dtype']:<5} {row['bytes'] / 1e9:5.2f}"
               f" {row['seconds']:6.2f} {row['cp_and_sync_seconds']:6.2f}"
               f" {row['to_cp_and_sync']:5.2f} {row['cached_seconds']:6.2f}"
-              f" {row['cp_seconds']:6.2f} {row['to_cp']:5.2f} {row['peak_bytes'] / 1e6:7.0f}",
+              f" {row['cp_seconds']:6.2f} {row['to_cp']:5.2f}"
+              f" {row['verified_seconds']:10.2f} {row['peak_bytes'] / 1e6:7.0f}",
               flush=True)  # fmt: skip
         yield {"submodels": submodels, **options, **row}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, help="where the parent is written, 10 GB")
+    parser.add_argument("--folder", type=Path, help="where the parent is written, 35 GB at most")
     parser.add_argument("--layers", type=int, default=16, help="16: 1.0 B parameters")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--only", type=int, nargs="*", default=[], help="places in CASES")
@@ -225,8 +230,8 @@ def main() -> None:
     parser.add_argument("--extract", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.extract:
-        run, output, submodels, options, syncs = arguments.extract
-        print_extraction(run, output, json.loads(submodels), json.loads(options), bool(int(syncs)))
+        run, output, submodels, options, way = arguments.extract
+        print_extraction(run, output, json.loads(submodels), json.loads(options), way)
         return
     model = model_config(arguments.layers)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:

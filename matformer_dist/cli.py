@@ -148,7 +148,10 @@ def extract_command(
     tokenizer: Annotated[
         Path | None, typer.Option(help="The run's tokenizer, if its copy there is gone.")
     ] = None,
-    force: Annotated[bool, typer.Option(help="Replace what is at the output.")] = False,
+    force: Annotated[bool, typer.Option(help="Replace the model at the output.")] = False,
+    verify: Annotated[
+        bool, typer.Option(help="Compare all of the checkpoint with its SHA-256 meanwhile.")
+    ] = True,
 ) -> None:
     """Take submodels out of a training run, as models of their own."""
     from matformer_dist.submodels.extract import extract
@@ -161,6 +164,7 @@ def extract_command(
         sparse=sparse,
         dtype=dtype,
         force=force,
+        verify=verify,
         tokenizer=tokenizer,
     ):
         _out.print(f"{model.submodel}: {model.parameters:,} parameters in {model.path}")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,6 +77,7 @@ def extract(
     sparse: bool = False,
     dtype: str = "fp32",
     force: bool = False,
+    verify: bool = True,
     tokenizer: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[ExtractedModel]:
@@ -87,8 +88,9 @@ def extract(
     dtype can be made from it. `sparse` is for format hf: exact widths, for engines that read them.
     `force` replaces a model that was extracted before, where nothing else is beside it. `tokenizer`
     stands in where the run's copy is gone. UserError for input that does not fit and for a full
-    disk, before anything is written; for weights that overflow in fp16 and for a damaged
-    checkpoint, all of which is read meanwhile, before any model is in place.
+    disk, before anything is written; for weights that overflow in fp16 before any model is in
+    place, and for a damaged checkpoint: `verify` reads all of it meanwhile, the optimizer's moments
+    too.
     """
     _check_format(format, sparse, dtype)
     universal = load_universal(find_checkpoint(run))
@@ -114,7 +116,7 @@ def extract(
         with ExitStack() as stack:
             for model in models:
                 stack.enter_context(model.directory)
-            with BackgroundCheck(universal.checkpoint):
+            with BackgroundCheck(universal.checkpoint) if verify else nullcontext():
                 _write(universal, models, widths)
             for model in models:
                 model.directory.publish()
