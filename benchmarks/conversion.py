@@ -4,8 +4,8 @@
 
 The parent is a synthetic checkpoint of 1.0 B parameters as DeepSpeed leaves it on two
 tensor-parallel ranks with ZeRO 1 over two data-parallel ones, in bf16 with fp32 master weights and
-moments, 12.5 GB. In turns, by processes of their own: an extraction that does not verify the parent,
-whose files are on disk when it returns; cp of these files, and then their sync; an extraction that
+moments, 12.5 GB. In turns, by processes of their own: an extraction that does not verify it, whose
+files are on disk when it returns; cp of these files, and then their sync; an extraction that
 leaves them in the system's cache, as cp does; and one that verifies, which reads all of the parent.
 What is read comes from the cache, as far as that holds it. Printed: medians of seconds; the ratios
 of like to like in neighbouring turns, on disk and in the cache; the seconds with verification; the
