@@ -160,6 +160,7 @@ def _copy_transposed(source: Tensor, target: Tensor) -> None:
         target[rows].copy_(source[rows].to(target.dtype, copy=True).contiguous())
 
 
+@torch.no_grad()  # DeepSpeed saves parameters
 def largest(values: Tensor) -> float:
     """Largest magnitude; nan where there is one."""
     low, high = values.aminmax()
