@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,8 @@ from matformer_dist.run_directory import (
     checkpoint_paths,
     read_checkpoint,
 )
+
+THREADS = min(4, os.cpu_count() or 1)  # of a process that reads alone
 
 
 class Verdict(NamedTuple):
@@ -51,7 +54,7 @@ def verify(run: str, advance: Callable[[int, int], None] = lambda _, __: None) -
             verdicts.append(Verdict(path, None, [str(error)]))
     total = sum(file.bytes for one in opened for file in one.manifest.files.values())
     for checkpoint in opened:
-        found = faults(checkpoint, advance=lambda count: advance(count, total))
+        found = faults(checkpoint, threads=THREADS, advance=lambda count: advance(count, total))
         verdicts.append(Verdict(checkpoint.path, checkpoint, found))
     return verdicts
 
@@ -61,16 +64,19 @@ def faults(
     *,
     part: int = 0,
     parts: int = 1,
+    threads: int = 1,
     advance: Callable[[int], object] = lambda _: None,
 ) -> list[str]:
     """What is wrong with the files, each by its name; reads them all, or the `part` of `parts`.
 
-    `advance` is told of every block read, in bytes.
+    `advance` is told of every block read, in bytes, by any of the `threads`.
     """
     names = sorted(
         checkpoint.manifest.files, key=lambda name: checkpoint.manifest.files[name].bytes
     )
-    found = [_fault(checkpoint, name, advance) for name in names[part::parts]]
+    with ThreadPoolExecutor(threads) as pool:
+        largest_first = reversed(names[part::parts])
+        found = list(pool.map(lambda name: _fault(checkpoint, name, advance), largest_first))
     if part == 0:
         found += [f"{name} is not in {MANIFEST}" for name in _strangers(checkpoint)]
     return [fault for fault in found if fault]
@@ -93,7 +99,9 @@ class BackgroundCheck:
 
     def __enter__(self) -> None:
         self._thread = ThreadPoolExecutor(1)
-        self._found = self._thread.submit(faults, self._checkpoint, advance=self._go_on)
+        self._found = self._thread.submit(
+            faults, self._checkpoint, threads=THREADS, advance=self._go_on
+        )
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and not issubclass(kind, UserError):

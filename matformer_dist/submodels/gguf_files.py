@@ -18,12 +18,12 @@ from torch import Tensor
 from matformer_dist.checkpoints.files import start_write_back
 from matformer_dist.checkpoints.memory import ReusedMemory
 from matformer_dist.errors import UserError
-from matformer_dist.submodels.parts import TORCH_DTYPES, Part, Parts, largest
+from matformer_dist.submodels.parts import TORCH_DTYPES, Part, Parts
 
 NAME = "model.gguf"
 _TENSOR_TYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "q8_0": "Q8_0"}
 _LARGEST_Q8_0 = 127 * 65504  # a block's scale, 1/127 of its largest value, is in fp16
-_Q8_0_BLOCKS = 1 << 14  # quantized at a time
+_Q8_0_VALUES = 1 << 19  # quantized at a time
 _FILE_TYPES = {
     "fp32": "ALL_F32", "bf16": "MOSTLY_BF16", "fp16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0",
 }  # fmt: skip
@@ -41,21 +41,27 @@ def gguf_package() -> Any:
     return gguf
 
 
-def quantize_q8_0(values: Tensor, stored: Tensor) -> None:
-    """fp32 blocks [n, 32] to Q8_0's [n, 34]: an fp16 scale, 1/127 of the largest, and int8 values.
+def quantize_q8_0(values: Tensor, stored: Tensor) -> float:
+    """fp32 values [n, m] to Q8_0's [n, m / 32 * 34]; returns the largest magnitude, rounded up.
 
-    Bit for bit what gguf.quants.quantize makes, three times as fast: a piece at a time stays in the
-    processor's caches.
+    A block of 32 values is an fp16 scale, 1/127 of its largest, and int8 multiples of it: bit for
+    bit what gguf.quants.quantize makes, but a piece at a time, which stays in the processor's
+    caches.
     """
-    pieces = zip(values.split(_Q8_0_BLOCKS), stored.split(_Q8_0_BLOCKS), strict=True)
-    for piece, out in pieces:
-        scales = piece.abs().amax(dim=1, keepdim=True) / 127
-        scaled = piece * torch.where(scales == 0, 0, 1 / scales)
+    largest_scale = torch.zeros(())
+    rows = max(1, _Q8_0_VALUES // values.shape[1])
+    for piece, out in zip(values.split(rows), stored.split(rows), strict=True):
+        blocks = piece.contiguous().view(-1, 32)
+        scales = blocks.abs().amax(dim=1, keepdim=True) / 127
+        largest_scale = torch.maximum(largest_scale, scales.max())
+        scaled = blocks * torch.where(scales == 0, 0, 1 / scales)
         size = scaled.abs()
         whole = size.floor()
         size.sub_(whole).mul_(2).floor_().add_(whole)  # halves away from zero
-        out[:, :2] = scales.to(torch.float16).view(torch.uint8)
-        out[:, 2:].view(torch.int8).copy_(size.copysign_(scaled))
+        encoded = out.view(-1, 34)
+        encoded[:, :2] = scales.to(torch.float16).view(torch.uint8)
+        encoded[:, 2:].view(torch.int8).copy_(size.copysign_(scaled))
+    return 127 * float(largest_scale)
 
 
 class GgufFile:
@@ -135,14 +141,15 @@ class GgufFile:
         return torch.Size(part.shape).numel() // block * int(block_bytes)
 
     def _values(self, part: Part, weight: Tensor, memory: ReusedMemory) -> NDArray[Any]:
-        if len(part.shape) == 1 or self.dtype == "q8_0":
-            values = part.values(weight, torch.float32, memory)
-            if len(part.shape) > 1 and largest(values) > _LARGEST_Q8_0:
-                part.refuse_range(largest(values), self.dtype)
-            if len(part.shape) == 1:
-                return values.numpy()
-            quantized = memory.take("quantized", (values.numel() // 32, 34), torch.uint8)
-            quantize_q8_0(values.view(-1, 32), quantized)
-            return quantized.numpy()
+        if len(part.shape) == 1:
+            return part.values(weight, torch.float32, memory).numpy()
+        if self.dtype == "q8_0":
+            values = part.cut(weight)
+            rows, columns = part.shape
+            stored = memory.take("part", (rows, columns // 32 * 34), torch.uint8)
+            found = quantize_q8_0(values, stored)
+            if found > _LARGEST_Q8_0:
+                part.refuse_range(found, self.dtype)
+            return stored.numpy()
         stored = part.values(weight, TORCH_DTYPES[self.dtype], memory)
         return (stored.view(torch.uint16) if self.dtype == "bf16" else stored).numpy()
