@@ -16,9 +16,14 @@ _NAME_BYTES = 255  # of one name, on the file systems of today
 _KEPT_CHARS = 40  # of the name, in the temporary one
 
 
+def is_free(place: Path) -> bool:
+    """Whether nothing is at `place`; an empty folder is nothing."""
+    return not place.exists() or (place.is_dir() and not any(place.iterdir()))
+
+
 def must_be_free(place: Path) -> None:
-    """UserError where something is at `place`; an empty folder is nothing."""
-    if place.exists() and not _is_empty(place):
+    """UserError where something is at `place`."""
+    if not is_free(place):
         raise UserError(f"{place} exists and is not an empty folder; choose another output")
 
 
@@ -52,7 +57,7 @@ class NewDirectory:
                 f"the output {place} is a mount point, which nothing can be renamed to; give the "
                 f"name of a new folder in it, for example {place / 'new'}"
             )
-        there = next(p for p in (self.place.parent, *self.place.parent.parents) if p.exists())
+        there = _existing(self.place.parent)
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             raise UserError(
                 f"cannot write {place}: {there} is no folder that can be written to; choose "
@@ -86,7 +91,7 @@ class NewDirectory:
         """Rename to `place`; what is replaced goes aside first, and away last."""
         self._check(self.place)
         aside = self.path.with_suffix(".replaced")
-        if self.place.exists() and not _is_empty(self.place):
+        if not is_free(self.place):
             self.place.rename(aside)
         try:
             self.path.rename(self.place)  # never onto what is there: a folder must be empty
@@ -100,7 +105,7 @@ class NewDirectory:
 
 def check_space(place: Path, needed_bytes: int) -> None:
     """UserError where the disk of `place` has no room for so much, beside what it may replace."""
-    there = next(p for p in (place.absolute(), *place.absolute().parents) if p.is_dir())
+    there = _existing(place.resolve())
     free = shutil.disk_usage(there).free
     if needed_bytes > free:
         raise UserError(
@@ -109,5 +114,6 @@ def check_space(place: Path, needed_bytes: int) -> None:
         )
 
 
-def _is_empty(place: Path) -> bool:
-    return place.is_dir() and not any(place.iterdir())
+def _existing(place: Path) -> Path:
+    """`place`, or the first of its parents that is there."""
+    return next(path for path in (place, *place.parents) if path.exists())

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
+from sentencepiece import sentencepiece_model_pb2
 
 from matformer_dist.data.tokenizer import Tokenizer, lone_surrogate, read_tokenizer_file
 from matformer_dist.errors import UserError
@@ -70,6 +71,12 @@ class SentencePieceTokenizer(Tokenizer):
     @property
     def model(self) -> bytes:
         return self.files[FILE]
+
+    def proto(self) -> Any:
+        """A ModelProto of the model, which its reader may change."""
+        proto = sentencepiece_model_pb2.ModelProto()
+        proto.ParseFromString(self.model)
+        return proto
 
     def _decisive(self) -> bytes:
         return self.model

@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sentencepiece import sentencepiece_model_pb2
-
 from matformer_dist.data import huggingface_tokenizer
 from matformer_dist.data.huggingface_tokenizer import HuggingFaceTokenizer
 from matformer_dist.data.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -50,24 +48,18 @@ def find_tokenizer(directory: Path, chosen: Path | None, vocab_size: int) -> Tok
 def beginning(tokenizer: Tokenizer, directory: Path) -> int | None:
     """Id that the checkpoint's own tokenizer puts before texts; None where it puts nothing."""
     if isinstance(tokenizer, SentencePieceTokenizer):
-        proto = _proto(tokenizer)
+        proto = tokenizer.proto()
         adds = _read(directory / "tokenizer_config.json").get("add_bos_token", True)
         return proto.trainer_spec.bos_id if adds and proto.trainer_spec.bos_id >= 0 else None
     first, *_ = tokenizer.encode_prompt("a")
     return first if first != tokenizer.encode("a")[0] else None
 
 
-def _proto(tokenizer: SentencePieceTokenizer) -> Any:
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(tokenizer.model)
-    return proto
-
-
 def _with_pieces(
     tokenizer: SentencePieceTokenizer, directory: Path, vocab_size: int
 ) -> SentencePieceTokenizer:
     """Control pieces behind its own."""
-    proto = _proto(tokenizer)
+    proto = tokenizer.proto()
     taken = {piece.piece for piece in proto.pieces}
     for _, name in _names(range(len(proto.pieces), vocab_size), taken, directory):
         proto.pieces.add(piece=name, score=0.0, type=_CONTROL)

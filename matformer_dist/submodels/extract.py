@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from matformer_dist.checkpoints.files import sync_directory, sync_file
-from matformer_dist.checkpoints.new_directory import NewDirectory, check_space
+from matformer_dist.checkpoints.new_directory import NewDirectory, check_space, is_free
 from matformer_dist.checkpoints.universal import UniversalModel, load_universal
 from matformer_dist.checkpoints.verify import BackgroundCheck
 from matformer_dist.data.tokenizer import Tokenizer
@@ -165,13 +165,13 @@ def _check_distinct(places: Sequence[Path]) -> None:
 
 
 def _check_free(target: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if not is_free(target):
         raise UserError(f"{target} exists and is not empty; choose another output, or force it")
 
 
 def _check_replaced(target: Path) -> None:
     """UserError where something would be lost that `extract` did not write."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    if is_free(target):
         return
     if not (target / ENTRY).exists():
         raise UserError(

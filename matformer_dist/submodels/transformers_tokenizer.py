@@ -12,8 +12,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from sentencepiece import sentencepiece_model_pb2
-
 from matformer_dist.data.huggingface_tokenizer import HuggingFaceTokenizer
 from matformer_dist.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from matformer_dist.data.tokenizer import Tokenizer
@@ -49,8 +47,7 @@ def tokenizer_files(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, str | b
 
 def exact_pieces(tokenizer: SentencePieceTokenizer, reader: str) -> Any:
     """The SentencePiece model; UserError where `reader` could not give the same ids."""
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(tokenizer.model)
+    proto = tokenizer.proto()
     normalizer, trainer = proto.normalizer_spec, proto.trainer_spec
     reasons = {
         "it is not a BPE model": trainer.model_type != _BPE,

@@ -5,6 +5,7 @@ import io
 import pickle
 import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -29,6 +30,16 @@ CASES = [
     "\ufeffx\u2028\u200b",
     "é",
 ]
+
+
+def _trained(texts: list[str], **options: Any) -> bytes:
+    """A model as SentencePiece makes it where it is asked for little."""
+    writer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=writer, vocab_size=300,
+        hard_vocab_limit=False, minloglevel=2, **options,
+    )  # fmt: skip
+    return writer.getvalue()
 
 
 @pytest.mark.parametrize("text", CASES)
@@ -78,15 +89,7 @@ def test_pickled_tokenizer_matches_the_original(tokenizer: SentencePieceTokenize
 
 
 def test_tokenizer_with_normalisation_gets_its_text_whole() -> None:
-    writer = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(make_texts(200)),
-        model_writer=writer,
-        vocab_size=300,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    other = SentencePieceTokenizer.of(writer.getvalue(), "other")
+    other = SentencePieceTokenizer.of(_trained(make_texts(200)), "other")
     text = "".join(make_texts(300)) + " a▁b "
     whole = sentencepiece.SentencePieceProcessor(model_proto=other.model)
     assert other.encode(text) == whole.encode(text)
@@ -138,17 +141,9 @@ def test_other_files_are_not_taken_for_tokenizers(
 
 
 def test_tokenizer_without_end_of_document_is_refused() -> None:
-    writer = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(make_texts(50)),
-        model_writer=writer,
-        vocab_size=300,
-        hard_vocab_limit=False,
-        eos_id=-1,
-        minloglevel=2,
-    )
+    model = _trained(make_texts(50), eos_id=-1)
     with pytest.raises(UserError, match="no end-of-document piece"):
-        SentencePieceTokenizer.of(writer.getvalue(), "x")
+        SentencePieceTokenizer.of(model, "x")
 
 
 def test_lone_surrogate_is_one_clear_message(tokenizer: SentencePieceTokenizer) -> None:
