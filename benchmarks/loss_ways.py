@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from matformer_dist.chunks import default_chunk_tokens
 from matformer_dist.ops import native
-from matformer_dist.ops.multi_granularity_loss import default_chunk_tokens, multi_granularity_loss
+from matformer_dist.ops.multi_granularity_loss import multi_granularity_loss
 
 Run = Callable[[], Tensor]
 

@@ -7,6 +7,7 @@ or a file is touched, so that a mistake costs a second and one message.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -272,6 +273,19 @@ class Config(Section):
     @property
     def granularities(self) -> Nesting:
         return self.nesting.build(self.model.d_ff)
+
+    @property
+    def zero_stage(self) -> int:
+        """What DeepSpeed cuts over data-parallel ranks: 0 nothing, 1 optimizer states, 2 gradients
+        too, 3 weights too.
+        """
+        zero = self.deepspeed.get("zero_optimization")
+        stage = zero.get("stage", 1) if isinstance(zero, Mapping) else 1
+        if stage not in (0, 1, 2, 3):
+            raise UserError(
+                f"deepspeed.zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3"
+            )
+        return int(stage)
 
     @model_validator(mode="after")
     def _check(self) -> Config:

@@ -12,16 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from matformer_dist.chunks import default_chunk_tokens, even_chunk_tokens
 from matformer_dist.ops import native
 from matformer_dist.ops.loss_operator import arithmetic_dtypes, operator
 from matformer_dist.ops.native import Implementation
 from matformer_dist.ops.vocab_shard import WHOLE, VocabShard
-
-CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
-"""Logits of one segment in one chunk. Not of all segments: the number of chunks, hence of
-collectives, is that of a step of XL alone, whatever the number of granularities. A CPU wants them
-near its caches; a GPU wants chunks so long that adding them to the weight's gradient, which moves
-all of it each time, is little beside the GEMM."""
 
 
 class LossOutput(NamedTuple):
@@ -39,16 +34,6 @@ class LossOutput(NamedTuple):
     lse: Tensor
     kl: Tensor
     agrees: Tensor | None
-
-
-def default_chunk_tokens(local_vocab: int, device: str, itemsize: int = 4) -> int:
-    """Most tokens of a chunk, for a weight of `local_vocab` rows and logits of `itemsize` bytes.
-
-    The same on all ranks, whose weights have the same number of rows, padding included. device: a
-    type, such as cuda.
-    """
-    budget = CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"])
-    return max(1, budget // (max(1, local_vocab) * itemsize))
 
 
 def multi_granularity_loss(
@@ -84,7 +69,8 @@ def multi_granularity_loss(
 
     A target that no rank owns makes the loss and all gradients NaN, without waiting for the
     device. `check_targets` waits for every chunk and raises ValueError instead.
-    chunk_tokens: tokens a chunk; by default as many as keep a segment's logits in CHUNK_BYTES.
+    chunk_tokens: tokens a chunk; by default as many as keep a segment's logits in
+    chunks.CHUNK_BYTES.
     impl: see native.py. To torch.compile the whole is one operator.
 
     Raises ValueError where shapes, dtypes, devices, rows or weights do not fit, RuntimeError where
@@ -96,8 +82,7 @@ def multi_granularity_loss(
     tokens = rows[0] if shared_tokens else hidden.shape[0]
     if chunk_tokens is None:
         most = default_chunk_tokens(weight.shape[0], hidden.device.type, dtype.itemsize)
-        chunks = max(1, math.ceil(tokens / most))
-        chunk_tokens = math.ceil(tokens / chunks) or 1  # all of about the same size
+        chunk_tokens = even_chunk_tokens(tokens, most)
     elif not isinstance(chunk_tokens, int) or chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; it must be a whole number from 1")
     learns = torch.is_grad_enabled()

@@ -6,8 +6,10 @@ This is the only file that imports deepspeed.
 from __future__ import annotations
 
 import difflib
+import gc
 import math
 import pickle
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -32,6 +34,7 @@ from matformer_dist.models.forward_pass import Pass
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.parallel.layers import Initializer
 from matformer_dist.parallel.topology import DeepSpeedView, Topology
+from matformer_dist.planning.layout import reduce_bucket
 from matformer_dist.run_directory import Checkpoint
 from matformer_dist.training.resharding import load_other_layout
 
@@ -89,12 +92,12 @@ def check_deepspeed_section(config: Config, data_size: int) -> None:
         raise UserError(
             f"deepspeed.zero_optimization is {zero!r}; it must hold keys, such as stage: 2"
         ) from None
-    if zero_stage(config) == 0 and config.training.precision == "bf16":
+    if config.zero_stage == 0 and config.training.precision == "bf16":
         raise UserError(
             "deepspeed.zero_optimization.stage 0 with training.precision bf16: DeepSpeed has no "
             "fp32 accumulation there; use stage 1, or training.precision=fp32"
         )
-    if zero_stage(config) == 0 and (zero or {}).get("offload_optimizer"):
+    if config.zero_stage == 0 and (zero or {}).get("offload_optimizer"):
         raise UserError(
             "deepspeed.zero_optimization.offload_optimizer needs a stage from 1, and stage is 0; "
             "use stage 1"
@@ -118,19 +121,26 @@ def check_deepspeed_section(config: Config, data_size: int) -> None:
         ) from None
 
 
-def deepspeed_dictionary(config: Config, data_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration, derived from ours; the `deepspeed` section is merged over it."""
+def deepspeed_dictionary(
+    config: Config, data_size: int, parameters: int = sys.maxsize
+) -> dict[str, Any]:
+    """DeepSpeed's configuration, derived from ours; the `deepspeed` section is merged over it.
+
+    parameters: elements of one rank's weights.
+    """
     logs = {"output_path": str(config.run.dir / "tensorboard"), "job_name": "train"}
     derived = {
         "train_batch_size": config.training.global_batch_size,
         "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps(config, data_size),
         "gradient_clipping": config.optimizer.grad_clip,
-        "zero_optimization": {"stage": 1},
+        # The buffer that gradients are sent from is allocated whole, however few there are.
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": reduce_bucket(parameters)},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
-        "bf16": {"enabled": config.training.precision == "bf16"},
-        # The sum over micro-batches would lose a bit a doubling in bf16.
+        # Gradients go into the fp32 sum, and away, as they come. That sum over micro-batches would
+        # lose a bit a doubling in bf16.
+        "bf16": {"enabled": config.training.precision == "bf16", "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "tensorboard": {"enabled": config.logging.tensorboard, **logs},
         "wandb": {
@@ -142,10 +152,6 @@ def deepspeed_dictionary(config: Config, data_size: int) -> dict[str, Any]:
     result = omegaconf.OmegaConf.to_container(merged, resolve=True)
     assert isinstance(result, dict)
     return {str(key): value for key, value in result.items()}
-
-
-def zero_stage(config: Config) -> int:
-    return int((config.deepspeed.get("zero_optimization") or {}).get("stage", 1))
 
 
 def zero_options(config: Config) -> dict[str, Any]:
@@ -183,7 +189,7 @@ def build_model(config: Config, vocab_size: int, topology: Topology) -> MatLM:
     init = Initializer(config.training.seed)
     model = MatLM(config.model, nestings, vocab_size, init, topology.tensor)
     model.activation_checkpointing = config.training.activation_checkpointing == "full"
-    return model if zero_stage(config) == 3 else model.to(topology.device)
+    return model if config.zero_stage == 3 else model.to(topology.device)
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -197,7 +203,7 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def _optimizer(
-    model: nn.Module, config: OptimizerConfig, stage: int, offload: bool, device: torch.device
+    model: nn.Module, config: OptimizerConfig, stage: int, offload: bool
 ) -> torch.optim.Optimizer:
     groups = _parameter_groups(model, config.weight_decay)
     arguments: dict[str, Any] = {
@@ -208,7 +214,7 @@ def _optimizer(
     if offload:
         return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **arguments, adamw_mode=True)
     adamw = torch.optim.AdamW if stage else _AdamW
-    return adamw(groups, **arguments, fused=device.type == "cuda")
+    return adamw(groups, **arguments, fused=True)
 
 
 class _AdamW(torch.optim.AdamW):
@@ -231,20 +237,20 @@ class Engine:
         self.accumulation = accumulation_steps(config, topology.data_size)
         self._description = description(dict(model.named_parameters()), model.vocab_size)
         self.weights = len(list(model.parameters()))
-        dictionary = deepspeed_dictionary(config, topology.data_size)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        dictionary = deepspeed_dictionary(config, topology.data_size, parameters)
         zero = dictionary["zero_optimization"]
         offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-        optimizer = _optimizer(
-            model, config.optimizer, zero_stage(config), offload, topology.device
-        )
+        optimizer = _optimizer(model, config.optimizer, config.zero_stage, offload)
         if config.training.compile:
             for layer in model.layers:
                 layer.compile()
-        if zero_stage(config) == 3:
+        if config.zero_stage == 3:
             self._partition_weights(model, dictionary)
         self.deepspeed, _, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, mpu=DeepSpeedView(), config=dictionary
         )
+        gc.collect()  # weights that DeepSpeed has copied live on in cycles
         self.writer = self.deepspeed.checkpoint_engine = CheckpointWriter(
             config.checkpoint.async_save, _IN_CHECKPOINTS
         )
@@ -252,7 +258,7 @@ class Engine:
         self.deepspeed._copy_recovery_script = lambda save_path: None
         # DeepSpeed steps a plain optimizer without telling the gradient norm, or whether it is
         # finite.
-        self._plain = zero_stage(config) == 0 and config.training.precision == "fp32"
+        self._plain = config.zero_stage == 0 and config.training.precision == "fp32"
         self._plain_norm = 0.0
 
     def _partition_weights(self, model: MatLM, dictionary: dict[str, Any]) -> None:

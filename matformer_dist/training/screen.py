@@ -15,11 +15,11 @@ from matformer_dist.config import Config
 from matformer_dist.counting import count_parameters, flops_per_token
 from matformer_dist.errors import UserError
 from matformer_dist.ops import native
-from matformer_dist.ops.multi_granularity_loss import default_chunk_tokens
 from matformer_dist.parallel.topology import Topology
-from matformer_dist.planning import MemoryEstimate, estimate_memory
+from matformer_dist.planning.layout import PlannedRun
+from matformer_dist.planning.memory import estimate_memory
 from matformer_dist.run_directory import Checkpoint
-from matformer_dist.training.engine import accumulation_steps, zero_stage
+from matformer_dist.units import short_number, short_time
 
 _BF16_MULTIPLE = 8  # values in the 16 bytes that tensor cores want operands aligned to
 
@@ -55,27 +55,20 @@ class Screen:
                 short_number(flops),
             )
         self.console.print(table)
-        stage = zero_stage(config)
-        local_vocab = -(-self.vocab_size // topology.tensor.size)
-        memory = estimate_memory(
-            config,
-            self.vocab_size,
-            stage,
-            topology.data_size,
-            default_chunk_tokens(local_vocab, topology.device.type),
-        )
-        steps = accumulation_steps(config, topology.data_size)
+        planned = PlannedRun(config, self.vocab_size, topology.data_size, topology.device.type)
         self.console.print(
             f"ranks      {topology.world_size} = tensor {topology.tensor.size} x data "
-            f"{topology.data_size}, ZeRO {stage}, {training.precision}, {topology.device.type}\n"
+            f"{topology.data_size}, ZeRO {config.zero_stage}, {training.precision}, "
+            f"{topology.device.type}\n"
             f"operators  {native.describe(topology.device)}\n"
             f"objective  {config.objective.kind}\n"
             f"batch      {training.global_batch_size} sequences of {training.seq_len} tokens = "
-            f"{training.micro_batch_size} x {topology.data_size} ranks x {steps} micro-batches\n"
+            f"{training.micro_batch_size} x {topology.data_size} ranks x {planned.micro_batches} "
+            "micro-batches\n"
             f"steps      {self.total_steps:,} = "
             f"{short_number(self.total_steps * training.global_batch_size * training.seq_len)} "
             "tokens\n"
-            f"memory     {_in_words(memory)}\n"
+            f"memory     {estimate_memory(planned)}\n"
             f"run        {config.run.dir}"
         )
         for notice in notices:
@@ -155,40 +148,3 @@ class Screen:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-
-def _in_words(memory: MemoryEstimate) -> str:
-    parts = {
-        "weights": memory.weights_bytes,
-        "gradients": memory.gradients_bytes,
-        "optimizer": memory.optimizer_bytes,
-        "activations": memory.activations_bytes,
-        "loss": memory.loss_bytes,
-    }
-    text = ", ".join(f"{name} {short_bytes(size)}" for name, size in parts.items() if size)
-    if memory.offloaded_bytes:
-        text += f"; offloaded to the host {short_bytes(memory.offloaded_bytes)}"
-    return f"about {short_bytes(memory.total_bytes)} a rank: {text}"
-
-
-def short_number(value: float) -> str:
-    """12_600_000 as 12.6M."""
-    for unit in ("", "k", "M", "G", "T"):
-        if abs(value) < 1000:
-            return f"{value:.3g}{unit}"
-        value /= 1000
-    return f"{value:.3g}P"
-
-
-def short_bytes(value: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024:
-            return f"{value:.3g} {unit}"
-        value /= 1024
-    return f"{value:.3g} TiB"
-
-
-def short_time(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"

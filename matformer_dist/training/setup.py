@@ -15,7 +15,7 @@ from matformer_dist.errors import UserError
 from matformer_dist.ops import native
 from matformer_dist.parallel.topology import Topology
 from matformer_dist.run_directory import Checkpoint, Layout, Manifest, read_checkpoints
-from matformer_dist.training.engine import zero_options, zero_stage
+from matformer_dist.training.engine import zero_options
 
 # A run may go on with these changed, and with another length (whoever changes that is told what it
 # does to the schedule). All else decides what its weights become. Which tokenizer a checkpoint
@@ -171,7 +171,7 @@ def describe(
         layout=Layout(
             tensor=topology.tensor.size,
             data=topology.data_size,
-            zero_stage=zero_stage(config),
+            zero_stage=config.zero_stage,
             zero_options=zero_options(config),
         ),
         model=config.model,

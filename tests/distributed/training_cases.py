@@ -54,13 +54,15 @@ def tiny_config(**sections: Any) -> Config:
     return validate_config(tree, "test")
 
 
-def synthetic_batches(config: Config, topology: Topology) -> Iterator[tuple[Tensor, Tensor]]:
+def synthetic_batches(
+    config: Config, topology: Topology, vocab_size: int = VOCAB
+) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's micro-batches: a global batch is the same whatever the layout of ranks."""
     size = config.training.micro_batch_size
     generator = torch.Generator().manual_seed(99)
     while True:
-        shape = (config.training.global_batch_size, SEQ_LEN + 1)
-        sequences = torch.randint(0, VOCAB, shape, generator=generator)
+        shape = (config.training.global_batch_size, config.training.seq_len + 1)
+        sequences = torch.randint(0, vocab_size, shape, generator=generator)
         sequences[:, ::3] = 7  # something to learn
         micro_batches = sequences.split(size)
         for chunk in micro_batches[topology.data_rank :: topology.data_size]:

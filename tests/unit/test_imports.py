@@ -12,7 +12,8 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "matformer_dist"
 
 BOTTOM = (
-    "errors", "nesting", "config", "config_file", "counting", "planning", "run_directory",
+    "errors", "units", "nesting", "config", "config_file", "counting", "chunks", "planning",
+    "run_directory",
 )  # fmt: skip
 COMMANDS = ("checkpoints", "data", "submodels", "importing", "inference", "evaluation", "report")
 MAY_IMPORT: dict[str, set[str]] = {  # a part of the package: the other parts that it may import

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from matformer_dist import chunks
+from matformer_dist.chunks import default_chunk_tokens
 from matformer_dist.ops import loss_operator
-from matformer_dist.ops import multi_granularity_loss as module
-from matformer_dist.ops.multi_granularity_loss import default_chunk_tokens
+from matformer_dist.ops.multi_granularity_loss import multi_granularity_loss
 from matformer_dist.ops.native import Implementation
 from matformer_dist.ops.vocab_shard import VocabShard
 from tests.tolerance import assert_as_exact_as_plain
@@ -306,7 +307,7 @@ def test_a_target_outside_the_vocabulary_is_nan_or_named(problem: Problem, targe
 
 
 def test_chunks_depend_on_one_segment_not_on_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 4 * 8 * 20)
+    monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 4 * 8 * 20)
     assert default_chunk_tokens(20, "cpu") == 8
     sizes: list[int] = []
     reduce_ = loss_operator._Plan.reduce_
@@ -456,6 +457,6 @@ def test_bad_operands_are_named(change: dict[str, Any], message: str) -> None:
         "scale": torch.ones(()),
         "shared_tokens": True,
     }
-    module.multi_granularity_loss(**call)
+    multi_granularity_loss(**call)
     with pytest.raises(ValueError, match=message):
-        module.multi_granularity_loss(**call | change)
+        multi_granularity_loss(**call | change)

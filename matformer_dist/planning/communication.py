@@ -1,0 +1,128 @@
+"""The collectives of one optimizer step, as one rank takes part in them.
+
+Legend: b sequences of a micro-batch, s positions, R rows, D d_model, V vocabulary, T ranks of a
+group.
+
+What is sent follows from the layers (parallel/layers.py), the loss (ops/loss_operator.py) and
+DeepSpeed's optimizers; tests/distributed/test_plan.py holds it against what real ranks send.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from matformer_dist.planning.layout import PlannedRun
+
+Operation = Literal["all_reduce", "all_gather", "reduce_scatter"]
+_ROW_NUMBERS = 7  # of a row that the loss gathers, in fp32
+_ZERO3_PERSISTENT = 100_000  # elements; DeepSpeed's default of what stays whole at ZeRO 3
+
+# DeepSpeed's own of a step: numbers of one value each, as (bytes, how many). Norms and overflow.
+_OF_DATA_RANKS = {
+    (0, "fp32"): [(4, 1)], (1, "fp32"): [(4, 2)], (2, "fp32"): [(4, 2)], (3, "fp32"): [(8, 2)],
+    (1, "bf16"): [], (2, "bf16"): [(4, 2), (1, 1)], (3, "bf16"): [(8, 2)],
+}  # fmt: skip
+_OF_TENSOR_RANKS = {
+    (0, "fp32"): [(4, 2)], (1, "fp32"): [(4, 2)], (2, "fp32"): [(4, 2)], (3, "fp32"): [(8, 2)],
+    (1, "bf16"): [(4, 1)], (2, "bf16"): [(4, 2), (1, 1)], (3, "bf16"): [(8, 2)],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Collective:
+    """`count` collectives of a step over one group of ranks, and all their bytes.
+
+    Bytes are of the whole tensor: the reduced one, the gathered one, the one that is scattered.
+    """
+
+    operation: Operation
+    group: Literal["tensor", "data"]
+    what: str
+    count: int
+    bytes: int
+
+
+def traffic(run: PlannedRun) -> list[Collective]:
+    """All collectives of a step; none over a group of one rank."""
+    found = []
+    if run.tensor > 1:
+        found += list(_of_layers(run))
+    if run.data_size > 1:
+        found += list(_of_gradients(run))
+    for group, size, numbers in (
+        ("tensor", run.tensor, _OF_TENSOR_RANKS),
+        ("data", run.data_size, _OF_DATA_RANKS),
+    ):
+        listed = numbers.get((run.config.zero_stage, run.config.training.precision), [])
+        if size > 1 and listed:
+            count, total = sum(n for _, n in listed), sum(size * n for size, n in listed)
+            found.append(Collective("all_reduce", group, "norms", count, total))  # type: ignore[arg-type]
+    return found
+
+
+def _of_layers(run: PlannedRun) -> Iterator[Collective]:
+    model, times = run.config.model, run.micro_batches
+    row = model.d_model * run.element_bytes
+    whole, first = run.rows * row, run.first_rows * row
+    layers = model.n_layers
+
+    def all_reduce(what: str, count: int, size: int) -> Collective:
+        return Collective("all_reduce", "tensor", what, times * count, times * size)
+
+    attention = first + (layers - 1) * whole
+    yield all_reduce("embedding", 1, first)
+    yield all_reduce("attention, forward", layers, attention)
+    yield all_reduce("FFN, forward", layers, layers * whole)
+    if run.config.training.activation_checkpointing == "full":
+        # A block is computed again up to the last value that its backward pass needs.
+        yield all_reduce("attention, again", layers, attention)
+    yield all_reduce("attention, backward", layers, attention)
+    yield all_reduce("FFN, backward", layers, layers * whole)
+    yield all_reduce("head, backward", 1, whole)
+    chunks = -(-run.loss_tokens // run.loss_chunk)
+    size = run.tensor * run.rows * _ROW_NUMBERS * 4
+    yield Collective("all_gather", "tensor", "loss", times * chunks, times * size)
+
+
+def _of_gradients(run: PlannedRun) -> Iterator[Collective]:
+    stage, e = run.config.zero_stage, run.element_bytes
+    times = run.micro_batches if stage >= 2 else 1
+    buckets = -(-run.parameters // run.bucket_elements)
+    count, size = times * buckets, times * run.parameters * e
+    if stage == 3:
+        yield Collective("reduce_scatter", "data", "gradients", count, size)
+        yield from _of_cut_weights(run)
+        return
+    yield Collective("all_reduce", "data", "gradients", count, size)
+    if stage:
+        groups = [
+            _padded(elements, 2 * run.data_size)
+            for elements in (sum(run.matrices.values()), run.norms)
+        ]
+        yield Collective("all_gather", "data", "weights", len(groups), e * sum(groups))
+
+
+def _of_cut_weights(run: PlannedRun) -> Iterator[Collective]:
+    """ZeRO 3: a weight is gathered before it is used, forward and backward, in each micro-batch.
+
+    An upper bound: DeepSpeed keeps what it will need again soon (`stage3_max_reuse_distance`), and
+    never cuts small weights.
+    """
+    layers, e = run.config.model.n_layers, run.element_bytes
+    per_layer = {"attention": 2, "ffn": 2, "embedding": 1, "head": 1}
+    passes = 3 if run.config.training.activation_checkpointing == "full" else 2
+    count = size = 0
+    for name, elements in run.matrices.items():
+        weights = per_layer[name] * (layers if per_layer[name] > 1 else 1)
+        if elements // weights > _ZERO3_PERSISTENT:
+            count += weights
+            size += elements * e
+    times = passes * run.micro_batches
+    if count:
+        yield Collective("all_gather", "data", "weights", times * count, times * size)
+
+
+def _padded(elements: int, unit: int) -> int:
+    return -(-elements // unit) * unit

@@ -1,0 +1,181 @@
+"""Bytes of one rank on its device in a training step.
+
+Legend: R rows, D d_model, V vocabulary, T tensor-parallel ranks, N sum of rows x width of the
+segments on one rank, k input vectors of a neuron, e bytes of an element.
+
+A step's need is the largest of several moments: activations are most at the end of the forward
+pass, gradients at the end of the backward pass. What is held of weights is planning/states.py's;
+the rest follows from models/ and ops/. tests/distributed/test_plan.py holds the sum against all
+bytes that real ranks allocate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from matformer_dist.planning.layout import PlannedRun
+from matformer_dist.planning.states import States, states_of
+from matformer_dist.units import short_bytes
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by part, at the moment of a step that needs most; and those that live on the host.
+
+    gradients: with the buffers they are sent from. workspace: of the pass that is running, the
+    loss' or one layer's.
+    """
+
+    moment: str
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    workspace_bytes: int
+    offloaded_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        """Bytes on the device, by name."""
+        return {
+            "weights": self.weights_bytes,
+            "gradients": self.gradients_bytes,
+            "optimizer": self.optimizer_bytes,
+            "activations": self.activations_bytes,
+            "workspace": self.workspace_bytes,
+        }
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {short_bytes(n)}" for name, n in self.parts().items() if n)
+        text = f"about {short_bytes(self.total_bytes)} a rank {self.moment}: {parts}"
+        if self.offloaded_bytes:
+            text += f"; offloaded to the host {short_bytes(self.offloaded_bytes)}"
+        return text
+
+
+def estimate_memory(run: PlannedRun) -> MemoryEstimate:
+    """Of a step behind the first: the most that is allocated at once."""
+    states = states_of(run)
+    estimates = (
+        MemoryEstimate(
+            moment=moment,
+            weights_bytes=states.weights + gathered,
+            gradients_bytes=states.gradients + gradients,
+            optimizer_bytes=states.optimizer,
+            activations_bytes=activations,
+            workspace_bytes=workspace,
+            offloaded_bytes=states.offloaded,
+        )
+        for moment, gathered, gradients, activations, workspace in _moments(run, states)
+    )
+    return max(estimates, key=lambda estimate: estimate.total_bytes)
+
+
+def _moments(run: PlannedRun, states: States) -> Iterator[tuple[str, int, int, int, int]]:
+    """(when, weights that are gathered, gradients, activations, workspace)"""
+    model, e = run.config.model, run.element_bytes
+    layers = model.n_layers
+    hidden = run.rows * model.d_model * e
+    head = run.matrices["head"] or run.matrices["embedding"]
+    in_layers = sum(_kept_by_layer(run, i) for i in range(layers))
+    kept = in_layers + _norm_input(run, run.rows)
+    in_layer = _in_layer(run) + (
+        _saved_by_layer(run, layers - 1)
+        if run.config.training.activation_checkpointing == "full"
+        else 0
+    )
+    live, carried = states.gathered, states.carried
+    yield "in the loss", live, carried, kept, hidden + _loss_bytes(run)
+    # The losses' gradients are scaled into new memory before the first layer's turn.
+    yield (
+        "as the backward pass begins",
+        live,
+        carried + states.bucket,
+        kept,
+        2 * (hidden + head * e),
+    )
+    # A tied weight's gradient waits for the embedding's.
+    waiting = head * (e if model.tied_embeddings else states.gradient_bytes)
+    yield (
+        "in the last layer, backward",
+        live,
+        carried + states.bucket + waiting,
+        in_layers,
+        in_layer,
+    )
+    # All but those of the first layer, whose turn it is, and of the embedding, which is last.
+    layer = (run.matrices["attention"] + run.matrices["ffn"]) // layers
+    others = sum(run.matrices.values()) - run.matrices["embedding"] - layer
+    come = others * states.gradient_bytes + states.bucket
+    first = _kept_by_layer(run, 0)
+    yield "in the first layer, backward", live, max(carried, come), first, in_layer
+    yield "as gradients are reduced", live, states.reduced, 0, 0
+    yield "in the optimizer's step", 0, states.stepped, 0, 0
+
+
+def _kept_by_layer(run: PlannedRun, index: int) -> int:
+    """Activations that layer `index` keeps for its backward pass."""
+    if run.config.training.activation_checkpointing == "full":
+        return _attention_rows(run, index) * run.config.model.d_model * run.element_bytes
+    return _saved_by_layer(run, index)
+
+
+def _saved_by_layer(run: PlannedRun, index: int) -> int:
+    """What its operators save: inputs and outputs of both norms; queries, keys and values as they
+    come from the GEMM, queries and keys turned, the context, its log-sum-exp in fp32; the FFN's
+    pre-activations.
+    """
+    model, e, tensor = run.config.model, run.element_bytes, run.tensor
+    rows = _attention_rows(run, index)
+    kv_width = model.kv_heads * model.head_dim
+    heads = 3 * model.attention_width + 3 * kv_width
+    norms = _norm_input(run, rows) + _norm_input(run, run.rows)
+    outputs = (rows + run.rows) * model.d_model
+    inputs = 2 if model.ffn == "swiglu" else 1
+    statistics = 4 * (rows * (model.n_heads // tensor) + rows + run.rows)
+    return norms + e * (outputs + rows * heads // tensor + inputs * run.neurons) + statistics
+
+
+def _norm_input(run: PlannedRun, rows: int) -> int:
+    """What a norm saves of its input; on a CPU, torch has RMSNorm keep it twice, in fp32."""
+    twice = run.config.model.norm == "rmsnorm" and run.device == "cpu"
+    return rows * run.config.model.d_model * (8 if twice else run.element_bytes)
+
+
+def _attention_rows(run: PlannedRun, index: int) -> int:
+    return run.rows if index else run.first_rows
+
+
+def _in_layer(run: PlannedRun) -> int:
+    """Temporary bytes of a layer's backward pass: of its FFN or its attention."""
+    model, e, tensor = run.config.model, run.element_bytes, run.tensor
+    widest = run.segments[0][1] // tensor
+    inputs = 2 if model.ffn == "swiglu" else 1
+    residual = 2 * run.rows * model.d_model  # its gradient, and that of the branch
+    weights = run.matrices["ffn"] // model.n_layers
+    # d_act, which is ragged; act and d_h, which have the widest segment's rows throughout
+    ffn = run.neurons + (1 + inputs) * run.rows * widest + weights
+    kv_width = model.kv_heads * model.head_dim
+    attention = run.rows * (3 * model.attention_width + 3 * kv_width) // tensor
+    attention += run.matrices["attention"] // model.n_layers
+    return e * (residual + max(ffn, attention))
+
+
+def _loss_bytes(run: PlannedRun) -> int:
+    """Beyond the hidden rows: their gradient, the head's in fp32, and a chunk's logits; or, behind
+    the chunks, the head's gradient once more, rounded.
+    """
+    model, e = run.config.model, run.element_bytes
+    head = run.local_vocab * model.d_model
+    rows = run.loss_chunk * (run.rows // run.loss_tokens)
+    # Where a GEMM of bf16 has no fp32 result, operands are copied to fp32.
+    copies = e == 2 and run.device == "cpu"
+    chunk = rows * (4 * run.local_vocab + (4 + (4 if copies else e)) * model.d_model)
+    rounded = e * head if e == 2 else 0
+    operand = 4 * head if copies else 0
+    numbers = run.rows * (12 + 16 + 12)  # weights of the losses, losses, and their copies
+    return e * run.rows * model.d_model + 4 * head + operand + max(chunk, rounded) + numbers

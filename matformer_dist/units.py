@@ -1,0 +1,30 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+
+def short_number(value: float) -> str:
+    """12_600_000 as 12.6M."""
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if abs(value) < 999.5:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}E"
+
+
+def short_bytes(value: float) -> str:
+    """3_221_225_472 as 3 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1023.5:
+            return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
+        value /= 1024
+    return f"{value:.3g} TiB"
+
+
+def short_time(seconds: float) -> str:
+    """3_725 seconds as 1h02m; days from two on."""
+    if seconds >= 2 * 86400:
+        return f"{seconds / 86400:.3g} days"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"

@@ -1,0 +1,53 @@
+"""Bytes that a rank's tensors take in training steps, exactly: every allocation is counted."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from matformer_dist.config import Config
+from matformer_dist.parallel.topology import initialize, leave_groups
+from matformer_dist.training.engine import Engine, build_model
+from matformer_dist.training.setup import choose_operators
+from tests.distributed.training_cases import passes, synthetic_batches
+
+STEPS = 3
+
+
+class Measured(NamedTuple):
+    """Bytes of one rank."""
+
+    between_steps: int
+    at_most: int  # in the last of STEPS steps; before, optimizer states are made
+
+
+def measure(config: Config, vocab_size: int) -> Measured:
+    """Train for a few steps on the ranks that call this together."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        topology = initialize(config.parallel.tensor)
+        model = build_model(config, vocab_size, topology)
+        choose_operators(config, topology)
+        engine = Engine(config, model, topology)
+        batches = synthetic_batches(config, topology, vocab_size)
+        for step in range(STEPS):
+            with record_function("step"):
+                engine.train_step(batches, passes(config, engine, topology, step), 1e-3)
+    engine.deepspeed.destroy()
+    leave_groups()
+    return _read(recorded.profiler.kineto_results.events())
+
+
+def _read(events: list[Any]) -> Measured:
+    events = sorted(events, key=lambda event: event.start_ns())
+    steps = [event for event in events if event.name() == "step"]
+    begun, ended = steps[-1].start_ns(), steps[-1].end_ns()
+    held = between = most = 0
+    for event in events:
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            if event.start_ns() < begun:
+                between = held
+            elif event.start_ns() <= ended:
+                most = max(most, held)
+    return Measured(between, most)
