@@ -34,15 +34,19 @@ from matformer_dist.training.engine import (
 from matformer_dist.training.measurements import Measurements, Stragglers
 from matformer_dist.training.metrics import LossSums, MetricsLog
 from matformer_dist.training.objective import Objective
+from matformer_dist.training.profiling import Profiler, Wanted
 from matformer_dist.training.screen import Screen
 
 Batch = tuple[Tensor, Tensor]  # tokens and targets, [b, s] each
+_NO_STEPS = Wanted()
 
 
 class Run:
     """What one rank holds of a training run."""
 
-    def __init__(self, config: Config, topology: Topology, control: Control) -> None:
+    def __init__(
+        self, config: Config, topology: Topology, control: Control, profiled: Wanted = _NO_STEPS
+    ) -> None:
         self.config = config
         self.control = control
         self.topology = topology
@@ -66,6 +70,7 @@ class Run:
         resumed, damaged = self.store.choose_start()
         if resumed is not None:
             setup.check_checkpoint(resumed, self._manifest(), training)
+            profiled.check_start(resumed.step)
         self.control.mark("opening the data")
         self.train_data, self.validation_data = build_datasets(
             config,
@@ -86,6 +91,12 @@ class Run:
         model = build_model(config, self.vocab_size, topology)
         self.measurements = Measurements(config, topology)
         self.stragglers = Stragglers()
+        self.profiler = Profiler(
+            profiled.ranges if dist.get_rank() in profiled.ranks else (),
+            config.run.dir / "profile",
+            self.measurements.clock,
+            self.screen.say,
+        )
         self.engine = Engine(config, model, topology, self.measurements.clock)
         self.losses = LossSums(self.nesting, topology)
         if resumed is not None:
@@ -155,9 +166,11 @@ class Run:
                 self.screen.say(f"finished: all {self.total_steps} steps are done")
             with around_collectives(clock.begin_communication, clock.end_communication):
                 while self.step < self.total_steps:
-                    self._train_step(batches)
+                    with self.profiler.step(self.step + 1):
+                        self._train_step(batches)
                     self._after_step()
         finally:
+            self.profiler.close()
             self.screen.close()
             if self.log is not None:
                 self.log.close()
