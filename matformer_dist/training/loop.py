@@ -224,8 +224,7 @@ class Run:
 
     def _train_step(self, batches: Iterator[Batch]) -> None:
         self.control.mark(f"step {self.step + 1}")
-        flops, reported = self._training_flops(self.step), self._is_reported(self.step + 1)
-        with self.measurements.step(flops, wait=reported):
+        with self.measurements.step(self._training_flops(self.step)):
             config = self.config
             self.lr = learning_rate(
                 config.schedule, config.optimizer.lr, self.step, self.total_steps

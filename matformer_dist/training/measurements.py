@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import socket
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import fmean, median_low
@@ -24,45 +23,38 @@ _STRAGGLES_FOR = 5  # lines in a row
 
 
 class Measurements:
-    """Wall-clock, FLOPs and parts of training steps; evaluation and checkpoints are left out."""
+    """Time and FLOPs of training steps; evaluation and checkpoints between them are left out."""
 
     def __init__(self, config: Config, topology: Topology) -> None:
         self.clock = Clock(topology.device)
         self._config = config
         self._topology = topology
         self._hosts = gathered(socket.gethostname())
-        self._seconds = 0.0
         self._flops = 0
         self._steps = 0
 
     @contextmanager
-    def step(self, flops: int, wait: bool) -> Iterator[None]:
-        """One step of `flops` over all ranks; `wait` for the device at its end.
-
-        That makes an interval's time that of the work, not of handing it in.
-        """
-        begun = time.perf_counter()
+    def step(self, flops: int) -> Iterator[None]:
+        """One step of `flops` over all ranks."""
         with self.clock.step():
             yield
-        if wait and self._topology.device.type == "cuda":
-            torch.cuda.synchronize()
-        self._seconds += time.perf_counter() - begun
         self._flops += flops
         self._steps += 1
 
     def take(self) -> dict[str, Any]:
         """What a line of metrics says of the steps since the last; all ranks call it together.
 
-        One small all-gather. Times are means of a step, their parts (see timing.py) means over
-        ranks too; memory is the largest peak of any rank since the run began.
+        One small all-gather. Times are means of a step and over ranks, by part (see timing.py);
+        memory is the largest peak of any rank since the run began.
         """
-        steps, ranks = max(1, self._steps), self._topology.world_size
-        seconds, flops = max(self._seconds / steps, 1e-9), self._flops / steps
-        self._seconds, self._flops, self._steps = 0.0, 0, 0
+        flops, ranks = self._flops / max(1, self._steps), self._topology.world_size
+        self._flops = self._steps = 0
         training, peak = self._config.training, self._config.logging.peak_tflops
+        table = self._gather([*self.clock.take().values(), *memory_peaks(self._topology.device)])
+        parts = {part: fmean(row[i] for row in table) for i, part in enumerate(PARTS)}
+        seconds = max(sum(parts.values()), 1e-9)
         tokens_per_second = training.global_batch_size * training.seq_len / seconds
         tflops_per_second = flops / seconds / 1e12
-        table = self._gather([*self.clock.take().values(), *memory_peaks(self._topology.device)])
         memory = _largest_memory([row[len(PARTS) :] for row in table])
         return {
             "tokens_per_second": tokens_per_second,
@@ -70,7 +62,7 @@ class Measurements:
             "model_tflops_per_second": tflops_per_second,
             "mfu": tflops_per_second / (peak * ranks) if peak else None,
             "step_ms": seconds * 1e3,
-            "time_ms": {part: fmean(row[i] for row in table) * 1e3 for i, part in enumerate(PARTS)},
+            "time_ms": {part: value * 1e3 for part, value in parts.items()},
             "slowest_rank": slowest_rank([row[: len(PARTS)] for row in table], self._hosts),
             "peak_memory_bytes": memory.get("allocated_bytes", memory["resident_bytes"]),
             "memory": memory,

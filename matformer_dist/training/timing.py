@@ -13,7 +13,8 @@ Every moment of a step belongs to exactly one part, so that the parts sum to the
 On a CPU this is the time of the main thread. On a GPU it is that of the stream that computes, by
 events recorded in it: what the host does while that stream is busy costs nothing and is not seen; a
 collective counts as long as it runs on that stream or that stream waits for it, and one that is
-overlapped does not. Nothing is waited for during a step; events are read when they are past.
+overlapped does not. Nothing is waited for during a step or at its end: events are read when they
+are past, and only a line of metrics waits for the last of them.
 """
 
 from __future__ import annotations
