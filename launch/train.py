@@ -1,6 +1,7 @@
 """Train a MatLM.
 
     deepspeed launch/train.py --config launch/configs/NAME.yaml [section.key=value ...]
+    deepspeed launch/train.py --config ... --profile 10-12    (trace these steps)
     python launch/train.py --config launch/configs/NAME.yaml    (one process)
 
 Exit codes: 0 done, 2 the input is wrong (one message says how), 75 SIGTERM or SIGUSR1 ended the run
@@ -40,11 +41,17 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a MatLM.")
     parser.add_argument("--config", required=True, help="YAML file, see launch/configs")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "--profile", metavar="STEPS", help="trace steps such as 10-12 or 10,20-22: RUN/profile"
+    )
+    parser.add_argument(
+        "--profile-ranks", metavar="RANKS", default="0", help="that trace, such as 0,8-9; else 0"
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args()
 
 
-def train(config: Config) -> None:
+def train(config: Config, profile: str | None, profile_ranks: str) -> None:
     _, world_size, _ = launched_world()
     training = config.training
     check_ranks(
@@ -55,6 +62,9 @@ def train(config: Config) -> None:
     )
     quiet_libraries()
     from matformer_dist.training.control import Control
+    from matformer_dist.training.profiling import Wanted
+
+    profiled = Wanted.parse(profile, profile_ranks, training.total_steps, world_size)
     from matformer_dist.training.loop import Run  # imports DeepSpeed, which takes seconds
 
     # A collective's own limit, which names nobody, comes after the watchdog's.
@@ -62,7 +72,7 @@ def train(config: Config) -> None:
     topology = initialize(config.parallel.tensor, timeout)
     try:
         with Control(topology, config.training.hang_timeout) as control:
-            Run(config, topology, control).train()
+            Run(config, topology, control, profiled).train()
     except PreemptedError:
         shut_down()
         raise
@@ -74,7 +84,8 @@ def main() -> int:
     rank = local_rank = 0
     try:
         rank, _, local_rank = launched_world()
-        train(load_config(arguments.config, arguments.overrides))
+        config = load_config(arguments.config, arguments.overrides)
+        train(config, arguments.profile, arguments.profile_ranks)
     except UserError as error:
         # Ranks that have joined agree; before, a node may be alone with its trouble.
         alone = isinstance(error, LocalError) or not dist.is_initialized()

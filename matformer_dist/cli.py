@@ -292,12 +292,24 @@ def report_command(
 
 
 @app.command("doctor")
-def doctor_command() -> None:
-    """What is installed and built here, and what would run; for bug reports."""
+def doctor_command(
+    dir: Annotated[
+        Path, typer.Option(metavar="RUN", help="Where a run is written; here if left out.")
+    ] = Path(),
+) -> None:
+    """Look at what is installed and this machine, and try two ranks; for bug reports."""
     from matformer_dist.doctor import examine
 
-    for what, finding in examine():
-        _out.print(f"{what:<14} {finding}")
+    problems = []
+    for finding in examine(dir):
+        _out.print(f"{finding.what:<14} {finding.text}", markup=False)
+        if finding.problem:
+            problems.append(finding)
+    _out.print("" if problems else "\nno problems found")
+    for one in sorted(problems, key=lambda one: not one.fails):
+        _out.print(f"{'problem' if one.fails else 'note':<8} {one.problem}", markup=False)
+    if any(one.fails for one in problems):
+        raise typer.Exit(EXIT_FAILURE)
 
 
 def _items(option: str, text: str | None) -> list[str] | None:

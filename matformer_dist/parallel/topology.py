@@ -89,6 +89,19 @@ def cpu_environment(ranks: int) -> dict[str, str]:
     }
 
 
+def communication_environment() -> dict[str, str]:
+    """What is set of the variables that choose devices, threads, interfaces and transport."""
+    chosen = ("GLOO_", "NCCL_", "TORCH_NCCL_", "UCX_", "FI_")
+    names = (
+        "CUDA_VISIBLE_DEVICES",
+        "DS_ACCELERATOR",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "OMP_NUM_THREADS",
+    )
+    return {k: v for k, v in os.environ.items() if k.startswith(chosen) or k in names}
+
+
 def launched_world() -> tuple[int, int, int]:
     """(rank, world size, local rank) as the launcher set them; (0, 1, 0) for plain `python`.
 

@@ -37,6 +37,7 @@ from matformer_dist.parallel.topology import DeepSpeedView, Topology
 from matformer_dist.planning.layout import reduce_bucket
 from matformer_dist.run_directory import Checkpoint
 from matformer_dist.training.resharding import load_other_layout
+from matformer_dist.training.timing import Clock
 
 # On a CPU DeepSpeed would compile this at every first start; it serves only inference.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -229,11 +230,15 @@ class _AdamW(torch.optim.AdamW):
 class Engine:
     """One optimizer step at a time over a MatLM, with DeepSpeed holding gradients and states."""
 
-    def __init__(self, config: Config, model: MatLM, topology: Topology) -> None:
+    def __init__(
+        self, config: Config, model: MatLM, topology: Topology, clock: Clock | None = None
+    ) -> None:
         # zero.Init would take the ranks for one, without a word, where nothing was begun before it.
         deepspeed.init_distributed()
         self.config = config
         self.topology = topology
+        self.clock = clock or Clock(topology.device)
+        self.clock.watch(model.head, "loss")
         self.accumulation = accumulation_steps(config, topology.data_size)
         self._description = description(dict(model.named_parameters()), model.vocab_size)
         self.weights = len(list(model.parameters()))
@@ -290,15 +295,20 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         results = []
+        part = self.clock.part
         for _ in range(self.accumulation):
-            tokens, targets = next(micro_batches)
-            plan = next(passes)
-            loss, statistics = self.deepspeed(tokens, targets, plan)
-            self.deepspeed.backward(loss)
-            if self._plain and self.deepspeed.is_gradient_accumulation_boundary():
-                self._plain_norm = self._gradient_norm()
-                self.deepspeed.optimizer.is_called_off = not math.isfinite(self._plain_norm)
-            self.deepspeed.step()
+            with part("data"):
+                tokens, targets = next(micro_batches)
+                plan = next(passes)
+            with part("forward"):
+                loss, statistics = self.deepspeed(tokens, targets, plan)
+            with part("backward"):
+                self.deepspeed.backward(loss)
+            with part("optimizer"):
+                if self._plain and self.deepspeed.is_gradient_accumulation_boundary():
+                    self._plain_norm = self._gradient_norm()
+                    self.deepspeed.optimizer.is_called_off = not math.isfinite(self._plain_norm)
+                self.deepspeed.step()
             results.append((plan, statistics))
         return results
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from matformer_dist.errors import PreemptedError, UserError
 from matformer_dist.evaluation.loss import SubmodelLoss, evaluate_submodels
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.parallel.agreement import agreement, gathered, on_main
+from matformer_dist.parallel.collectives import around_collectives
 from matformer_dist.parallel.topology import Topology
 from matformer_dist.run_directory import TOKENIZER_FILES, Checkpoint, Manifest, lock
 from matformer_dist.training import random_states, setup
@@ -31,22 +31,22 @@ from matformer_dist.training.engine import (
     check_deepspeed_section,
     learning_rate,
 )
-from matformer_dist.training.metrics import (
-    LossSums,
-    MetricsLog,
-    Stopwatch,
-    peak_memory_bytes,
-)
+from matformer_dist.training.measurements import Measurements, Stragglers
+from matformer_dist.training.metrics import LossSums, MetricsLog
 from matformer_dist.training.objective import Objective
+from matformer_dist.training.profiling import Profiler, Wanted
 from matformer_dist.training.screen import Screen
 
 Batch = tuple[Tensor, Tensor]  # tokens and targets, [b, s] each
+_NO_STEPS = Wanted()
 
 
 class Run:
     """What one rank holds of a training run."""
 
-    def __init__(self, config: Config, topology: Topology, control: Control) -> None:
+    def __init__(
+        self, config: Config, topology: Topology, control: Control, profiled: Wanted = _NO_STEPS
+    ) -> None:
         self.config = config
         self.control = control
         self.topology = topology
@@ -70,6 +70,7 @@ class Run:
         resumed, damaged = self.store.choose_start()
         if resumed is not None:
             setup.check_checkpoint(resumed, self._manifest(), training)
+            profiled.check_start(resumed.step)
         self.control.mark("opening the data")
         self.train_data, self.validation_data = build_datasets(
             config,
@@ -88,9 +89,16 @@ class Run:
         self.screen.warn_of_unaligned_widths()
         self.control.mark("building the model")
         model = build_model(config, self.vocab_size, topology)
-        self.engine = Engine(config, model, topology)
+        self.measurements = Measurements(config, topology)
+        self.stragglers = Stragglers()
+        self.profiler = Profiler(
+            profiled.ranges if dist.get_rank() in profiled.ranks else (),
+            config.run.dir / "profile",
+            self.measurements.clock,
+            self.screen.say,
+        )
+        self.engine = Engine(config, model, topology, self.measurements.clock)
         self.losses = LossSums(self.nesting, topology)
-        self.watch = Stopwatch()
         if resumed is not None:
             self._load(resumed)
         with agreement():
@@ -151,14 +159,18 @@ class Run:
         """
         training = self.config.training
         batches = self._batches(self.train_data, self.step * training.global_batch_size)
+        clock = self.measurements.clock
         try:
             self._report()  # of the checkpoint's step, if the run ended before that
             if self.step >= self.total_steps:
                 self.screen.say(f"finished: all {self.total_steps} steps are done")
-            while self.step < self.total_steps:
-                self._train_step(batches)
-                self._after_step()
+            with around_collectives(clock.begin_communication, clock.end_communication):
+                while self.step < self.total_steps:
+                    with self.profiler.step(self.step + 1):
+                        self._train_step(batches)
+                    self._after_step()
         finally:
+            self.profiler.close()
             self.screen.close()
             if self.log is not None:
                 self.log.close()
@@ -212,25 +224,29 @@ class Run:
 
     def _train_step(self, batches: Iterator[Batch]) -> None:
         self.control.mark(f"step {self.step + 1}")
-        self.watch.start()
-        config = self.config
-        self.lr = learning_rate(config.schedule, config.optimizer.lr, self.step, self.total_steps)
-        passes = self._passes()
-        results = self.engine.train_step(self._in_order(batches, passes), iter(passes), self.lr)
-        self.step += 1
-        if self.engine.was_skipped:
-            self.skipped += 1
-            self.skips_in_a_row += 1
-            self.screen.say(
-                f"warning    step {self.step} is skipped: its loss or gradient is not finite "
-                f"({self.skipped} so far)"
+        with self.measurements.step(self._training_flops(self.step)):
+            config = self.config
+            self.lr = learning_rate(
+                config.schedule, config.optimizer.lr, self.step, self.total_steps
             )
-        else:
+            passes = self._passes()
+            ordered = self._in_order(batches, passes)
+            results = self.engine.train_step(ordered, iter(passes), self.lr)
+            self.step += 1
+            if not self.engine.was_skipped:
+                self.losses.add(results)
+        self._count_skipped()
+
+    def _count_skipped(self) -> None:
+        if not self.engine.was_skipped:
             self.skips_in_a_row = 0
-            self.losses.add(results)
-        if self.topology.device.type == "cuda" and self._is_reported(self.step):
-            torch.cuda.synchronize()  # so that the interval's time is the work's, not the queue's
-        self.watch.stop(self._training_flops(self.step - 1))
+            return
+        self.skipped += 1
+        self.skips_in_a_row += 1
+        self.screen.say(
+            f"warning    step {self.step} is skipped: its loss or gradient is not finite "
+            f"({self.skipped} so far)"
+        )
 
     def _is_reported(self, step: int) -> bool:
         return _due(step, self.config.logging.every) or self._is_evaluated(step)
@@ -310,22 +326,14 @@ class Run:
 
     def _measurements(self) -> dict[str, Any]:
         """A line of metrics, but for what the evaluation and the checkpoint add to it."""
-        config = self.config
-        seconds, flops = self.watch.take()
-        tokens_per_step = config.training.global_batch_size * config.training.seq_len
-        tflops_per_second = flops / seconds / 1e12
-        peak = config.logging.peak_tflops
+        training = self.config.training
         return {
             "step": self.step,
-            "tokens": self.step * tokens_per_step,
+            "tokens": self.step * training.global_batch_size * training.seq_len,
             "train_loss": self.losses.take(),
             "grad_norm": self.engine.grad_norm,
             "learning_rate": self.lr,
-            "tokens_per_second": tokens_per_step / seconds,
-            "model_tflops_per_second": tflops_per_second,
-            "mfu": tflops_per_second / (peak * self.topology.world_size) if peak else None,
-            "step_ms": seconds * 1e3,
-            "peak_memory_bytes": peak_memory_bytes(self.topology.device),
+            **self.measurements.take(),
             "skipped_steps": self.skipped,
         }
 
@@ -344,6 +352,8 @@ class Run:
             self.log.write(line)
             self.engine.write_events(self.log.events(line))
         self.screen.show_step(line)
+        if warning := self.stragglers.look_at(line):
+            self.screen.say(f"warning    {warning}")
 
     def _save(self) -> None:
         self.control.mark(f"the checkpoint of step {self.step}")

@@ -1,13 +1,10 @@
-"""A run's measurements: losses over steps, time, memory, and metrics.jsonl."""
+"""Losses over steps, and metrics.jsonl; what else stands in its lines is in measurements.py."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-import resource
-import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,39 +55,6 @@ class LossSums:
 
     def load(self, state: list[list[float]]) -> None:
         self._sums.copy_(torch.tensor(state, dtype=torch.float64))
-
-
-class Stopwatch:
-    """Wall-clock and FLOPs of the training steps since the last line; evaluation is left out."""
-
-    def __init__(self) -> None:
-        self._seconds = 0.0
-        self._flops = 0
-        self._steps = 0
-        self._start = 0.0
-
-    def start(self) -> None:
-        self._start = time.perf_counter()
-
-    def stop(self, flops: int) -> None:
-        self._seconds += time.perf_counter() - self._start
-        self._flops += flops
-        self._steps += 1
-
-    def take(self) -> tuple[float, float]:
-        """Mean seconds and FLOPs of a step since the last call."""
-        steps = max(1, self._steps)
-        result = max(self._seconds / steps, 1e-9), self._flops / steps
-        self._seconds, self._flops, self._steps = 0.0, 0, 0
-        return result
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory this rank has held: the allocator's peak on a GPU, the resident one on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class MetricsLog:
@@ -152,7 +116,8 @@ class MetricsLog:
         events = []
         for key, value in line.items():
             if isinstance(value, Mapping):
-                events += [(f"{key}/{name}", float(v), line["step"]) for name, v in value.items()]
+                numbers = ((name, v) for name, v in value.items() if not isinstance(v, str))
+                events += [(f"{key}/{name}", float(v), line["step"]) for name, v in numbers]
             elif isinstance(value, int | float) and key != "step":
                 events.append((f"training/{key}", float(value), line["step"]))
         return events

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+from matformer_dist.training.timing import PARTS
 from tests.end_to_end.conftest import matformer, succeed, train, write_config
 
 
@@ -46,13 +48,22 @@ def test_training_writes_what_it_promises(trained: Path) -> None:
         assert set(line["train_loss"]) == {"S", "M", "L", "XL"}
         assert line["grad_norm"] > 0 and line["tokens_per_second"] > 0
         assert line["model_tflops_per_second"] > 0 and line["peak_memory_bytes"] > 0
+        assert set(line["time_ms"]) == set(PARTS)
+        assert all(line["time_ms"][part] > 0 for part in PARTS)
+        assert sum(line["time_ms"].values()) == pytest.approx(line["step_ms"])
+        assert line["tokens_per_second_per_device"] == line["tokens_per_second"] / 2
+        assert line["slowest_rank"]["rank"] in (0, 1) and line["slowest_rank"]["ratio"] >= 1
+        assert line["memory"]["resident_bytes"] == line["peak_memory_bytes"]
         assert ("val_loss" in line) == (line["step"] in (3, 6))
     assert set(lines[-1]["val_loss"]) == {"S", "M", "L", "XL", "S:1,L:1"}
     assert lines[-1]["val_loss"]["XL"] < lines[2]["val_loss"]["XL"]
     assert lines[-1]["val_agreement"]["XL"] == 1
     kept = {path.name for path in (trained / "checkpoints").iterdir()}
     assert kept == {"step-4", "step-6", "latest"}
-    assert list((trained / "tensorboard").rglob("events.out.tfevents.*"))
+    (events,) = (trained / "tensorboard").rglob("events.out.tfevents.*")
+    logged = EventFileLoader(str(events)).Load()
+    tags = {value.tag for event in logged for value in event.summary.value}
+    assert {"time_ms/communication", "slowest_rank/ratio", "memory/resident_bytes"} <= tags
 
 
 def test_submodels_come_out_and_speak(trained: Path, tmp_path: Path) -> None:

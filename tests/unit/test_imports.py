@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # a part of the package: the other parts th
     "evaluation": {*BOTTOM, "data", "models", "checkpoints", "submodels"},
     "report": {*BOTTOM, "submodels"},
     "training": {*BOTTOM, "ops", "parallel", "data", "models", "checkpoints", "evaluation"},
-    "doctor": {"ops"},
+    "doctor": {*BOTTOM, "ops", "parallel"},
     "cli": {*BOTTOM, *COMMANDS, "doctor"},
     "demo": {*BOTTOM, "parallel", "inference"},
 }
