@@ -65,9 +65,11 @@ class Screen:
             default_chunk_tokens(local_vocab, topology.device.type),
         )
         steps = accumulation_steps(config, topology.data_size)
+        hosts = len(set(topology.hosts))
         self.console.print(
             f"ranks      {topology.world_size} = tensor {topology.tensor.size} x data "
-            f"{topology.data_size}, ZeRO {stage}, {training.precision}, {topology.device.type}\n"
+            f"{topology.data_size}, ZeRO {stage}, {training.precision}, {topology.device.type}"
+            f"{f', on {hosts} hosts' if hosts > 1 else ''}\n"
             f"operators  {native.describe(topology.device)}\n"
             f"objective  {config.objective.kind}\n"
             f"batch      {training.global_batch_size} sequences of {training.seq_len} tokens = "
@@ -91,6 +93,16 @@ class Screen:
             self.config.granularities.check_dealable(self.topology.tensor.size, _BF16_MULTIPLE)
         except UserError as error:
             self.console.print(f"warning    matrix products will be slow: {error}")
+
+    def warn_of_split_groups(self) -> None:
+        """Where tensor-parallel ranks, which wait for each other in every layer, share no host."""
+        hosts = self.topology.hosts_of_split_groups()
+        if hosts:
+            self.console.print(
+                f"warning    tensor-parallel ranks lie on several hosts ({_shortened(hosts)}): two "
+                "all-reduces a layer and direction go over the network between them; set a "
+                "parallel.tensor that divides the ranks of each host"
+            )
 
     def warn_of_uneven_work(self, even: int | None) -> None:
         """Where micro-batches are no multiple of `even` sequences (see Objective)."""
@@ -155,6 +167,10 @@ class Screen:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def _shortened(names: Sequence[str], shown: int = 4) -> str:
+    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
 
 
 def _in_words(memory: MemoryEstimate) -> str:
