@@ -32,7 +32,7 @@ class _ProcessesTakeTurns(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         kind = nodeid.split("/")[1]
-        return kind if kind in ("distributed", "end_to_end") else nodeid
+        return kind if kind in ("distributed", "end_to_end", "cluster") else nodeid
 
 
 @pytest.hookimpl(optionalhook=True)

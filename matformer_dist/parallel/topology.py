@@ -216,7 +216,7 @@ def _device(local_rank: int) -> torch.device:
         return torch.device("cuda", 0)
     if local_rank >= visible:
         raise LocalError(
-            f"local rank {local_rank} has no GPU: {socket.gethostname()} shows {visible}; start one "
+            f"local rank {local_rank} has no GPU: {visible} are visible here; start one "
             f"rank a GPU (srun --ntasks-per-node={visible}, slots={visible} in a hostfile)"
         )
     return torch.device("cuda", local_rank)
