@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.hosts import Hosts, why_not
+from tests.cluster.slurm import PROGRAMS, Slurm
 from tests.end_to_end.conftest import corpus, write_config
 
 __all__ = ["corpus"]  # a fixture of these tests, too
@@ -19,6 +20,13 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
         pytest.skip(lacks)
     with Hosts(tmp_path_factory.mktemp("hosts")) as both:
         yield both
+
+
+@pytest.fixture(scope="session")
+def slurm(hosts: Hosts) -> Slurm:
+    if lacks := why_not(*PROGRAMS):
+        pytest.skip(lacks)
+    return Slurm(hosts)
 
 
 def config_of(run: Path, data: Path, steps: int, **sections: dict[str, object]) -> Path:

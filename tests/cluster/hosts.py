@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 NAMES = ("n1", "n2")
 SSHD = "/usr/sbin/sshd"
 SBIN = "/usr/sbin:/sbin"  # not on every root's PATH
@@ -133,13 +134,13 @@ class Hosts:
         self.log.close()
 
     def command(self, host: str, *words: object, env: Mapping[str, str] | None = None) -> list[str]:
-        """What runs `words` on `host`, in the current folder."""
+        """What runs `words` on `host`, in the checkout."""
         inner = (self.folder / f"{host}.pid").read_text().strip()
         settings = {"PATH": f"{os.environ['PATH']}:{SBIN}", **(env or {})}
         return [
             *("nsenter", "-t", self._first, "--mount", "--net", "--pid", "--"),
             *("nsenter", "-t", inner, "--net", "--uts", "--"),
-            *("env", "-C", os.getcwd(), *(f"{k}={v}" for k, v in settings.items())),
+            *("env", "-C", str(ROOT), *(f"{k}={v}" for k, v in settings.items())),
             *map(str, words),
         ]
 
