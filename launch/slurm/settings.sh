@@ -28,7 +28,7 @@ CONTAINER=()
 
 # --- Ranks -------------------------------------------------------------------------------------
 # Ranks a node; nothing here is one a GPU. Where there are no GPUs, say how many share its cores.
-# RANKS_PER_NODE=4
+RANKS_PER_NODE=${RANKS_PER_NODE:-}
 
 # --- Logs ---------------------------------------------------------------------------------------
 # Folder for a file a rank: LOGS/train-JOB/start-N/rank-R.log. Rank 0's has the plan and the losses.
@@ -39,6 +39,6 @@ LOGS=${LOGS:-logs}
 # after a node failed count too, but are Slurm's to make, and not limited by this.
 MAX_REQUEUES=${MAX_REQUEUES:-100}
 
-# How many seconds after the end of one rank in which the others must end too; then they are killed. All end
-# together but where one crashed.
+# How many seconds the other ranks have to end by themselves when one has; then they are killed. All
+# end together, but where one crashed.
 END_SECONDS=${END_SECONDS:-60}

@@ -4,6 +4,7 @@ loses a node, goes on by itself, and the run is the one that was never stopped.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,23 @@ def test_other_ends_are_final(slurm: Slurm, corpus: Path, tmp_path: Path) -> Non
     assert job.wait_to("CANCELLED")["Restarts"] == "0"
     slurm.wait_for_nodes(2)
     assert slurm.show(job.number)["JobState"] == "CANCELLED"
+
+
+def test_submodels_are_extracted_and_evaluated_in_parts(
+    slurm: Slurm, whole: Path, tmp_path: Path
+) -> None:
+    output = f"--output={tmp_path}/%x-%a.log"
+    options = ("sbatch", "--wait", "--mem=0", "--cpus-per-task=1", output)
+    taken = ("--submodel", "S", "--submodel", "S:1,L:1", "--output", tmp_path / "models")
+    slurm.run(*options, "launch/slurm/extract.sbatch", whole, *taken)
+    assert len(list((tmp_path / "models").iterdir())) == 2
+    script = "launch/slurm/evaluate.sbatch"
+    words = ("--heuristic", "--submodel", "S:1,L:1")
+    slurm.run(*options, "--array=0-1", script, whole, *words, OMP_NUM_THREADS="1")
+    evaluation = json.loads((whole / "evaluation.json").read_text())
+    found = {entry["submodel"]: entry["loss"] for entry in evaluation["submodels"]}
+    assert {"S", "M", "L", "XL", "S:1,M:1"} <= found.keys()
+    final = lines(whole)[-1]
+    assert evaluation["step"] == final["step"] == STEPS
+    for name, loss in final["val_loss"].items():  # of the same sequences
+        assert found[name] == pytest.approx(loss, rel=1e-5)
