@@ -21,7 +21,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 class _ProcessesTakeTurns(LoadScopeScheduling):
-    """One worker runs the distributed tests, one the end-to-end tests; the rest is shared.
+    """One worker runs the distributed tests, one the end-to-end tests, one those of cluster; the
+    rest is shared.
 
     Those start several ranks or a whole command for each of their steps: more of them at once would
     only wait for each other.

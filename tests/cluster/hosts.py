@@ -69,20 +69,11 @@ def why_not(*programs: str) -> str:
     for program in ("unshare", "nsenter", "setpriv", "ip", "ssh", SSHD, "ssh-keygen", *programs):
         if not shutil.which(program, path=path):
             return f"needs {program}"
-    words = [
-        "unshare",
-        "--mount",
-        "--net",
-        "--uts",
-        "--pid",
-        "--fork",
-        "mount",
-        "-t",
-        "tmpfs",
-        "none",
-        "/run",
-    ]
-    tried = subprocess.run(words, capture_output=True, text=True, check=False)
+    setup = "mount -t tmpfs none /run && ip link add switch type bridge && ip link add type veth"
+    words = ["unshare", "--mount", "--net", "--uts", "--pid", "--fork", "sh", "-c", setup]
+    tried = subprocess.run(
+        words, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+    )
     return f"no namespaces here: {tried.stderr.strip()}" if tried.returncode else ""
 
 

@@ -101,6 +101,7 @@ def test_bad_commands(tmp_path: Path) -> None:
     refuse(matformer("generate", tmp_path), str(tmp_path))
     refuse(matformer("report", tmp_path), "config.yaml")
     refuse(matformer("evaluate", tmp_path / "absent"), "absent")
+    refuse(matformer("evaluate", tmp_path, "--part", "3/2"), "'3/2' must be I/N")
     refuse(matformer("prepare-data", ROOT / "launch", "--output", tmp_path), "is a folder")
     usage = matformer("generate", tmp_path, "--seed", 2**70)
     assert usage.returncode == 2 and "Traceback" not in usage.stderr

@@ -72,9 +72,11 @@ def test_ranks_and_cores_match_the_gpus_and_cores_of_the_nodes(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("code", "start", "is_put_back"),
     [(75, 0, True), (75, 4, True), (75, 5, False), (0, 0, False), (1, 0, False), (2, 0, False),
-     (137, 0, False), (143, 0, False)],
+     (138, 0, True), (137, 0, False), (143, 0, False)],
 )  # fmt: skip
-def test_only_75_puts_a_job_back(tmp_path: Path, code: int, start: int, is_put_back: bool) -> None:
+def test_only_an_asked_for_end_puts_a_job_back(
+    tmp_path: Path, code: int, start: int, is_put_back: bool
+) -> None:
     log = tmp_path / f"logs/train-7/start-{start}/rank-1.log"
     log.parent.mkdir(parents=True)
     log.write_text("step 1\nerror: why\n")
