@@ -65,6 +65,11 @@ class Slurm:
             lambda: "".join(log.read_text()[-3000:] for log in self._logs),
         )
 
+    def revive(self, host: str) -> None:
+        """A node that was found dead is to be used again, now that it can be reached."""
+        self.run("scontrol", "update", f"NodeName={host}", "State=RESUME")
+        self.wait_for_nodes(len(NAMES))
+
     def run(self, *words: object, **env: str) -> str:
         """What a command on n1 prints; it must succeed."""
         done = self.hosts.run("n1", *words, env={**self.env, **env})

@@ -83,7 +83,7 @@ def test_a_run_goes_on_on_one_node_where_the_other_fails(
         found = job.wait_to("COMPLETED")
     finally:
         slurm.hosts.mend("n2")
-        slurm.wait_for_nodes(2)
+    slurm.revive("n2")
     assert (found["Restarts"], found["NodeList"]) == ("1", "n1")
     assert "4 = tensor 2 x data 2" in job.log() and "2 = tensor 2 x data 1" in job.log(1)
     assert "several hosts" not in job.log()
