@@ -1,8 +1,10 @@
 """Train a MatLM.
 
-    deepspeed launch/train.py --config launch/configs/NAME.yaml [section.key=value ...]
-    deepspeed launch/train.py --config ... --profile 10-12    (trace these steps)
-    python launch/train.py --config launch/configs/NAME.yaml    (one process)
+    python launch/train.py --config launch/configs/NAME.yaml [section.key=value ...]   (one process)
+    deepspeed launch/train.py --config ...                     (every GPU here)
+    deepspeed --hostfile hosts launch/train.py --config ...    (of several hosts: hosts.example)
+    sbatch launch/slurm/train.sbatch --config ...              (Slurm: slurm/settings.sh)
+    deepspeed launch/train.py --config ... --profile 10-12     (trace these steps)
 
 Exit codes: 0 done, 2 the input is wrong (one message says how), 75 SIGTERM or SIGUSR1 ended the run
 behind a checkpoint (start it again), anything else a failure.
@@ -88,8 +90,8 @@ def main() -> int:
         train(config, arguments.profile, arguments.profile_ranks)
     except UserError as error:
         # Ranks that have joined agree; before, a node may be alone with its trouble.
-        alone = isinstance(error, LocalError) or not dist.is_initialized()
-        if rank == 0 or (alone and (local_rank == 0 or dist.is_initialized())):
+        first_here = local_rank == 0 and not dist.is_initialized()
+        if rank == 0 or first_here or isinstance(error, LocalError):
             print(f"error: {error}", file=sys.stderr)
         if dist.is_initialized():  # threads of the process groups would abort an orderly end
             sys.stdout.flush()

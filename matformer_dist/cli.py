@@ -182,12 +182,22 @@ def evaluate_command(
     batches: Annotated[
         int | None, typer.Option(min=1, help="Global batches; else the run's evaluation.batches.")
     ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Only every N-th of the submodels, from the I-th on; the last of the N calls to "
+            "end writes RUN/evaluation.json.",
+        ),
+    ] = None,
 ) -> None:
     """Validation loss and consistency with XL of every granularity, into RUN/evaluation.json."""
     from rich.progress import Progress
 
+    from matformer_dist.evaluation.parts import Part
     from matformer_dist.evaluation.run import evaluate_run
 
+    chosen_part = Part.parse(part) if part else None
     with Progress(console=_out, transient=True) as progress:
         task = progress.add_task("evaluating", total=None)
         evaluation = evaluate_run(
@@ -195,6 +205,7 @@ def evaluate_command(
             submodel or (),
             heuristic=heuristic,
             batches=batches,
+            part=chosen_part,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     table = Table("submodel", "parameters", "loss", "agrees with XL")
@@ -206,9 +217,11 @@ def evaluate_command(
             entry["submodel"], f"{entry['parameters']:,}", f"{entry['loss']:.4f}", agreement
         )
     _out.print(table)
+    file = evaluation.run / "evaluation.json"
+    where = f"written to {file}" if evaluation.is_whole else f"other parts are to come for {file}"
     _out.print(
         f"step {evaluation.step}, {evaluation.tokens:,} validation tokens, losses in nats per "
-        f"token; written to {evaluation.run / 'evaluation.json'}"
+        f"token; {where}"
     )
 
 

@@ -21,7 +21,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 class _ProcessesTakeTurns(LoadScopeScheduling):
-    """One worker runs the distributed tests, one the end-to-end tests; the rest is shared.
+    """One worker runs the distributed tests, one the end-to-end tests, one those of cluster; the
+    rest is shared.
 
     Those start several ranks or a whole command for each of their steps: more of them at once would
     only wait for each other.
@@ -32,7 +33,7 @@ class _ProcessesTakeTurns(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         kind = nodeid.split("/")[1]
-        return kind if kind in ("distributed", "end_to_end") else nodeid
+        return kind if kind in ("distributed", "end_to_end", "cluster") else nodeid
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from matformer_dist.checkpoints.files import replace_file
 from matformer_dist.checkpoints.universal import load_universal
 from matformer_dist.checkpoints.verify import BackgroundCheck
 from matformer_dist.config_file import load_config
@@ -18,6 +19,7 @@ from matformer_dist.counting import count_parameters, flops_per_token
 from matformer_dist.data.datasets import build_datasets, micro_batches
 from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.evaluation.loss import SubmodelLoss, evaluate_submodels
+from matformer_dist.evaluation.parts import Part, join
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.nesting import Submodel, mix_n_match
 from matformer_dist.run_directory import find_checkpoint
@@ -25,12 +27,13 @@ from matformer_dist.run_directory import find_checkpoint
 
 @dataclass(frozen=True)
 class RunEvaluation:
-    """What `evaluation.json` holds; see `evaluate_run`."""
+    """What `evaluation.json` holds, or a part of it; see `evaluate_run`."""
 
     run: Path
     step: int
     tokens: int
     results: list[dict[str, Any]]
+    is_whole: bool  # else the results are one part's, of which others are not there yet
 
 
 def evaluate_run(
@@ -39,14 +42,16 @@ def evaluate_run(
     *,
     heuristic: bool = False,
     batches: int | None = None,
+    part: Part | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> RunEvaluation:
     """Validation losses of the uniform submodels, those in `notations`, and the heuristic's.
 
     `run` is RUN, RUN@STEP or a checkpoint. `batches` of the run's global batch size (default: its
     evaluation.batches), so that the sequences are those that training evaluated. Writes
-    evaluation.json into the run directory. `progress` is called with micro-batches done and in
-    all. UserError for a missing run or a submodel that does not fit.
+    evaluation.json into the run directory; with a `part` of the submodels, the last part to come to
+    its end does so. `progress` is called with micro-batches done and in all. UserError for a
+    missing run, a submodel that does not fit, or more parts than submodels.
     """
     checkpoint = find_checkpoint(run)
     directory = checkpoint.path.parent.parent
@@ -58,6 +63,7 @@ def evaluate_run(
     if heuristic:
         for submodel in mix_n_match(nesting, layers):
             chosen.setdefault(submodel, "heuristic")
+    mine = part.take(chosen) if part else chosen
     universal = load_universal(checkpoint)
     with BackgroundCheck(checkpoint):
         model = universal.build()
@@ -81,19 +87,26 @@ def evaluate_run(
             yield batch
         progress(count, count)
 
-    losses = _measure(model, counted(), list(chosen), nesting.uniforms(layers)[0], len(nesting))
+    losses = _measure(model, counted(), list(mine), nesting.uniforms(layers)[0], len(nesting))
     results = [
         _entry(model, submodel, kind, losses[str(submodel)], config.training.seq_len)
-        for submodel, kind in chosen.items()
+        for submodel, kind in mine.items()
     ]
-    results.sort(key=lambda entry: entry["parameters"])
     tokens = next(iter(losses.values())).tokens
-    evaluation = RunEvaluation(directory, checkpoint.step, tokens, results)
-    written = {"step": checkpoint.step, "tokens": tokens, "submodels": results}
-    temporary = directory / "evaluation.json.tmp"
-    temporary.write_text(json.dumps(written, indent=1))
-    temporary.replace(directory / "evaluation.json")
-    return evaluation
+    written = {"step": checkpoint.step, "tokens": tokens}
+    if part:
+        seal = {
+            "checkpoint": checkpoint.manifest.manifest_sha256,
+            "submodels": list(map(str, chosen)),
+        }
+        joined = join(directory, part, {**written, **seal}, results)
+    else:
+        joined = results
+    results = sorted(joined or results, key=lambda entry: entry["parameters"])
+    if joined:
+        content = json.dumps({**written, "submodels": results}, indent=1)
+        replace_file(directory / "evaluation.json", content.encode())
+    return RunEvaluation(directory, checkpoint.step, tokens, results, bool(joined))
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import socket
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +17,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from matformer_dist.errors import UserError
+from matformer_dist.errors import LocalError, UserError
+from matformer_dist.parallel.agreement import gathered
+
+_FIRST_PORT, _PORTS = 20_000, 12_000  # of the ports that Slurm's jobs meet at
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Topology:
     data_size: int
     data_group: dist.ProcessGroup
     device: torch.device
+    hosts: tuple[str, ...]  # of each rank of the job
 
     @property
     def is_main(self) -> bool:
@@ -56,6 +62,14 @@ class Topology:
     @property
     def world_size(self) -> int:
         return self.tensor.size * self.data_size
+
+    def hosts_of_split_groups(self) -> list[str]:
+        """All hosts with a part only of a copy of the model: its tensor-parallel ranks, which are
+        neighbours by number, are on several.
+        """
+        size = self.tensor.size
+        groups = [set(self.hosts[i : i + size]) for i in range(0, self.world_size, size)]
+        return sorted({host for group in groups if len(group) > 1 for host in group})
 
 
 # What importing Megatron-Core sets talking. torch's extension builder warns of nvcc without a GPU.
@@ -105,21 +119,52 @@ def communication_environment() -> dict[str, str]:
 def launched_world() -> tuple[int, int, int]:
     """(rank, world size, local rank) as the launcher set them; (0, 1, 0) for plain `python`.
 
-    UserError where Slurm started several tasks that would each take itself for all of the job.
+    RANK, WORLD_SIZE and LOCAL_RANK, which the deepspeed launcher and torchrun set, come first; else
+    this task's place in a step of Slurm's srun. A shell of sbatch or salloc is no step: plain
+    python is one process there. UserError where the values cannot be.
     """
-    if "RANK" not in os.environ:
-        tasks = os.environ.get("SLURM_NTASKS", "1")
-        if "SLURM_PROCID" in os.environ and tasks != "1":
-            raise UserError(
-                f"srun started {tasks} tasks without RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR "
-                "and MASTER_PORT; set these for each task, or start the deepspeed launcher"
-            )
+    if "RANK" in os.environ:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        default = {"LOCAL_RANK": "0"}
+    elif "SLURM_STEP_NUM_TASKS" in os.environ:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+        default = {}
+    else:
         return 0, 1, 0
-    return (
-        int(os.environ["RANK"]),
-        int(os.environ["WORLD_SIZE"]),
-        int(os.environ.get("LOCAL_RANK", "0")),
+    texts = [os.environ.get(name, default.get(name, "")) for name in names]
+    if all(text.isdecimal() for text in texts):
+        rank, world_size, local_rank = map(int, texts)
+        if local_rank <= rank < world_size:
+            return rank, world_size, local_rank
+    values = ", ".join(f"{n} is {os.environ.get(n, 'not set')}" for n in names)
+    raise UserError(
+        f"the launcher's variables make no sense together: {values}; they must be numbers, with a "
+        "rank from 0 on below the number of ranks and a local rank not above it. Set all of them "
+        "or none, or let srun, deepspeed or torchrun do it"
     )
+
+
+def first_host(nodes: str) -> str:
+    """The first of Slurm's list of nodes, which may be as short as `gpu-a[001-004,7],b2`."""
+    first = re.match(r"(?:[^,\[\]]|\[\w[^\[\]]*\])+(?=,|$)", nodes)
+    if first is None:
+        raise UserError(
+            f"no name of a node in {nodes!r}, which Slurm set for this step; set MASTER_ADDR to "
+            "the name of the node that rank 0 runs on"
+        )
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])
+
+
+def _meeting_point() -> dict[str, str]:
+    """MASTER_ADDR and MASTER_PORT for a step of Slurm: the same for all of its tasks.
+
+    Jobs that share a node have ports of their own, as far as they go; below those that the system
+    gives to outgoing connections.
+    """
+    job, step = (int(os.environ.get(f"SLURM_{name}", "0")) for name in ("JOB_ID", "STEP_ID"))
+    port = _FIRST_PORT + (job * 7 + step) % _PORTS
+    nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", ""))
+    return {"MASTER_ADDR": first_host(nodes), "MASTER_PORT": str(port)}
 
 
 def check_ranks(world_size: int, tensor: int, micro_batch_size: int, global_batch_size: int) -> int:
@@ -146,11 +191,14 @@ def initialize(tensor: int, timeout: timedelta = timedelta(minutes=30)) -> Topol
     from megatron.core import parallel_state
 
     rank, world_size, local_rank = launched_world()
-    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on it
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+    device = _device(local_rank)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
+        local_rank = device.index
+    os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed takes it for the device's number
+    if world_size > 1 and "RANK" not in os.environ:
+        for name, value in _meeting_point().items():
+            os.environ.setdefault(name, value)
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = dist.HashStore() if world_size == 1 else None
@@ -168,7 +216,23 @@ def initialize(tensor: int, timeout: timedelta = timedelta(minutes=30)) -> Topol
         data_size=parallel_state.get_data_parallel_world_size(),
         data_group=parallel_state.get_data_parallel_group(),
         device=device,
+        hosts=tuple(gathered(socket.gethostname())),
     )
+
+
+def _device(local_rank: int) -> torch.device:
+    """This rank's GPU, or the CPU. Where Slurm shows a task its own GPU only, that is number 0."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    if visible == 1:
+        return torch.device("cuda", 0)
+    if local_rank >= visible:
+        raise LocalError(
+            f"local rank {local_rank} has no GPU: {visible} are visible here; start one "
+            f"rank a GPU (srun --ntasks-per-node={visible}, slots={visible} in a hostfile)"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def leave_groups() -> None:

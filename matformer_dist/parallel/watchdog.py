@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -42,13 +42,19 @@ class Watchdog:
     """Watches this rank while it is entered; `mark` and `busy` tell that it goes on.
 
     All ranks mark alike; a rank that has less to do for a mark than others waits for them.
-    seconds: without progress on any rank after which the job ends. report: what ends it, told the
-    message.
+    seconds: without progress on any rank after which the job ends, at most seven intervals later.
+    hosts: of each rank, by name. report: what ends the job, told the message.
     """
 
-    def __init__(self, seconds: float, report: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        seconds: float,
+        hosts: Sequence[str] = (),
+        report: Callable[[str], None] | None = None,
+    ) -> None:
         self.seconds = seconds
         self.interval = min(5.0, seconds / 4)
+        self._hosts = hosts
         self._report = report or _end_process
         self._marks = 0
         self._posts = 0
@@ -80,17 +86,17 @@ class Watchdog:
         while not self._left.wait(self.interval):
             quiet = time.monotonic() - self._marked
             if quiet <= self.seconds:
-                self._answer(self._post)
+                self._answer(self._post, max(self.interval, self.seconds - quiet))
                 continue
             # Rank 0 keeps the store: where it is stopped, asking would wait as long as all else.
-            said = self._answer(partial(self._message, quiet))
+            said = self._answer(partial(self._message, quiet), 5 * self.interval)
             if said == _GOES_ON:
                 continue
             self._report(self._alone(quiet) if said is None else said)
             return
 
-    def _answer(self, ask: Callable[[], T]) -> T | None:
-        """What `ask` returns, or None where the store does not answer in time."""
+    def _answer(self, ask: Callable[[], T], patience: float) -> T | None:
+        """What `ask` returns, or None where the store does not answer in so many seconds."""
         answers: list[T] = []
 
         def keep() -> None:
@@ -99,13 +105,14 @@ class Watchdog:
 
         asking = threading.Thread(target=keep, name="watchdog's question", daemon=True)
         asking.start()
-        asking.join(8 * self.interval)
+        asking.join(patience)
         return answers[0] if answers else None
 
     def _alone(self, quiet: float) -> str:
         return (
-            f"no progress for {quiet:.0f} s: rank {self.rank} is at {self._at}; no answer from "
-            "rank 0, which keeps the job's store (stopped, dead, or cut off)"
+            f"no progress for {quiet:.0f} s: {_named([self.rank], self._hosts)} is at {self._at}; "
+            f"no answer from {_named([0], self._hosts)}, which keeps the job's store (stopped, "
+            "dead, or cut off)"
         )
 
     def _post(self) -> None:
@@ -127,7 +134,7 @@ class Watchdog:
         if self.rank != min(answering, default=self.rank):
             time.sleep(self.interval)  # one message is enough
             return ""
-        return describe(self.rank, before, now, quiet)
+        return describe(self.rank, before, now, quiet, self._hosts)
 
     def _read(self) -> list[Post | None]:
         return [self._read_rank(rank) for rank in range(self.ranks)]
@@ -140,28 +147,40 @@ class Watchdog:
 
 
 def describe(
-    rank: int, before: Sequence[Post | None], now: Sequence[Post | None], quiet: float
+    rank: int,
+    before: Sequence[Post | None],
+    now: Sequence[Post | None],
+    quiet: float,
+    hosts: Sequence[str] = (),
 ) -> str:
     """The message about ranks that stopped posting, or else are behind the one furthest on."""
     waiting = now[rank]
     assert waiting is not None
-    text = f"no progress for {quiet:.0f} s: rank {rank} is at {waiting.at}"
+    text = f"no progress for {quiet:.0f} s: {_named([rank], hosts)} is at {waiting.at}"
     if len(now) == 1:
         return text
     silent = [r for r, post in enumerate(now) if post is None or not post.follows(before[r])]
     furthest = max(post.marks for post in now if post is not None)
     behind = [r for r, post in enumerate(now) if post is not None and post.marks < furthest]
     if silent:
-        return f"{text}; no answer from {_named(silent)} (stopped, dead, or cut off)"
+        return f"{text}; no answer from {_named(silent, hosts)} (stopped, dead, or cut off)"
     if behind:
         doing = ", ".join(sorted({post.at for r in behind if (post := now[r])}))
-        return f"{text}; waiting for {_named(behind)}, still at {doing}"
+        return f"{text}; waiting for {_named(behind, hosts)}, still at {doing}"
     return f"{text}, and so are all others: a device or the network between them does not answer"
 
 
-def _named(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ranks[:16])) + (" ..." if len(ranks) > 16 else "")
-    return f"rank{'s' * (len(ranks) > 1)} {shown}"
+def _named(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+    """The first of `ranks`, and the hosts they are on where the job has several."""
+    text = f"rank{'s' * (len(ranks) > 1)} {_first(map(str, ranks))}"
+    if len(set(hosts)) > 1:
+        text += f" on {_first(dict.fromkeys(hosts[rank] for rank in ranks))}"
+    return text
+
+
+def _first(names: Iterable[str], shown: int = 16) -> str:
+    every = list(names)
+    return ", ".join(every[:shown]) + (" ..." if len(every) > shown else "")
 
 
 def _end_process(message: str) -> None:

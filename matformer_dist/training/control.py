@@ -28,7 +28,7 @@ class Control:
     def __init__(self, topology: Topology, hang_timeout: float) -> None:
         self.topology = topology
         self.preemption = Preemption()
-        self.watchdog = Watchdog(hang_timeout)
+        self.watchdog = Watchdog(hang_timeout, topology.hosts)
         self._stack = ExitStack()
 
     def __enter__(self) -> Control:

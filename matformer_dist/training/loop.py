@@ -85,6 +85,7 @@ class Run:
 
         self.screen = Screen(config, topology, self.vocab_size)
         self.screen.show_plan(resumed, [*notices, *damaged])
+        self.screen.warn_of_split_groups()
         self.screen.warn_of_uneven_work(self.objective.even_micro_batch())
         self.screen.warn_of_unaligned_widths()
         self.control.mark("building the model")

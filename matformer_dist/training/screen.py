@@ -56,10 +56,11 @@ class Screen:
             )
         self.console.print(table)
         planned = PlannedRun(config, self.vocab_size, topology.data_size, topology.device.type)
+        hosts = len(set(topology.hosts))
         self.console.print(
             f"ranks      {topology.world_size} = tensor {topology.tensor.size} x data "
             f"{topology.data_size}, ZeRO {config.zero_stage}, {training.precision}, "
-            f"{topology.device.type}\n"
+            f"{topology.device.type}{f', on {hosts} hosts' if hosts > 1 else ''}\n"
             f"operators  {native.describe(topology.device)}\n"
             f"objective  {config.objective.kind}\n"
             f"batch      {training.global_batch_size} sequences of {training.seq_len} tokens = "
@@ -84,6 +85,16 @@ class Screen:
             self.config.granularities.check_dealable(self.topology.tensor.size, _BF16_MULTIPLE)
         except UserError as error:
             self.console.print(f"warning    matrix products will be slow: {error}")
+
+    def warn_of_split_groups(self) -> None:
+        """Where tensor-parallel ranks, which wait for each other in every layer, share no host."""
+        hosts = self.topology.hosts_of_split_groups()
+        if hosts:
+            self.console.print(
+                f"warning    tensor-parallel ranks lie on several hosts ({_shortened(hosts)}): two "
+                "all-reduces a layer and direction go over the network between them; set a "
+                "parallel.tensor that divides the ranks of each host"
+            )
 
     def warn_of_uneven_work(self, even: int | None) -> None:
         """Where micro-batches are no multiple of `even` sequences (see Objective)."""
@@ -148,3 +159,7 @@ class Screen:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def _shortened(names: Sequence[str], shown: int = 4) -> str:
+    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")

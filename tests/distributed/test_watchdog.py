@@ -19,7 +19,7 @@ def wait_for_a_busy_rank() -> tuple[list[str], list[str]]:
     """
     initialize(1)
     told: list[str] = []
-    with Watchdog(SECONDS, told.append) as watchdog:
+    with Watchdog(SECONDS, report=told.append) as watchdog:
         watchdog.mark("reading")
         begun = time.monotonic()
         while time.monotonic() < begun + 3 * SECONDS:

@@ -101,12 +101,12 @@ def test_bad_commands(tmp_path: Path) -> None:
     refuse(matformer("generate", tmp_path), str(tmp_path))
     refuse(matformer("report", tmp_path), "config.yaml")
     refuse(matformer("evaluate", tmp_path / "absent"), "absent")
+    refuse(matformer("evaluate", tmp_path, "--part", "3/2"), "'3/2' must be I/N")
     refuse(matformer("prepare-data", ROOT / "launch", "--output", tmp_path), "is a folder")
     usage = matformer("generate", tmp_path, "--seed", 2**70)
     assert usage.returncode == 2 and "Traceback" not in usage.stderr
 
 
-def test_tasks_of_srun_that_do_not_know_each_other(config: Path) -> None:
-    words = launch(config)
-    slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
-    refuse(run("env", *(f"{k}={v}" for k, v in slurm.items()), *words), "srun started 2 tasks")
+def test_tasks_of_srun_that_cannot_be(config: Path) -> None:
+    slurm = ("SLURM_PROCID=2", "SLURM_STEP_NUM_TASKS=2", "SLURM_LOCALID=0")
+    refuse(run("env", *slurm, *launch(config)), "SLURM_PROCID is 2, SLURM_STEP_NUM_TASKS is 2")

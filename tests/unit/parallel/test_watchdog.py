@@ -50,3 +50,11 @@ def test_a_thousand_ranks_are_not_all_named() -> None:
     before = [Post(9, 40, 9.0, "a")] * 1000
     said = describe(0, before, [Post(11, 40, 9.0, "a"), *before[1:]], 5)
     assert said.count(",") < 20 and "16 ..." in said
+
+
+def test_hosts_are_named_where_the_job_has_several() -> None:
+    before = [Post(9, 40, 9.0, "a")] * 4
+    now = [Post(11, 40, 9.0, "a")] * 2 + before[2:]
+    said = describe(1, before, now, 5, ["n1", "n1", "n2", "n2"])
+    assert "rank 1 on n1 is at a; no answer from ranks 2, 3 on n2 (" in said
+    assert " on n" not in describe(1, before, now, 5, ["n1"] * 4)
