@@ -304,6 +304,84 @@ def report_command(
     _out.print(f"report: {write_report(run, output)}")
 
 
+@app.command("plan")
+def plan_command(
+    config: Annotated[Path, typer.Argument(help="YAML file of a run, see launch/configs.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Devices of the run.")] = 8,
+    gpu: Annotated[str, typer.Option(help="Their kind: h100, h200, a100-80gb, ...")] = "h100",
+    memory: Annotated[
+        float | None, typer.Option(min=0.1, help="GiB of one, where not its kind's.")
+    ] = None,
+    peak_tflops: Annotated[
+        float | None, typer.Option(min=0.1, help="Dense TFLOP/s of one, where not its kind's.")
+    ] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    link: Annotated[
+        float | None, typer.Option(min=0.1, help="GB/s of one to its node, one direction.")
+    ] = None,
+    network: Annotated[
+        float, typer.Option(min=0.01, help="GB/s of one's share of the network between nodes.")
+    ] = 50.0,
+    mfu: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Of the arithmetic alone, assumed.")
+    ] = 0.4,
+    tokens: Annotated[
+        float | None, typer.Option(min=1, help="To train on, such as 160e9; else the config's.")
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="Of a device's hour, for the cost.")
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(min=2, help="Where neither config nor tokenizer says it.")
+    ] = None,
+    sweep: Annotated[bool, typer.Option(help="From 8 to 4096 devices.")] = False,
+    scale_batch: Annotated[
+        bool, typer.Option(help="With --sweep: the batch grows with the devices, from 8 on.")
+    ] = False,
+) -> None:
+    """What a run will need, before it runs; layouts that fit, and why."""
+    from matformer_dist.config_file import load_config
+    from matformer_dist.planning import plan
+    from matformer_dist.planning.machines import Machine, find_device
+
+    device = find_device(gpu)
+    loaded = load_config(config, overrides or (), if_open=plan.IF_OPEN)
+    machine = Machine(
+        name=gpu.upper(),
+        memory_bytes=round((memory or device.memory_gib) * 2**30),
+        peak_tflops=peak_tflops or device.peak_tflops(loaded.training.precision),
+        devices_per_node=gpus_per_node,
+        link_gb_per_second=link or device.link_gb_per_second,
+        network_gb_per_second=network,
+        assumed_mfu=mfu,
+    )
+    plan.check_order(gpus, machine)
+    training = loaded.training
+    of_config = training.total_steps * training.global_batch_size * training.seq_len
+    order = plan.Order(
+        config=loaded,
+        vocab_size=vocab_size or loaded.model.vocab_size or _vocab_size(loaded.data.tokenizer),
+        devices=gpus,
+        machine=machine,
+        tokens=round(tokens or of_config),
+        price_per_hour=price,
+    )
+    for part in plan.show_sweep(order, scale_batch) if sweep else plan.show_plan(order):
+        _out.print(part)
+
+
+def _vocab_size(tokenizer: Path) -> int:
+    from matformer_dist.data.tokenizer_files import load_tokenizer
+
+    try:
+        return load_tokenizer(tokenizer).vocab_size
+    except UserError as error:
+        raise UserError(
+            f"how large is the vocabulary? {error}; or set --vocab-size, or model.vocab_size"
+        ) from None
+
+
 @app.command("doctor")
 def doctor_command(
     dir: Annotated[

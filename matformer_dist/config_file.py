@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,13 @@ from matformer_dist.config import Config
 from matformer_dist.errors import UserError
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides, validate; UserError on any mistake."""
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), if_open: Mapping[str, Any] | None = None
+) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides, validate; UserError on any mistake.
+
+    if_open: values of keys that the file may leave open (???).
+    """
     try:
         text = Path(path).read_text()
     except OSError as error:
@@ -27,7 +32,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         loaded = omegaconf.OmegaConf.create(text)
         _check_sections(loaded, path)
         merged = omegaconf.OmegaConf.merge(loaded, _parse_overrides(overrides))
-        for key in omegaconf.OmegaConf.missing_keys(merged):
+        for key in sorted(omegaconf.OmegaConf.missing_keys(merged)):
+            if if_open is not None and key in if_open:
+                omegaconf.OmegaConf.update(merged, key, if_open[key])
+                continue
             raise UserError(
                 f"the config file {path} leaves {key} open (???); write a value there, or give it "
                 f"as an override, {key}=..."

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 
-def short_number(value: float) -> str:
+def short_number(value: float, units: str = "kMGTPE") -> str:
     """12_600_000 as 12.6M."""
-    for unit in ("", "k", "M", "G", "T", "P"):
+    for unit in ("", *units[:-1]):
         if abs(value) < 999.5:
             return f"{value:.3g}{unit}"
         value /= 1000
-    return f"{value:.3g}E"
+    return f"{value:.3g}{units[-1]}"
+
+
+def short_count(value: float) -> str:
+    """Parameters or tokens: 2_600_000_000 as 2.6B."""
+    return short_number(value, "kMBT")
 
 
 def short_bytes(value: float) -> str:

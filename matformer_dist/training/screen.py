@@ -19,7 +19,7 @@ from matformer_dist.parallel.topology import Topology
 from matformer_dist.planning.layout import PlannedRun
 from matformer_dist.planning.memory import estimate_memory
 from matformer_dist.run_directory import Checkpoint
-from matformer_dist.units import short_number, short_time
+from matformer_dist.units import short_count, short_number, short_time
 
 _BF16_MULTIPLE = 8  # values in the 16 bytes that tensor cores want operands aligned to
 
@@ -50,8 +50,8 @@ class Screen:
             table.add_row(
                 str(submodel),
                 f"{submodel.widths[0]:,}",
-                short_number(count.total),
-                short_number(count.non_embedding),
+                short_count(count.total),
+                short_count(count.non_embedding),
                 short_number(flops),
             )
         self.console.print(table)
@@ -67,7 +67,7 @@ class Screen:
             f"{training.micro_batch_size} x {topology.data_size} ranks x {planned.micro_batches} "
             "micro-batches\n"
             f"steps      {self.total_steps:,} = "
-            f"{short_number(self.total_steps * training.global_batch_size * training.seq_len)} "
+            f"{short_count(self.total_steps * training.global_batch_size * training.seq_len)} "
             "tokens\n"
             f"memory     {estimate_memory(planned)}\n"
             f"run        {config.run.dir}"

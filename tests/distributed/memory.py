@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
+import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from matformer_dist.config import Config
@@ -24,7 +29,7 @@ class Measured(NamedTuple):
 
 def measure(config: Config, vocab_size: int) -> Measured:
     """Train for a few steps on the ranks that call this together."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with _settled(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         topology = initialize(config.parallel.tensor)
         model = build_model(config, vocab_size, topology)
         choose_operators(config, topology)
@@ -36,6 +41,27 @@ def measure(config: Config, vocab_size: int) -> Measured:
     engine.deepspeed.destroy()
     leave_groups()
     return _read(recorded.profiler.kineto_results.events())
+
+
+@contextmanager
+def _settled() -> Iterator[None]:
+    """Wait until gloo's thread has let go of a tensor: what is freed there is not recorded."""
+
+    def waited(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            work = function(*arguments, **named)
+            if work is not None:
+                work.wait()
+            time.sleep(0.01)
+            return work
+
+        return call
+
+    names = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(patch.object(dist, name, waited(getattr(dist, name))))
+        yield
 
 
 def _read(events: list[Any]) -> Measured:

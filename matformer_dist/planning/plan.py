@@ -1,0 +1,272 @@
+"""The text of `matformer plan`: size, memory, traffic, time and cost of a run; layouts for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from matformer_dist.config import Config
+from matformer_dist.counting import count_parameters, flops_per_token
+from matformer_dist.errors import UserError
+from matformer_dist.planning.communication import traffic
+from matformer_dist.planning.layout import PlannedRun
+from matformer_dist.planning.machines import Machine
+from matformer_dist.planning.proposal import (
+    Candidate,
+    candidates,
+    changed,
+    evaluate,
+    least_need,
+    reasons,
+)
+from matformer_dist.planning.timing import collective_seconds
+from matformer_dist.units import short_bytes, short_count, short_number, short_time
+
+IF_OPEN = {"data.train": [[1.0, "unknown"]], "data.tokenizer": "unknown"}  # no matter here
+SWEEP = tuple(8 * 2**i for i in range(10))  # 8 to 4096
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked for: a run on `devices` devices of a machine, for `tokens`."""
+
+    config: Config
+    vocab_size: int
+    devices: int
+    machine: Machine
+    tokens: int
+    price_per_hour: float | None = None  # of a device
+
+
+def show_plan(order: Order) -> Iterator[RenderableType]:
+    """The configuration as it is, then layouts that fit."""
+    config = order.config
+    yield granularities_table(config, order.vocab_size)
+    own = changed(config, order.devices)
+    if own is None:
+        training = config.training
+        yield (
+            f"as configured it cannot run on {order.devices} devices: training.global_batch_size "
+            f"{training.global_batch_size} must be a multiple of training.micro_batch_size "
+            f"{training.micro_batch_size} x {order.devices} / parallel.tensor "
+            f"{config.parallel.tensor} ranks"
+        )
+    else:
+        run = PlannedRun(own, order.vocab_size, order.devices // own.parallel.tensor)
+        yield from _as_configured(evaluate(run, order.machine), order)
+    yield from _proposed(order)
+
+
+def show_sweep(order: Order, scales_batch: bool = False) -> Iterator[RenderableType]:
+    """The proposed layout from 8 to 4096 devices, of the same batch or one that grows along."""
+    table = Table(
+        "devices", "TP x DP", "ZeRO", "micro", "again", "memory", "step", "tokens/s",
+        "scaling", "MFU", f"{short_count(order.tokens)} tokens", "cost",
+    )  # fmt: skip
+    for column in table.columns:
+        column.justify = "right"
+    rate_of_one = 0.0
+    for devices in SWEEP:
+        config: Config | None = order.config
+        if scales_batch:
+            batch = order.config.training.global_batch_size * devices // SWEEP[0]
+            config = changed(order.config, devices, micro=1, global_batch=batch) or config
+        found = candidates(config or order.config, order.vocab_size, devices, order.machine)
+        if not found:
+            table.add_row(str(devices), _why_nothing_fits(replace(order, devices=devices)))
+            continue
+        best = found[0]
+        rate = _tokens_per_second(best) / devices
+        rate_of_one = rate_of_one or rate
+        training = best.run.config.training
+        table.add_row(
+            str(devices),
+            f"{best.run.tensor} x {best.run.data_size}",
+            str(best.run.config.zero_stage),
+            f"{training.micro_batch_size} x {best.run.micro_batches}",
+            "no" if training.activation_checkpointing == "none" else "yes",
+            short_bytes(best.memory.total_bytes),
+            f"{best.time.total:.3g} s",
+            short_number(_tokens_per_second(best)),
+            f"{rate / rate_of_one:.0%}",
+            f"{_mfu(best, order.machine):.1%}",
+            short_time(_seconds(best, order)),
+            _cost(best, order),
+        )
+    yield table
+
+
+def granularities_table(config: Config, vocab_size: int) -> Table:
+    table = Table("granularity", "FFN width", "parameters", "non-embedding", "FLOPs/token")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for submodel in config.granularities.uniforms(config.model.n_layers):
+        count = count_parameters(config.model, vocab_size, submodel)
+        table.add_row(
+            str(submodel),
+            f"{submodel.widths[0]:,}",
+            short_count(count.total),
+            short_count(count.non_embedding),
+            short_number(
+                flops_per_token(config.model, vocab_size, submodel, config.training.seq_len)
+            ),
+        )
+    return table
+
+
+def _as_configured(candidate: Candidate, order: Order) -> Iterator[RenderableType]:
+    run, machine = candidate.run, order.machine
+    config = run.config
+    training = config.training
+    yield (
+        f"as configured: {run.world_size} {machine.name} = tensor {run.tensor} x data "
+        f"{run.data_size}, ZeRO {config.zero_stage}, {training.precision}; "
+        f"{training.global_batch_size} sequences of {training.seq_len} tokens = "
+        f"{training.micro_batch_size} x {run.data_size} ranks x {run.micro_batches} micro-batches"
+    )
+    yield _memory_table(candidate, machine)
+    if traffic(run):
+        yield _traffic_table(run, machine)
+    yield _time_table(candidate, order)
+
+
+def _memory_table(candidate: Candidate, machine: Machine) -> Table:
+    memory = candidate.memory
+    table = Table("memory of a rank", "", caption=f"most is needed {memory.moment}")
+    table.columns[1].justify = "right"
+    for name, size in memory.parts().items():
+        table.add_row(name, short_bytes(size))
+    share = memory.total_bytes / machine.memory_bytes
+    verdict = "fits" if memory.total_bytes <= machine.usable_bytes else "does not fit"
+    table.add_row("together", f"{short_bytes(memory.total_bytes)}, {share:.0%}: {verdict}")
+    if memory.offloaded_bytes:
+        table.add_row("on the host", short_bytes(memory.offloaded_bytes))
+    table.add_row("a checkpoint, of all ranks", short_bytes(checkpoint_bytes(candidate.run)))
+    return table
+
+
+def checkpoint_bytes(run: PlannedRun) -> int:
+    """Of weights and optimizer states, over all ranks; what else its files hold is little."""
+    stage, e = run.config.zero_stage, run.element_bytes
+    states = 8 if stage == 0 else 12
+    # ZeRO 3 writes the parts of the fp32 masters alone.
+    weights = 0 if stage == 3 else e
+    return run.tensor * run.parameters * (states + weights)
+
+
+def _traffic_table(run: PlannedRun, machine: Machine) -> Table:
+    table = Table("collectives of a step", "what", "over", "count", "bytes", "time")
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for one in traffic(run):
+        table.add_row(
+            one.operation.replace("_", "-"),
+            one.what,
+            f"{run.tensor if one.group == 'tensor' else run.data_size} {one.group} ranks",
+            f"{one.count:,}",
+            short_bytes(one.bytes),
+            f"{1e3 * collective_seconds(one, run, machine):.3g} ms",
+        )
+    return table
+
+
+def _time_table(candidate: Candidate, order: Order) -> Table:
+    run, time, machine = candidate.run, candidate.time, order.machine
+    flops = 3 * run.forward_flops_per_step.total
+    table = Table("time", "")
+    table.columns[1].justify = "right"
+    rows = {
+        "FLOPs of a step (activated)": short_number(flops),
+        "of a token trained": short_number(flops / run.tokens_per_step),
+        f"arithmetic, at {machine.assumed_mfu:.0%} of {machine.peak_tflops:g} TFLOP/s": (
+            f"{time.compute:.3g} s"
+        ),
+        "recomputation": f"{time.recompute:.3g} s" if time.recompute else "",
+        "tensor-parallel collectives": f"{time.tensor_collectives:.3g} s",
+        "data-parallel collectives": f"{time.data_collectives:.3g} s",
+        "a step, nothing overlapped": f"{time.total:.3g} s",
+        "tokens/s": short_number(_tokens_per_second(candidate)),
+        "MFU": f"{_mfu(candidate, machine):.1%}",
+        f"{short_count(order.tokens)} tokens": short_time(_seconds(candidate, order)),
+        "cost": _cost(candidate, order),
+    }
+    for what, value in rows.items():
+        if value:
+            table.add_row(what, value)
+    return table
+
+
+def _proposed(order: Order) -> Iterator[RenderableType]:
+    found = candidates(order.config, order.vocab_size, order.devices, order.machine)
+    if not found:
+        yield f"no layout fits: {_why_nothing_fits(order)}"
+        return
+    table = Table(
+        "TP x DP", "ZeRO", "micro", "again", "memory", "step", "tokens/s", "MFU",
+        title="layouts that fit, fastest first", title_justify="left",
+        caption="micro: sequences of a micro-batch x micro-batches of a step; again: whether "
+        "activations are computed again (activation_checkpointing)",
+    )  # fmt: skip
+    for column in table.columns:
+        column.justify = "right"
+    for candidate in found:
+        run, training = candidate.run, candidate.run.config.training
+        table.add_row(
+            f"{run.tensor} x {run.data_size}",
+            str(run.config.zero_stage),
+            f"{training.micro_batch_size} x {run.micro_batches}",
+            "no" if training.activation_checkpointing == "none" else "yes",
+            short_bytes(candidate.memory.total_bytes),
+            f"{candidate.time.total:.3g} s",
+            short_number(_tokens_per_second(candidate)),
+            f"{_mfu(candidate, order.machine):.1%}",
+        )
+    yield table
+    yield f"proposal: {found[0].overrides}"
+    for reason in reasons(found[0], order.machine):
+        yield f"  {reason}"
+
+
+def _why_nothing_fits(order: Order) -> str:
+    least = least_need(order.config, order.vocab_size, order.devices, order.machine)
+    if least is None:
+        return (
+            f"training.global_batch_size {order.config.training.global_batch_size} cannot be dealt "
+            f"to {order.devices} devices; use another batch or number of devices"
+        )
+    return (
+        f"{short_bytes(least.memory.total_bytes)} a rank at the least ({least.overrides}), of "
+        f"{short_bytes(order.machine.usable_bytes)}; use more devices, or larger ones"
+    )
+
+
+def _tokens_per_second(candidate: Candidate) -> float:
+    return candidate.run.tokens_per_step / candidate.time.total
+
+
+def _mfu(candidate: Candidate, machine: Machine) -> float:
+    """By activated FLOPs, collectives and recomputation counted as time lost."""
+    return machine.assumed_mfu * candidate.time.compute / candidate.time.total
+
+
+def _seconds(candidate: Candidate, order: Order) -> float:
+    return order.tokens / _tokens_per_second(candidate)
+
+
+def _cost(candidate: Candidate, order: Order) -> str:
+    if order.price_per_hour is None:
+        return ""
+    hours = _seconds(candidate, order) / 3600 * candidate.run.world_size
+    return short_number(hours * order.price_per_hour)
+
+
+def check_order(devices: int, machine: Machine) -> None:
+    """UserError where numbers of the command make no machine."""
+    if devices > machine.devices_per_node and devices % machine.devices_per_node:
+        raise UserError(
+            f"--gpus {devices} is no whole number of nodes of {machine.devices_per_node}; use a "
+            f"multiple of {machine.devices_per_node}, or set --gpus-per-node"
+        )

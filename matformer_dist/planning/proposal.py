@@ -1,0 +1,191 @@
+"""Layouts that fit: TP x DP x ZeRO x micro-batch for a number of devices and their memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from matformer_dist.config import Config
+from matformer_dist.errors import UserError
+from matformer_dist.planning.layout import PlannedRun
+from matformer_dist.planning.machines import Machine
+from matformer_dist.planning.memory import MemoryEstimate, estimate_memory
+from matformer_dist.planning.timing import StepTime, step_time
+from matformer_dist.units import short_bytes
+
+_CHECKPOINTING = ("none", "full")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout, what a rank needs in it, and how long a step takes."""
+
+    run: PlannedRun
+    memory: MemoryEstimate
+    time: StepTime
+
+    @property
+    def overrides(self) -> str:
+        """What makes the configuration this layout."""
+        training = self.run.config.training
+        return (
+            f"parallel.tensor={self.run.tensor} training.micro_batch_size="
+            f"{training.micro_batch_size} training.activation_checkpointing="
+            f"{training.activation_checkpointing} "
+            f"deepspeed.zero_optimization.stage={self.run.config.zero_stage}"
+        )
+
+
+def evaluate(run: PlannedRun, machine: Machine) -> Candidate:
+    return Candidate(run, estimate_memory(run), step_time(run, machine))
+
+
+def candidates(config: Config, vocab_size: int, devices: int, machine: Machine) -> list[Candidate]:
+    """The best of each TP degree and ZeRO stage that fits, fastest first.
+
+    Of layouts whose steps take as long, to 2%, the simplest comes first: the lower ZeRO stage and
+    TP degree, without recomputation, with the larger micro-batch.
+    """
+    found = []
+    for tensor in _tensor_sizes(devices, machine):
+        for stage in _stages(config, devices // tensor):
+            fitting = [
+                candidate
+                for checkpointing in _CHECKPOINTING
+                for candidate in _of_micro_batches(
+                    config, vocab_size, devices, machine, (tensor, stage, checkpointing)
+                )
+                if candidate.memory.total_bytes <= machine.usable_bytes
+            ]
+            if fitting:
+                found.append(min(fitting, key=_preference))
+    return sorted(found, key=_preference)
+
+
+def least_need(config: Config, vocab_size: int, devices: int, machine: Machine) -> Candidate | None:
+    """Of all layouts the one that needs least memory; None where there is no layout at all."""
+    every = [
+        candidate
+        for tensor in _tensor_sizes(devices, machine)
+        for stage in _stages(config, devices // tensor)
+        for candidate in _of_micro_batches(
+            config, vocab_size, devices, machine, (tensor, stage, "full")
+        )
+    ]
+    return min(every, key=lambda candidate: candidate.memory.total_bytes, default=None)
+
+
+def reasons(chosen: Candidate, machine: Machine) -> Iterator[str]:
+    """Why not the simpler neighbours of a layout."""
+    run = chosen.run
+    tensor, stage = run.tensor, run.config.zero_stage
+    micro, again = run.config.training.micro_batch_size, _checkpointing(run)
+    if tensor > 1:
+        yield _against(chosen, machine, f"parallel.tensor {tensor // 2}", tensor=tensor // 2)
+    if stage > 1:
+        yield _against(chosen, machine, f"ZeRO {stage - 1}", stage=stage - 1)
+    if again != "none":
+        yield _against(chosen, machine, "no activation checkpointing", checkpointing="none")
+    yield _against(chosen, machine, f"micro-batch {2 * micro}", micro=2 * micro)
+
+
+def _against(chosen: Candidate, machine: Machine, what: str, **changes: Any) -> str:
+    run = chosen.run
+    other = changed(run.config, run.world_size, **changes)
+    if other is None:
+        return f"{what}: the batch or the model does not divide so"
+    neighbour = evaluate(PlannedRun(*_arguments(other, run)), machine)
+    if neighbour.memory.total_bytes > machine.usable_bytes:
+        return (
+            f"{what}: {short_bytes(neighbour.memory.total_bytes)} a rank, more than the "
+            f"{short_bytes(machine.usable_bytes)} to plan with"
+        )
+    ratio = neighbour.time.total / chosen.time.total
+    return f"{what}: fits, but a step takes {ratio:.2f} of the time"
+
+
+def _arguments(config: Config, like: PlannedRun) -> tuple[Config, int, int, str]:
+    return config, like.vocab_size, like.world_size // config.parallel.tensor, like.device
+
+
+def changed(
+    config: Config,
+    devices: int,
+    tensor: int | None = None,
+    stage: int | None = None,
+    micro: int | None = None,
+    checkpointing: str | None = None,
+    global_batch: int | None = None,
+) -> Config | None:
+    """The configuration in another layout; None where it cannot be laid out so."""
+    tree = config.model_dump(mode="json")
+    training = tree["training"]
+    tree["parallel"]["tensor"] = tensor or config.parallel.tensor
+    training["micro_batch_size"] = micro or training["micro_batch_size"]
+    training["global_batch_size"] = global_batch or training["global_batch_size"]
+    training["activation_checkpointing"] = checkpointing or training["activation_checkpointing"]
+    if stage is not None:
+        zero = tree["deepspeed"].get("zero_optimization") or {}
+        tree["deepspeed"] = {**tree["deepspeed"], "zero_optimization": {**zero, "stage": stage}}
+    data, rest = divmod(devices, tree["parallel"]["tensor"])
+    if rest or data == 0 or training["global_batch_size"] % (training["micro_batch_size"] * data):
+        return None
+    try:
+        return Config.model_validate(tree)
+    except (ValidationError, UserError):
+        return None
+
+
+def _of_micro_batches(
+    config: Config,
+    vocab_size: int,
+    devices: int,
+    machine: Machine,
+    layout: tuple[int, int, str],
+) -> Iterator[Candidate]:
+    """From the smallest micro-batch on, to the first that does not fit, included."""
+    tensor, stage, checkpointing = layout
+    micro = 1
+    while micro * (devices // tensor) <= config.training.global_batch_size:
+        other = changed(config, devices, tensor, stage, micro, checkpointing)
+        if other is not None:
+            run = PlannedRun(other, vocab_size, devices // tensor)
+            candidate = evaluate(run, machine)
+            yield candidate
+            if candidate.memory.total_bytes > machine.usable_bytes:
+                return
+        micro *= 2
+
+
+def _tensor_sizes(devices: int, machine: Machine) -> Iterable[int]:
+    """Powers of two inside a node."""
+    size = 1
+    while size <= min(devices, machine.devices_per_node):
+        if devices % size == 0:
+            yield size
+        size *= 2
+
+
+def _stages(config: Config, data_size: int) -> tuple[int, ...]:
+    """Those that cut something; bf16 has none below 1 (see check_deepspeed_section)."""
+    lowest = 1 if config.training.precision == "bf16" else 0
+    return tuple(range(lowest, 4)) if data_size > 1 else (lowest,)
+
+
+def _checkpointing(run: PlannedRun) -> str:
+    return run.config.training.activation_checkpointing
+
+
+def _preference(candidate: Candidate) -> tuple[Any, ...]:
+    run = candidate.run
+    return (
+        round(math.log(candidate.time.total) / math.log(1.02)),
+        run.config.zero_stage,
+        run.tensor,
+        _CHECKPOINTING.index(_checkpointing(run)) if _checkpointing(run) in _CHECKPOINTING else 1,
+        -run.config.training.micro_batch_size,
+    )

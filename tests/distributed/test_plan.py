@@ -1,0 +1,147 @@
+"""`matformer plan` against what real ranks allocate and send."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from matformer_dist.config import Config
+from matformer_dist.parallel.topology import initialize, leave_groups
+from matformer_dist.planning.communication import traffic
+from matformer_dist.planning.layout import PlannedRun
+from matformer_dist.planning.memory import estimate_memory
+from matformer_dist.training.engine import Engine, build_model
+from tests.distributed.memory import Measured, measure
+from tests.distributed.ranks import run_ranks
+from tests.distributed.traffic import Traffic, recorded
+from tests.distributed.training_cases import VOCAB, passes, synthetic_batches, tiny_config
+
+WEIGHTS = {"d_model": 256, "d_ff": 2048, "seq_len": 4}  # so that states of weights are most
+ROWS = {"d_model": 128, "n_layers": 4, "d_ff": 512, "seq_len": 128, "micro_batch_size": 4}
+
+
+def case(**settings: Any) -> Config:
+    """A configuration from settings of all sections, each in its place."""
+    places: dict[str, dict[str, Any]] = {
+        "model": {"n_layers": 2, "n_heads": 4, "d_model": 32, "d_ff": 64, "init_std": 0.1},
+        "training": {
+            "steps": 3, "seq_len": 12, "micro_batch_size": 1, "global_batch_size": 4,
+            "precision": "fp32",
+        },
+        "objective": {"kind": "per_sequence"},
+        "parallel": {"tensor": 1},
+        "zero": {"stage": 1},
+    }  # fmt: skip
+    homes = {
+        "model": ("d_model", "n_layers", "d_ff", "n_kv_heads", "ffn", "norm", "tied_embeddings"),
+        "training": (
+            "seq_len", "micro_batch_size", "global_batch_size", "precision",
+            "activation_checkpointing",
+        ),
+        "objective": ("kind", "distillation", "probabilities"),
+        "parallel": ("tensor",),
+        "zero": ("stage",),
+    }  # fmt: skip
+    for home, keys in homes.items():
+        places[home] |= {key: settings.pop(key) for key in keys if key in settings}
+    assert not settings
+    d_ff, seq_len = places["model"]["d_ff"], places["training"]["seq_len"]
+    places["model"]["max_seq_len"] = seq_len
+    zero = places.pop("zero")
+    return tiny_config(
+        **places,
+        nesting={"widths": [d_ff // 8, d_ff // 4, d_ff // 2, d_ff]},
+        deepspeed={"zero_optimization": zero},
+    )
+
+
+ALONE: dict[str, tuple[Config, int]] = {
+    "rows, per_sequence": (case(**ROWS), 512),
+    "rows, joint": (case(**ROWS, kind="joint", distillation=0.5), 512),
+    "rows, sampled": (
+        case(**ROWS, kind="sampled", probabilities={"S": 0, "M": 0, "L": 0, "XL": 1}), 512
+    ),
+    "rows, bf16": (case(**ROWS, precision="bf16"), 512),
+    "rows, the paper's": (
+        case(**ROWS, ffn="gelu", norm="layernorm", tied_embeddings=True), 512
+    ),
+    "rows, full checkpointing": (case(**ROWS, activation_checkpointing="full"), 512),
+    "vocabulary, joint": (case(**{**ROWS, "n_layers": 1}, kind="joint"), 16_000),
+    "vocabulary, bf16": (case(**{**ROWS, "n_layers": 1}, precision="bf16"), 16_000),
+    "weights, ZeRO 0": (case(**WEIGHTS, stage=0), 512),
+    "weights, ZeRO 1": (case(**WEIGHTS), 512),
+    "weights, bf16": (case(**WEIGHTS, precision="bf16"), 512),
+}  # fmt: skip
+TWO_DATA_RANKS: dict[str, tuple[Config, int]] = {
+    f"{precision}, ZeRO {stage}": (case(**WEIGHTS, precision=precision, stage=stage), 512)
+    for precision, stages in (("fp32", (0, 1, 2, 3)), ("bf16", (1, 2, 3)))
+    for stage in stages
+}
+TWO_TENSOR_RANKS: dict[str, tuple[Config, int]] = {
+    "joint": (case(**ROWS, kind="joint", tensor=2), 512),
+    "grouped queries": (case(**ROWS, n_kv_heads=2, tensor=2), 512),
+    "bf16 weights": (case(**WEIGHTS, precision="bf16", tensor=2), 512),
+}
+
+
+def measure_all(cases: dict[str, tuple[Config, int]]) -> dict[str, Measured]:
+    return {name: measure(config, vocab) for name, (config, vocab) in cases.items()}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cases"), [(1, ALONE), (2, TWO_DATA_RANKS), (2, TWO_TENSOR_RANKS)]
+)
+def test_memory_is_within_a_tenth_of_what_ranks_allocate(
+    ranks: int, cases: dict[str, tuple[Config, int]]
+) -> None:
+    measured = run_ranks(ranks, measure_all, cases)
+    for name, (config, vocab) in cases.items():
+        run = PlannedRun(config, vocab, ranks // config.parallel.tensor, "cpu")
+        planned = estimate_memory(run)
+        for rank in measured:
+            assert planned.total_bytes == pytest.approx(rank[name].at_most, rel=0.1), name
+
+
+def record_all(cases: dict[str, Config]) -> dict[str, Traffic]:
+    """The second step's, of each."""
+    found = {}
+    for name, config in cases.items():
+        topology = initialize(config.parallel.tensor)
+        engine = Engine(config, build_model(config, VOCAB, topology), topology)
+        batches = synthetic_batches(config, topology)
+        engine.train_step(batches, passes(config, engine, topology, 0), 1e-3)
+        with recorded(topology) as found[name]:
+            engine.train_step(batches, passes(config, engine, topology, 1), 1e-3)
+        engine.deepspeed.destroy()
+        leave_groups()
+    return found
+
+
+SENT: dict[str, Config] = {
+    f"T {tensor}, {precision}, ZeRO {stage}, {kind}": case(
+        tensor=tensor, precision=precision, stage=stage, kind=kind
+    )
+    for tensor in (1, 2, 4)
+    for precision, stage, kind in (
+        ("fp32", 0, "joint"), ("fp32", 1, "per_sequence"), ("fp32", 2, "joint"),
+        ("bf16", 1, "sandwich"), ("bf16", 2, "joint"),
+    )
+} | {
+    "recomputed": case(tensor=2, activation_checkpointing="full"),
+    "ZeRO 3": case(stage=3),
+}  # fmt: skip
+
+
+def test_collectives_and_their_bytes_are_those_of_the_plan() -> None:
+    for rank in run_ranks(4, record_all, SENT):
+        for name, sent in rank.items():
+            config = SENT[name]
+            planned: Traffic = {}
+            for one in traffic(PlannedRun(config, VOCAB, 4 // config.parallel.tensor, "cpu")):
+                count, size = planned.get((one.operation, one.group), (0, 0))
+                planned[one.operation, one.group] = count + one.count, size + one.bytes
+            if config.zero_stage == 3:  # what is gathered depends on what is there still
+                planned.pop(("all_gather", "data"), None)
+                sent.pop(("all_gather", "data"), None)
+            assert sent == planned, name

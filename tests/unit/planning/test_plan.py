@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from matformer_dist.config import Config
+from matformer_dist.config_file import load_config
+from matformer_dist.errors import UserError
+from matformer_dist.models.matlm import MatLM
+from matformer_dist.parallel.layers import Initializer
+from matformer_dist.parallel.topology import TensorParallel
+from matformer_dist.planning import plan
+from matformer_dist.planning.layout import PlannedRun
+from matformer_dist.planning.machines import DEVICES, Machine, find_device
+from matformer_dist.planning.memory import estimate_memory
+from matformer_dist.planning.proposal import candidates, changed
+from matformer_dist.planning.timing import step_time
+
+CONFIGS = Path(__file__).parents[3] / "launch" / "configs"
+SHIPPED = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*/*.yaml"))
+H100 = Machine("H100", round(79.6 * 2**30), 989)
+
+
+def shipped(name: str) -> Config:
+    return load_config(CONFIGS / name, if_open=plan.IF_OPEN)
+
+
+def order(name: str, devices: int, machine: Machine = H100) -> plan.Order:
+    config = shipped(name)
+    assert config.model.vocab_size is not None
+    return plan.Order(config, config.model.vocab_size, devices, machine, tokens=10**9)
+
+
+def text_of(parts: object) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    for part in parts:  # type: ignore[attr-defined]
+        console.print(part)
+    return console.export_text()
+
+
+def test_all_sizes_of_the_issue_are_shipped() -> None:
+    assert SHIPPED == [
+        "llama/2.6b-1gpu.yaml", "llama/2.6b-64gpu.yaml", "llama/2.6b-8gpu.yaml",
+        "paper/180m.yaml", "paper/2.6b.yaml", "paper/310m.yaml", "paper/463m.yaml",
+        "paper/78m.yaml", "paper/850m.yaml",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("tensor", [1, 4])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_planned_weights_are_those_of_the_model(name: str, tensor: int) -> None:
+    config = shipped(name)
+    assert config.model.vocab_size is not None
+    run = PlannedRun(config, config.model.vocab_size)
+    if tensor > 1:
+        other = changed(config, tensor, tensor=tensor, micro=1)
+        assert other is not None
+        run = PlannedRun(other, run.vocab_size)
+
+    class Meta(Initializer):
+        def parameter(self, *arguments, **named):  # type: ignore[no-untyped-def]
+            with torch.device("meta"):
+                return super().parameter(*arguments, **named)
+
+    ranks = TensorParallel(0, tensor)
+    nestings = [config.granularities] * config.model.n_layers
+    with torch.device("meta"):
+        model = MatLM(config.model, nestings, run.vocab_size, Meta(0), ranks)
+    assert sum(parameter.numel() for parameter in model.parameters()) == run.parameters
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_each_shipped_configuration_fits_where_it_says(name: str) -> None:
+    devices = {"llama/2.6b-1gpu.yaml": 1, "llama/2.6b-64gpu.yaml": 64}.get(name, 8)
+    asked = order(name, devices)
+    run = PlannedRun(asked.config, asked.vocab_size, devices // asked.config.parallel.tensor)
+    assert run.micro_batches >= 1
+    assert estimate_memory(run).total_bytes <= H100.usable_bytes
+    shown = text_of(plan.show_plan(asked))
+    assert "fits" in shown and "proposal: parallel.tensor=" in shown
+
+
+def test_proposals_fit_and_are_sorted_by_time() -> None:
+    asked = order("paper/2.6b.yaml", 16)
+    found = candidates(asked.config, asked.vocab_size, 16, H100)
+    assert found
+    for one in found:
+        assert one.memory.total_bytes <= H100.usable_bytes
+        assert one.run.world_size == 16
+        assert one.run.config.training.global_batch_size == 1024
+    times = [one.time.total for one in found]
+    assert all(a <= b * 1.02 for a, b in zip(times, times[1:], strict=False))
+
+
+def test_a_model_too_large_for_one_device_is_cut() -> None:
+    small = replace(H100, memory_bytes=24 * 2**30)
+    best = candidates(order("llama/2.6b-8gpu.yaml", 8).config, 32000, 8, small)[0]
+    assert best.run.tensor > 1 or best.run.config.zero_stage > 1
+    shown = text_of(plan.show_plan(order("llama/2.6b-8gpu.yaml", 8, small)))
+    assert "more than the 22.1 GiB to plan with" in shown
+    assert "no layout fits" in text_of(
+        plan.show_plan(order("llama/2.6b-8gpu.yaml", 8, replace(H100, memory_bytes=2**30)))
+    )
+
+
+def test_sweep_has_a_row_for_each_number_of_devices() -> None:
+    shown = text_of(plan.show_sweep(order("llama/2.6b-64gpu.yaml", 64)))
+    for devices in plan.SWEEP:
+        assert any(f" {devices} " in line for line in shown.splitlines()), devices
+
+
+def test_slower_links_lengthen_a_step_by_the_bytes_of_a_ring() -> None:
+    config = shipped("llama/2.6b-8gpu.yaml")
+    run = PlannedRun(config, 32000, 8)
+    fast, slow = (
+        step_time(run, replace(H100, link_gb_per_second=speed, link_latency_us=0))
+        for speed in (450, 45)
+    )
+    # An all-reduce of all gradients and an all-gather of all weights: 3 (n - 1) / n times 2 bytes.
+    assert fast.data_collectives == pytest.approx(3 * 7 / 8 * 2 * run.parameters / 450e9, rel=1e-4)
+    assert slow.data_collectives == pytest.approx(10 * fast.data_collectives)
+    assert fast.compute == slow.compute > 0
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'h1000' is not known; known are .*h100"):
+        find_device("h1000")
+    assert find_device("H100") == DEVICES["h100"]
+    with pytest.raises(UserError, match="--gpus 12 is no whole number of nodes of 8"):
+        plan.check_order(12, H100)
+    with pytest.raises(UserError, match="leaves data.tokenizer open"):
+        load_config(CONFIGS / "paper/78m.yaml")
+    command = [sys.executable, "-m", "matformer_dist.cli", "plan", str(CONFIGS / "demo.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr and "--vocab-size" in done.stderr
+    done = subprocess.run([*command, "--vocab-size", "4000", "--gpus", "2"], capture_output=True,
+                          text=True, cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "proposal" in done.stdout
