@@ -1,14 +1,14 @@
 # Your cluster's software, network and logs: the one file to edit. All scripts here read it, on the
-# first node of their job, in the checkout. A variable that you exported before sbatch beats its
-# value here.
+# first node of their job, in the checkout. What reads NAME=${NAME:-...} here may be exported before
+# sbatch instead, for one job.
 #
 # What a job asks Slurm for (nodes, GPUs, time, memory) are options of sbatch: their defaults stand
 # in each script, and the command line of sbatch beats them, so that no script need be edited:
 #     sbatch --nodes=4 --time=12:00:00 launch/slurm/train.sbatch --config my.yaml
 # What all your jobs need, put into ~/.bashrc: export SBATCH_ACCOUNT=... SBATCH_PARTITION=...
 
-# --- Software: what makes `python` and `matformer` those of this project -----------------------
-# `make env` makes .venv; on a node like those that jobs run on, so that operators are compiled there.
+# --- Software: what makes `python` and `matformer` those of this project ------------------------
+# `make env` makes .venv, and compiles the operators: call it on a node like those of the jobs.
 if [ -d .venv ]; then PATH=$PWD/.venv/bin:$PATH; fi
 # module load cuda
 
@@ -26,8 +26,8 @@ CONTAINER=()
 # Ranks meet at the first node, at a port made of the job's number; where both do not suit you:
 # export MASTER_ADDR=... MASTER_PORT=...
 
-# --- Ranks -------------------------------------------------------------------------------------
-# Ranks a node; nothing here is one a GPU. Where there are no GPUs, say how many share its cores.
+# --- Ranks --------------------------------------------------------------------------------------
+# How many a node; where nothing is said, one a GPU. Without GPUs: how many are to share its cores.
 RANKS_PER_NODE=${RANKS_PER_NODE:-}
 
 # --- Logs ---------------------------------------------------------------------------------------

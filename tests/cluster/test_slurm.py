@@ -106,7 +106,7 @@ def test_other_ends_are_final(slurm: Slurm, corpus: Path, tmp_path: Path) -> Non
     slurm.run("scancel", "--signal=USR1", job.number)
     found = job.wait_to("FAILED")
     assert (found["ExitCode"], found["Restarts"]) == ("75:0", "0")
-    assert "as MAX_REQUEUES allows" in job.said
+    assert "which MAX_REQUEUES allows" in job.said
 
     job = Sbatch(slurm, tmp_path, "2 x 1", "--config", config)
     job.wait_for_log("operators")
