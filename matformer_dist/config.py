@@ -162,6 +162,10 @@ class ObjectiveConfig(Section):
 
 class ParallelConfig(Section):
     tensor: Positive = 1
+    # Rows between attention, FFN and head cut over the tensor-parallel ranks: norms, residual sums
+    # and what they keep are 1/tensor of what they were, for two all-gathers more a layer. Pays on
+    # GPUs with fast links from tensor 2, most where memory limits the batch; not on a CPU.
+    sequence: bool = False
 
 
 class DataConfig(Section):
@@ -303,6 +307,7 @@ class Config(Section):
                 f"ranks; the nearest that does is {round(self.model.d_ff / tensor) * tensor}"
             )
         nesting.check_dealable(tensor)
+        self._check_sequence()
         if self.training.seq_len > self.model.max_seq_len:
             raise ValueError(
                 f"training.seq_len {self.training.seq_len} is longer than model.max_seq_len "
@@ -321,6 +326,23 @@ class Config(Section):
             except UserError as error:
                 raise ValueError(f"evaluation.submodels: {error}") from None
         return self
+
+    def _check_sequence(self) -> None:
+        """Every micro-batch's rows must divide over the ranks, whatever its segments."""
+        if not self.parallel.sequence:
+            return
+        tensor, seq_len = self.parallel.tensor, self.training.seq_len
+        if tensor == 1:
+            raise ValueError(
+                "parallel.sequence is true, but cuts rows over the ranks of parallel.tensor, which "
+                "is 1; set parallel.tensor from 2, or parallel.sequence=false"
+            )
+        if seq_len % tensor:
+            raise ValueError(
+                f"training.seq_len {seq_len} does not divide over parallel.tensor {tensor} ranks, "
+                f"as parallel.sequence needs; the nearest that does is "
+                f"{max(1, round(seq_len / tensor)) * tensor}, or set parallel.sequence=false"
+            )
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

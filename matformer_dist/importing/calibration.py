@@ -77,14 +77,13 @@ class Calibration:
         """
         block = self._block(weights)
         total = torch.zeros(self.model.d_ff, dtype=torch.float64)
-        for i, x in enumerate(self._hidden.split(1)):
+        for i, x in enumerate(self._hidden):
             x = x + block.attention(block.attention_norm(x), self._rotation)
-            rows = block.ffn_norm(x).flatten(0, 1)
-            gate_up = F.linear(rows, weights["ffn.w_in"].view(-1, self.model.d_model))
+            gate_up = F.linear(block.ffn_norm(x), weights["ffn.w_in"].view(-1, self.model.d_model))
             gate, up = gate_up.unflatten(1, (-1, 2)).unbind(2)
             activation = F.silu(gate) * up
             total += activation.abs().sum(dim=0, dtype=torch.float64)
-            self._hidden[i] = (x + activation @ weights["ffn.w_out"])[0]
+            self._hidden[i] = x + activation @ weights["ffn.w_out"]
         if not total.isfinite().all():
             raise UserError(
                 "activations of the calibration text are not finite in fp32; the checkpoint "

@@ -1,7 +1,7 @@
 """Causal self-attention with rotary positions, its heads cut over tensor-parallel ranks.
 
-Legend: B sequences, s positions, D d_model, H query heads, K key-value heads, G = H / K query
-heads per key-value head, h head size, T ranks.
+Legend: B sequences, s positions, N = B * s rows, D d_model, H query heads, K key-value heads,
+G = H / K query heads per key-value head, h head size, T ranks.
 
 | operand | whole               | local                 |
 |---------|---------------------|-----------------------|
@@ -10,7 +10,8 @@ heads per key-value head, h head size, T ranks.
 
 Rows of w_qkv are grouped by key-value head: its G query heads, its key, its value. So a cut by
 rows gives every rank whole groups, and one product makes all three. Forward all-reduces the
-output, backward the input's gradient.
+output, backward the input's gradient. With rows cut over the ranks, N/T of them come in and go
+out: all are gathered for the products, and what is summed is scattered.
 """
 
 from __future__ import annotations
@@ -68,10 +69,10 @@ class Attention(nn.Module):
         )
 
     def forward(self, x: Tensor, rotation: Rotation, cache: LayerCache | None = None) -> Tensor:
-        """x [B, s, D] -> [B, s, D]; with a cache, x holds the positions behind those in it."""
-        B, s, _ = x.shape
+        """x [N, D] -> [N, D]; with a cache, x holds the positions behind those in it."""
+        s = rotation.positions
         groups = column_linear(x, self.w_qkv, self.tensor)
-        groups = groups.view(B, s, self.kv_heads, self.queries_per_kv + 2, self.head_dim)
+        groups = groups.view(-1, s, self.kv_heads, self.queries_per_kv + 2, self.head_dim)
         q, k, v = groups.split([self.queries_per_kv, 1, 1], dim=3)
         q = rotation.turn(q.flatten(2, 3)).transpose(1, 2)
         k = rotation.turn(k.squeeze(3)).transpose(1, 2)
@@ -87,5 +88,5 @@ class Attention(nn.Module):
             q, k, v, attn_mask=mask, is_causal=mask is None and s > 1,
             enable_gqa=self.queries_per_kv > 1,
         )  # fmt: skip
-        context = context.transpose(1, 2).reshape(B, s, -1)
+        context = context.transpose(1, 2).reshape(groups.shape[0] * s, -1)
         return row_linear(context, self.w_out, self.tensor)

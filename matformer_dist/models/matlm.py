@@ -6,6 +6,9 @@ V vocabulary, n segments.
 Rows are ordered segment by segment. Embedding, attention and norms do not see segments; the
 nested FFN does. With `shared_tokens`, every segment holds the same b sequences: they are equal
 until the first FFN, so embedding and the first layer's attention run once, on b sequences.
+
+With sequence parallelism a rank holds R/T of the rows between attention, FFN and head (see
+parallel/sequence.py); N are those that it holds.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ from matformer_dist.parallel.layers import (
     VocabParallelEmbedding,
     column_linear,
     copy_to_ranks,
+    repeat_over_ranks,
+    replicated,
     vocab_shard,
 )
 from matformer_dist.parallel.layout import ROWS
@@ -39,9 +44,9 @@ from matformer_dist.parallel.topology import SINGLE, TensorParallel
 IGNORED_TARGET = -100
 
 
-def _norm(model: ModelConfig) -> nn.Module:
+def _norm(model: ModelConfig, tensor: TensorParallel) -> nn.Module:
     kind = nn.RMSNorm if model.norm == "rmsnorm" else nn.LayerNorm
-    return kind(model.d_model, eps=model.norm_eps)
+    return replicated(kind(model.d_model, eps=model.norm_eps), tensor)
 
 
 class Block(nn.Module):
@@ -54,9 +59,10 @@ class Block(nn.Module):
         tensor: TensorParallel,
     ) -> None:
         super().__init__()
-        self.attention_norm = _norm(model)
+        self.tensor = tensor
+        self.attention_norm = _norm(model, tensor)
         self.attention = Attention(f"{name}.attention", model, init, tensor)
-        self.ffn_norm = _norm(model)
+        self.ffn_norm = _norm(model, tensor)
         self.ffn = NestedFeedForward(f"{name}.ffn", model, nesting, init, tensor)
 
     def forward(
@@ -68,10 +74,10 @@ class Block(nn.Module):
         repeat: int = 1,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """x [B, s, D] -> [repeat * B, s, D]; rows are repeated between attention and FFN."""
+        """x [N, D] -> [repeat * N, D]; rows are repeated between attention and FFN."""
         x = x + self.attention(self.attention_norm(x), rotation, cache)
-        x = x.repeat(repeat, 1, 1) if repeat > 1 else x
-        return x + self.ffn(self.ffn_norm(x).flatten(0, 1), rows, widths).view_as(x)
+        x = repeat_over_ranks(x, repeat, self.tensor) if repeat > 1 else x
+        return x + self.ffn(self.ffn_norm(x), rows, widths)
 
 
 class Head(nn.Module):
@@ -81,6 +87,7 @@ class Head(nn.Module):
     |---------|--------|---------------------------|------------------------------------------|
     | weight  | [V, D] | [ceil(V/T), D]            | rows, the last rank's padded             |
     | hidden  | [R, D] | the whole                 | backward: all-reduces its gradient       |
+    |         |        | or cut rows, [R/T, D]     | gathered; backward: reduce-scatters it   |
     | logits  | [R, V] | a chunk's [c, ceil(V/T)]  | forward: one all-gather a chunk, of a few |
     |         |        |                           | numbers a row                            |
 
@@ -116,7 +123,7 @@ class Head(nn.Module):
     def forward(
         self, hidden: Tensor, tied: Tensor | None, targets: Tensor, plan: Pass
     ) -> tuple[Tensor, Tensor]:
-        """hidden [R, D], targets [b, s] -> total loss and statistics [n, 4]; see MatLM.forward."""
+        """hidden [N, D], targets [b, s] -> total loss and statistics [n, 4]; see MatLM.forward."""
         weight = self.weight if tied is None else tied
         s = targets.shape[1]
         rows = [segment.sequences * s for segment in plan.segments]
@@ -145,14 +152,13 @@ class Head(nn.Module):
         return out.total, torch.stack(sums)
 
     def logits(self, hidden: Tensor, tied: Tensor | None) -> Tensor:
-        """hidden [..., D] -> logits [..., V] of the whole vocabulary, on every rank."""
+        """hidden [N, D] -> logits [R, V] of all rows and the whole vocabulary, on every rank."""
         weight = self.weight if tied is None else tied
         local = column_linear(hidden, weight, self.tensor)
         if self.tensor.size == 1:
             return local
-        shards = self.tensor.gather(local.flatten(0, -2))  # [T, N, V/T]
-        whole = shards.transpose(0, 1).flatten(1)[:, : self.vocab_size]
-        return whole.view(*hidden.shape[:-1], self.vocab_size)
+        shards = self.tensor.gather(local)  # [T, R, V/T]
+        return shards.transpose(0, 1).flatten(1)[:, : self.vocab_size]
 
 
 class MatLM(nn.Module):
@@ -182,7 +188,7 @@ class MatLM(nn.Module):
         self.layers = nn.ModuleList(
             Block(f"layers.{i}", model, nesting, init, tensor) for i, nesting in enumerate(nestings)
         )
-        self.final_norm = _norm(model)
+        self.final_norm = _norm(model, tensor)
         self.head = Head(model, vocab_size, init, tensor)
 
     @property
@@ -196,13 +202,13 @@ class MatLM(nn.Module):
         shared_tokens: bool = False,
         cache: Sequence[LayerCache] | None = None,
     ) -> Tensor:
-        """tokens [b, s] -> final hidden rows [R, D], segment by segment."""
+        """tokens [b, s] -> final hidden rows [N, D], segment by segment."""
         s = tokens.shape[1]
         start = cache[0].length if cache is not None else 0
         positions = torch.arange(start, start + s, device=tokens.device)
         rotation = Rotation.of(positions, self.model)
         rows = [segment.sequences * s for segment in segments]
-        x = self.embedding(tokens)
+        x = self.embedding(tokens.flatten())
         for i, layer in enumerate(self.layers):
             widths = [segment.submodel.widths[i] for segment in segments]
             repeat = len(segments) if shared_tokens and i == 0 else 1
@@ -217,7 +223,7 @@ class MatLM(nn.Module):
                 x = checkpoint(layer, x, *arguments, use_reentrant=False)
             else:
                 x = layer(x, *arguments)
-        return self.final_norm(x).flatten(0, 1)
+        return self.final_norm(x)
 
     def forward(self, tokens: Tensor, targets: Tensor, plan: Pass) -> tuple[Tensor, Tensor]:
         """One pass over all segments.

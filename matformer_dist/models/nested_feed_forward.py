@@ -10,7 +10,8 @@ k = 2 input vectors a neuron for SwiGLU (gate, up), 1 for GELU.
 
 A neuron is one row of both. Its local prefix of m_i / T rows is a rank's share of granularity i,
 so all ranks carry equal work at every granularity. Forward all-reduces the output once for all
-segments, backward the input's gradient.
+segments, backward the input's gradient; with rows cut over the ranks, R/T of them come in and go
+out, gathered before and scattered as they are summed.
 """
 
 from __future__ import annotations
@@ -59,15 +60,19 @@ class NestedFeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor, rows: Sequence[int], widths: Sequence[int]) -> Tensor:
-        """x [R, D] -> [R, D]; segment i is the next rows[i] rows, run at widths[i] neurons."""
+        """x [R, D] -> [R, D]; segment i is the next rows[i] rows, run at widths[i] neurons.
+
+        With rows cut over the ranks x is this one's [R/T, D]; `rows` count all.
+        """
         assert set(widths) <= set(self.nesting.widths), "submodels come from this nesting"
         local_widths = [width // self.tensor.size for width in widths]
         y = nested_ffn(
-            copy_to_ranks(x, self.tensor),
+            x if self.tensor.rows else copy_to_ranks(x, self.tensor),
             self.w_in,
             self.w_out,
             rows=rows,
             widths=local_widths,
             activation=self.activation,
+            exchange=self.tensor.rows,
         )
         return sum_over_ranks(y, self.tensor)

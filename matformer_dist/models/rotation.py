@@ -22,6 +22,10 @@ class Rotation:
     cos: Tensor
     sin: Tensor
 
+    @property
+    def positions(self) -> int:
+        return self.cos.shape[0]
+
     @classmethod
     def of(cls, positions: Tensor, model: ModelConfig) -> Rotation:
         """Of `positions` [s], counted from 0."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,24 @@ Activation = Literal["swiglu", "gelu"]
 _INPUTS = {"swiglu": 2, "gelu": 1}
 
 
+class Exchange(Protocol):
+    """Of rows with other ranks, each of which holds an equal share of them, one rank after another.
+
+    What is started is read after `wait`; work that is queued between goes on beside it.
+    """
+
+    @property
+    def size(self) -> int: ...
+
+    def start_gather(self, x: Tensor) -> Tensor:
+        """[R / size, D] of every rank -> [R, D]."""
+
+    def start_sum(self, y: Tensor) -> Tensor:
+        """This rank's [R / size, D] of the sum of all ranks' [R, D]."""
+
+    def wait(self, started: Tensor) -> Tensor: ...
+
+
 def nested_ffn(
     x: Tensor,
     w_in: Tensor,
@@ -42,6 +60,7 @@ def nested_ffn(
     widths: Sequence[int],
     activation: Activation,
     impl: Implementation = "auto",
+    exchange: Exchange | None = None,
 ) -> Tensor:
     """y [R, D]: for the rows x_i of segment i, y_i = act(x_i w_in[:m_i]^T) w_out[:m_i].
 
@@ -52,18 +71,22 @@ def nested_ffn(
     Where gradients are needed the widths must not increase from segment to segment; without, any
     order works. Weights beyond the widest segment get zero gradient. No double backward.
     impl: of the activation, see native.py; the GEMMs are torch's.
+    exchange: x is one rank's rows [R / size, D], and its gradient too, summed over the ranks; y
+    stays a partial sum of all R rows. x is gathered again in the backward pass, beside the GEMMs
+    of dX, and its gradient summed beside those of dW.
 
     Raises ValueError where shapes, dtypes, rows or widths do not fit, RuntimeError where impl is
     "native" and there is none.
     """
-    _check(x, w_in, w_out, rows, widths, activation)
+    _check(x, w_in, w_out, rows, widths, activation, exchange.size if exchange else 1)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w_in, w_out))
     if needs_grad and any(narrow < wide for narrow, wide in pairwise(widths)):
         raise ValueError(
             f"widths {list(widths)} must not increase where gradients are needed: lay the rows "
             "out widest granularity first, or call under torch.no_grad()"
         )
-    y: Tensor = _NestedFFN.apply(x, w_in, w_out, tuple(rows), tuple(widths), activation, impl)
+    options = tuple(rows), tuple(widths), activation, impl, exchange
+    y: Tensor = _NestedFFN.apply(x, w_in, w_out, *options)
     return y
 
 
@@ -74,6 +97,7 @@ def _check(
     rows: Sequence[int],
     widths: Sequence[int],
     activation: str,
+    ranks: int,
 ) -> None:
     if activation not in _INPUTS:
         raise ValueError(f"activation {activation!r} is unknown; use 'swiglu' or 'gelu'")
@@ -98,10 +122,10 @@ def _check(
         raise ValueError(
             f"x ({x.dtype}), w_in ({w_in.dtype}) and w_out ({w_out.dtype}) must share a dtype"
         )
-    if len(rows) != len(widths) or sum(rows) != x.shape[0] or any(r < 0 for r in rows):
+    if len(rows) != len(widths) or sum(rows) != ranks * x.shape[0] or any(r < 0 for r in rows):
         raise ValueError(
             f"rows {list(rows)} must be one count for each of the widths {list(widths)} and sum "
-            f"to the {x.shape[0]} rows of x"
+            f"to the {ranks * x.shape[0]} rows of x"
         )
     if any(not 1 <= width <= neurons for width in widths):
         raise ValueError(f"widths {list(widths)} must lie in 1 to {neurons}, the rows of w_out")
@@ -158,20 +182,22 @@ class _NestedFFN(torch.autograd.Function):
         widths: tuple[int, ...],
         activation: str,
         impl: Implementation,
+        exchange: Exchange | None,
     ) -> Tensor:
         d_model, inputs = w_out.shape[1], _INPUTS[activation]
         segments = _segments(rows, widths)
+        whole = exchange.wait(exchange.start_gather(x)) if exchange else x
         h = x.new_empty(sum(s.rows * s.width for s in segments), inputs)
         for s in segments:
             w = w_in[: s.width].view(-1, d_model)
-            torch.mm(x[s.start : s.stop], w.t(), out=s.of(h))
+            torch.mm(whole[s.start : s.stop], w.t(), out=s.of(h))
         act = activate(h, impl)
-        y = x.new_empty(x.shape)
+        y = x.new_empty(whole.shape)
         for s in segments:
             torch.mm(s.of(act), w_out[: s.width], out=y[s.start : s.stop])
         # Whole weights, not slices: a saved view would keep ZeRO-3's gathered weights alive.
         ctx.save_for_backward(x, w_in, w_out, h)
-        ctx.segments, ctx.impl = segments, impl
+        ctx.segments, ctx.impl, ctx.exchange = segments, impl, exchange
         return y
 
     @staticmethod
@@ -179,8 +205,12 @@ class _NestedFFN(torch.autograd.Function):
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
         x, w_in, w_out, h = ctx.saved_tensors
         segments: list[_Segment] = ctx.segments
+        exchange: Exchange | None = ctx.exchange
         needs_x, needs_in, needs_out = ctx.needs_input_grad[:3]
         d_model = x.shape[1]
+        whole = x
+        if exchange and needs_in:
+            whole = exchange.start_gather(x)
         d_act = None
         if needs_x or needs_in:
             d_act = h.new_empty(len(h))
@@ -194,14 +224,19 @@ class _NestedFFN(torch.autograd.Function):
             wants_act=needs_out,
             impl=ctx.impl,
         )
-        d_x = x.new_empty(x.shape) if needs_x else None
+        d_x = x.new_empty(d_y.shape) if needs_x else None
         if d_x is not None:
             for s in segments:
                 w = w_in[: s.width].view(-1, d_model)
                 torch.mm(d_h[s.start : s.stop, : len(w)], w, out=d_x[s.start : s.stop])
-        d_w_in = _weight_gradient(w_in, d_h, x, segments) if needs_in else None
+        if exchange and needs_in:
+            whole = exchange.wait(whole)
+        summing = exchange.start_sum(d_x) if exchange and d_x is not None else None
+        d_w_in = _weight_gradient(w_in, d_h, whole, segments) if needs_in else None
         d_w_out = _weight_gradient(w_out, act, d_y, segments) if needs_out else None
-        return d_x, d_w_in, d_w_out, None, None, None, None
+        if exchange and summing is not None:
+            d_x = exchange.wait(summing)
+        return d_x, d_w_in, d_w_out, None, None, None, None, None
 
 
 def _weight_gradient(

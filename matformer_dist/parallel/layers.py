@@ -1,6 +1,7 @@
 """Linear maps and lookups over weights that are cut over tensor-parallel ranks.
 
-Legend: T ranks, D d_model, V vocabulary, N rows.  `x -> y` names local shapes.
+Legend: T ranks, D d_model, V vocabulary, N rows.  `x -> y` names local shapes.  Where rows are cut
+over the ranks (`tensor.rows`, see sequence.py), N rows outside are N/T of them.
 
 | function            | weight, local | forward            | who reduces (forward / backward)  |
 |---------------------|---------------|--------------------|-----------------------------------|
@@ -10,8 +11,12 @@ Legend: T ranks, D d_model, V vocabulary, N rows.  `x -> y` names local shapes.
 | copy_to_ranks       | -             | [N, in] -> [N, in]    | nobody / dX                     |
 | sum_over_ranks      | -             | [N, out] -> [N, out]  | y / nobody                      |
 
-Every collective is Megatron-Core's. It is imported where it is first needed, because the import
-takes seconds that single-process commands (extract, generate) need not pay.
+With cut rows, "nobody" is an all-gather and y's or dX's all-reduce a reduce-scatter; column_linear
+keeps N/T rows of x and gathers them again for dW.
+
+The collectives are Megatron-Core's, or sequence.py's with cut rows. Megatron-Core is imported where
+it is first needed, because the import takes seconds that single-process commands (extract,
+generate) need not pay.
 """
 
 from __future__ import annotations
@@ -24,12 +29,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from matformer_dist.parallel.layout import ROWS, Partition
+from matformer_dist.parallel.sequence import (
+    gather_rows,
+    gathered_linear,
+    repeat_rows,
+    sum_gradients,
+    sum_rows,
+)
 from matformer_dist.parallel.topology import TensorParallel
 
 
 def copy_to_ranks(x: Tensor, tensor: TensorParallel) -> Tensor:
     if tensor.size == 1:
         return x
+    if tensor.rows:
+        return gather_rows(x, tensor.rows)
     from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 
     return copy_to_tensor_model_parallel_region(x, group=tensor.group)
@@ -38,6 +52,8 @@ def copy_to_ranks(x: Tensor, tensor: TensorParallel) -> Tensor:
 def sum_over_ranks(y: Tensor, tensor: TensorParallel) -> Tensor:
     if tensor.size == 1:
         return y
+    if tensor.rows:
+        return sum_rows(y, tensor.rows)
     from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 
     # Megatron reduces a copy of a non-contiguous input and returns the input itself.
@@ -47,6 +63,8 @@ def sum_over_ranks(y: Tensor, tensor: TensorParallel) -> Tensor:
 def column_linear(x: Tensor, weight: Tensor, tensor: TensorParallel) -> Tensor:
     if tensor.size == 1:
         return F.linear(x, weight)
+    if tensor.rows:
+        return gathered_linear(x, weight, tensor.rows)
     from megatron.core.tensor_parallel.layers import (
         linear_with_grad_accumulation_and_async_allreduce,
     )
@@ -64,6 +82,20 @@ def column_linear(x: Tensor, weight: Tensor, tensor: TensorParallel) -> Tensor:
 
 def row_linear(x: Tensor, weight: Tensor, tensor: TensorParallel) -> Tensor:
     return sum_over_ranks(F.linear(x, weight), tensor)
+
+
+def repeat_over_ranks(x: Tensor, times: int, tensor: TensorParallel) -> Tensor:
+    """All rows [N, D] one time after another, [times * N, D]."""
+    if tensor.rows:
+        return repeat_rows(x, times, tensor.rows, tensor.rank)
+    return x.repeat(times, 1)
+
+
+def replicated(module: nn.Module, tensor: TensorParallel) -> nn.Module:
+    """A module whose weights every rank holds, and that works on rows outside."""
+    if tensor.rows:
+        sum_gradients(module, tensor.rows)
+    return module
 
 
 @dataclass(frozen=True)
@@ -100,7 +132,7 @@ class Initializer:
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Lookup of ids [..] in a table [V, D] cut by rows, as [.., D] summed over ranks.
+    """Lookup of ids [N] in a table [V, D] cut by rows, as [N, D] summed over ranks.
 
     V need not divide by T: the last rows of the last ranks are padding, zero and never read.
     """

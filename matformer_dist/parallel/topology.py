@@ -11,7 +11,7 @@ import os
 import re
 import socket
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -19,17 +19,27 @@ import torch.distributed as dist
 
 from matformer_dist.errors import LocalError, UserError
 from matformer_dist.parallel.agreement import gathered
+from matformer_dist.parallel.sequence import RowExchange
 
 _FIRST_PORT, _PORTS = 20_000, 12_000  # of the ports that Slurm's jobs meet at
 
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """The ranks that hold one copy of the model together; `group` is None for a single one."""
+    """The ranks that hold one copy of the model together; `group` is None for a single one.
+
+    rows: how rows go to and from the ranks that they are cut over (see sequence.py); None where
+    every rank has all of them.
+    """
 
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
+    rows: RowExchange | None = None
+
+    def with_cut_rows(self) -> TensorParallel:
+        assert self.group is not None, "the configuration refuses it on a single rank"
+        return replace(self, rows=RowExchange(self.size, self.group.group_name))
 
     def gather(self, statistics: torch.Tensor) -> torch.Tensor:
         """All ranks' values of a small tensor [n, k] as [T, n, k], by one all-gather."""

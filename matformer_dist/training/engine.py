@@ -188,7 +188,8 @@ def build_model(config: Config, vocab_size: int, topology: Topology) -> MatLM:
     """
     nestings = [config.granularities] * config.model.n_layers
     init = Initializer(config.training.seed)
-    model = MatLM(config.model, nestings, vocab_size, init, topology.tensor)
+    tensor = topology.tensor.with_cut_rows() if config.parallel.sequence else topology.tensor
+    model = MatLM(config.model, nestings, vocab_size, init, tensor)
     model.activation_checkpointing = config.training.activation_checkpointing == "full"
     return model if config.zero_stage == 3 else model.to(topology.device)
 
