@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,7 @@ def test_proposals_fit_and_are_sorted_by_time() -> None:
         assert one.run.world_size == 16
         assert one.run.config.training.global_batch_size == 1024
     times = [one.time.total for one in found]
-    assert all(a <= b * 1.02 for a, b in zip(times, times[1:], strict=False))
+    assert all(a <= b * 1.02 for a, b in pairwise(times))
 
 
 def test_a_model_too_large_for_one_device_is_cut() -> None:
@@ -130,12 +131,12 @@ def test_slower_links_lengthen_a_step_by_the_bytes_of_a_ring() -> None:
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'h1000' is not known; known are .*h100"):
+    with pytest.raises(UserError, match=r"'h1000' is not known; known are .*h100"):
         find_device("h1000")
     assert find_device("H100") == DEVICES["h100"]
     with pytest.raises(UserError, match="--gpus 12 is no whole number of nodes of 8"):
         plan.check_order(12, H100)
-    with pytest.raises(UserError, match="leaves data.tokenizer open"):
+    with pytest.raises(UserError, match=r"leaves data\.tokenizer open"):
         load_config(CONFIGS / "paper/78m.yaml")
     command = [sys.executable, "-m", "matformer_dist.cli", "plan", str(CONFIGS / "demo.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
