@@ -63,27 +63,62 @@ def traffic(run: PlannedRun) -> list[Collective]:
 
 
 def _of_layers(run: PlannedRun) -> Iterator[Collective]:
+    times = run.micro_batches
+    for what, count, size in _row_sums(run):
+        # Cut rows are gathered before a sum, and its result is scattered: both, forward and back.
+        cut = run.config.parallel.sequence
+        for operation in ("all_gather", "reduce_scatter") if cut else ("all_reduce",):
+            yield Collective(operation, "tensor", what, times * count, times * size)  # type: ignore[arg-type]
+    if run.config.parallel.sequence:
+        yield from _of_cut_rows(run)
+    chunks = -(-run.loss_tokens // run.loss_chunk)
+    size = run.tensor * run.rows * _ROW_NUMBERS * 4
+    yield Collective("all_gather", "tensor", "loss", times * chunks, times * size)
+
+
+def _row_sums(run: PlannedRun) -> Iterator[tuple[str, int, int]]:
+    """(what, how many, bytes) of the sums over rows that a micro-batch needs, forward and back."""
+    layers = run.config.model.n_layers
+    row = run.config.model.d_model * run.element_bytes
+    whole, first = run.rows * row, run.first_rows * row
+    attention = first + (layers - 1) * whole
+    if not run.config.parallel.sequence:
+        yield "embedding", 1, first
+    yield "attention, forward", layers, attention
+    yield "FFN, forward", layers, layers * whole
+    if run.config.training.activation_checkpointing == "full":
+        # A block is computed again up to the last value that its backward pass needs.
+        yield "attention, again", layers, attention
+    yield "attention, backward", layers, attention
+    yield "FFN, backward", layers, layers * whole
+    if not run.config.parallel.sequence:
+        yield "head, backward", 1, whole
+
+
+def _of_cut_rows(run: PlannedRun) -> Iterator[Collective]:
+    """What sequence parallelism sends beside: rows gathered again for dW, those that segments
+    repeat, and the norms' gradients, of which each rank has its rows' share.
+    """
     model, times = run.config.model, run.micro_batches
     row = model.d_model * run.element_bytes
     whole, first = run.rows * row, run.first_rows * row
     layers = model.n_layers
 
-    def all_reduce(what: str, count: int, size: int) -> Collective:
-        return Collective("all_reduce", "tensor", what, times * count, times * size)
+    def of(operation: Operation, what: str, count: int, size: int) -> Collective:
+        return Collective(operation, "tensor", what, times * count, times * size)
 
+    yield of("reduce_scatter", "embedding", 1, first)
+    yield of("all_gather", "embedding, backward", 1, first)
+    yield of("all_gather", "head", 1, whole)
+    yield of("reduce_scatter", "head, backward", 1, whole)
     attention = first + (layers - 1) * whole
-    yield all_reduce("embedding", 1, first)
-    yield all_reduce("attention, forward", layers, attention)
-    yield all_reduce("FFN, forward", layers, layers * whole)
-    if run.config.training.activation_checkpointing == "full":
-        # A block is computed again up to the last value that its backward pass needs.
-        yield all_reduce("attention, again", layers, attention)
-    yield all_reduce("attention, backward", layers, attention)
-    yield all_reduce("FFN, backward", layers, layers * whole)
-    yield all_reduce("head, backward", 1, whole)
-    chunks = -(-run.loss_tokens // run.loss_chunk)
-    size = run.tensor * run.rows * _ROW_NUMBERS * 4
-    yield Collective("all_gather", "tensor", "loss", times * chunks, times * size)
+    yield of("all_gather", "inputs, for their weights' gradients", 2 * layers,
+             attention + layers * whole)  # fmt: skip
+    if run.shared_tokens:
+        yield of("all_gather", "repeated rows", 1, first)
+        yield of("reduce_scatter", "repeated rows, backward", 1, first)
+    weights = (2 * layers + 1) * (2 if model.norm == "layernorm" else 1)
+    yield of("all_reduce", "norms' gradients", weights, 4 * run.norms)
 
 
 def _of_gradients(run: PlannedRun) -> Iterator[Collective]:

@@ -142,6 +142,10 @@ class PlannedRun:
         b, s = self.config.training.micro_batch_size, self.config.training.seq_len
         return b * s if self.shared_tokens else self.rows
 
+    def own_rows(self, rows: int) -> int:
+        """Of `rows`, those that a rank holds between attention, FFN and head."""
+        return rows // self.tensor if self.config.parallel.sequence else rows
+
     @property
     def neurons(self) -> int:
         """Activations of one layer's FFN on one rank: sum of rows x width over the segments."""

@@ -79,7 +79,7 @@ def _moments(run: PlannedRun, states: States) -> Iterator[tuple[str, int, int, i
     """(when, weights that are gathered, gradients, activations, workspace)"""
     model, e = run.config.model, run.element_bytes
     layers = model.n_layers
-    hidden = run.rows * model.d_model * e
+    hidden = run.rows * model.d_model * e  # whole on every rank, in the loss
     head = run.matrices["head"] or run.matrices["embedding"]
     in_layers = sum(_kept_by_layer(run, i) for i in range(layers))
     kept = in_layers + _norm_input(run, run.rows)
@@ -120,7 +120,8 @@ def _moments(run: PlannedRun, states: States) -> Iterator[tuple[str, int, int, i
 def _kept_by_layer(run: PlannedRun, index: int) -> int:
     """Activations that layer `index` keeps for its backward pass."""
     if run.config.training.activation_checkpointing == "full":
-        return _attention_rows(run, index) * run.config.model.d_model * run.element_bytes
+        kept = run.own_rows(_attention_rows(run, index))
+        return kept * run.config.model.d_model * run.element_bytes
     return _saved_by_layer(run, index)
 
 
@@ -134,7 +135,7 @@ def _saved_by_layer(run: PlannedRun, index: int) -> int:
     kv_width = model.kv_heads * model.head_dim
     heads = 3 * model.attention_width + 3 * kv_width
     norms = _norm_input(run, rows) + _norm_input(run, run.rows)
-    outputs = (rows + run.rows) * model.d_model
+    outputs = run.own_rows(rows + run.rows) * model.d_model
     inputs = 2 if model.ffn == "swiglu" else 1
     statistics = 4 * (rows * (model.n_heads // tensor) + rows + run.rows)
     return norms + e * (outputs + rows * heads // tensor + inputs * run.neurons) + statistics
@@ -143,7 +144,8 @@ def _saved_by_layer(run: PlannedRun, index: int) -> int:
 def _norm_input(run: PlannedRun, rows: int) -> int:
     """What a norm saves of its input; on a CPU, torch has RMSNorm keep it twice, in fp32."""
     twice = run.config.model.norm == "rmsnorm" and run.device == "cpu"
-    return rows * run.config.model.d_model * (8 if twice else run.element_bytes)
+    width = run.config.model.d_model * (8 if twice else run.element_bytes)
+    return run.own_rows(rows) * width
 
 
 def _attention_rows(run: PlannedRun, index: int) -> int:
@@ -155,7 +157,10 @@ def _in_layer(run: PlannedRun) -> int:
     model, e, tensor = run.config.model, run.element_bytes, run.tensor
     widest = run.segments[0][1] // tensor
     inputs = 2 if model.ffn == "swiglu" else 1
-    residual = 2 * run.rows * model.d_model  # its gradient, and that of the branch
+    # The residual's gradient, and the branch's; where rows are cut, the branch's whole, twice.
+    residual = (run.own_rows(run.rows) + run.rows) * model.d_model
+    if run.config.parallel.sequence:
+        residual += run.rows * model.d_model
     weights = run.matrices["ffn"] // model.n_layers
     # d_act, which is ragged; act and d_h, which have the widest segment's rows throughout
     ffn = run.neurons + (1 + inputs) * run.rows * widest + weights

@@ -40,7 +40,7 @@ def case(**settings: Any) -> Config:
             "activation_checkpointing",
         ),
         "objective": ("kind", "distillation", "probabilities"),
-        "parallel": ("tensor",),
+        "parallel": ("tensor", "sequence"),
         "zero": ("stage",),
     }  # fmt: skip
     for home, keys in homes.items():
@@ -82,6 +82,8 @@ TWO_TENSOR_RANKS: dict[str, tuple[Config, int]] = {
     "joint": (case(**ROWS, kind="joint", tensor=2), 512),
     "grouped queries": (case(**ROWS, n_kv_heads=2, tensor=2), 512),
     "bf16 weights": (case(**WEIGHTS, precision="bf16", tensor=2), 512),
+    "sequence": (case(**ROWS, tensor=2, sequence=True), 512),
+    "sequence, joint": (case(**ROWS, kind="joint", tensor=2, sequence=True), 512),
 }
 
 
@@ -130,6 +132,8 @@ SENT: dict[str, Config] = {
 } | {
     "recomputed": case(tensor=2, activation_checkpointing="full"),
     "ZeRO 3": case(stage=3),
+    "sequence": case(tensor=2, sequence=True),
+    "sequence, joint": case(tensor=4, kind="joint", sequence=True, norm="layernorm"),
 }  # fmt: skip
 
 

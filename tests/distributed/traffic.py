@@ -9,7 +9,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch.distributed as dist
+from torch import Tensor
 
+from matformer_dist.parallel.sequence import RowExchange
 from matformer_dist.parallel.topology import Topology
 
 Traffic = dict[tuple[str, str], tuple[int, int]]  # (operation, group): (count, bytes)
@@ -27,6 +29,8 @@ _FUNCTIONS = {
     "reduce": ("reduce", 0),
     "all_to_all_single": ("all_to_all", 0),
 }
+
+_EXCHANGES = {"all_gather": "start_gather", "reduce_scatter": "start_sum", "all_reduce": "total"}
 
 
 @contextmanager
@@ -56,7 +60,19 @@ def recorded(topology: Topology) -> Iterator[Traffic]:
 
         return call
 
+    def exchanged(operation: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(exchange: RowExchange, value: Tensor) -> Any:
+            size = value.numel() * value.element_size()
+            counts[operation, "tensor"] += 1
+            sizes[operation, "tensor"] += size * (exchange.size if operation == "all_gather" else 1)
+            return method(exchange, value)
+
+        return call
+
     with ExitStack() as stack:
+        for operation, name in _EXCHANGES.items():  # sequence parallelism's
+            method = exchanged(operation, getattr(RowExchange, name))
+            stack.enter_context(patch.object(RowExchange, name, method))
         for name in _FUNCTIONS:
             if hasattr(dist, name):
                 stack.enter_context(patch.object(dist, name, watched(name, getattr(dist, name))))
