@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,6 +30,7 @@ class Measured(NamedTuple):
 
 def measure(config: Config, vocab_size: int) -> Measured:
     """Train for a few steps on the ranks that call this together."""
+    gc.collect()  # what is left of a run before this one would be freed in it
     with _settled(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         topology = initialize(config.parallel.tensor)
         model = build_model(config, vocab_size, topology)

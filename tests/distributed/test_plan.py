@@ -14,7 +14,7 @@ from matformer_dist.planning.memory import estimate_memory
 from matformer_dist.training.engine import Engine, build_model
 from tests.distributed.memory import Measured, measure
 from tests.distributed.ranks import run_ranks
-from tests.distributed.traffic import Traffic, recorded
+from tests.distributed.traffic import Recorder, Traffic
 from tests.distributed.training_cases import VOCAB, passes, synthetic_batches, tiny_config
 
 WEIGHTS = {"d_model": 256, "d_ff": 2048, "seq_len": 4}  # so that states of weights are most
@@ -108,15 +108,17 @@ def test_memory_is_within_a_tenth_of_what_ranks_allocate(
 def record_all(cases: dict[str, Config]) -> dict[str, Traffic]:
     """The second step's, of each."""
     found = {}
-    for name, config in cases.items():
-        topology = initialize(config.parallel.tensor)
-        engine = Engine(config, build_model(config, VOCAB, topology), topology)
-        batches = synthetic_batches(config, topology)
-        engine.train_step(batches, passes(config, engine, topology, 0), 1e-3)
-        with recorded(topology) as found[name]:
+    with Recorder() as recorder:
+        for name, config in cases.items():
+            topology = initialize(config.parallel.tensor)
+            engine = Engine(config, build_model(config, VOCAB, topology), topology)
+            batches = synthetic_batches(config, topology)
+            engine.train_step(batches, passes(config, engine, topology, 0), 1e-3)
+            recorder.begin(topology)
             engine.train_step(batches, passes(config, engine, topology, 1), 1e-3)
-        engine.deepspeed.destroy()
-        leave_groups()
+            found[name] = recorder.end()
+            engine.deepspeed.destroy()
+            leave_groups()
     return found
 
 

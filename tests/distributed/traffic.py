@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
@@ -33,51 +33,71 @@ _FUNCTIONS = {
 _EXCHANGES = {"all_gather": "start_gather", "reduce_scatter": "start_sum", "all_reduce": "total"}
 
 
-@contextmanager
-def recorded(topology: Topology) -> Iterator[Traffic]:
-    """Collectives while it is entered, filled in at its end; none over groups of one rank."""
-    found: Traffic = {}
-    counts: Counter[tuple[str, str]] = Counter()
-    sizes: Counter[tuple[str, str]] = Counter()
-    depth = 0
+class Recorder:
+    """Counts collectives between `begin` and `end`, while it is entered; none of one rank alone.
 
-    def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    Enter it before a process group is made: DeepSpeed looks some functions up only once.
+    """
+
+    def __init__(self) -> None:
+        self._topology: Topology | None = None
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._sizes: Counter[tuple[str, str]] = Counter()
+        self._depth = 0
+        self._stack = ExitStack()
+
+    def begin(self, topology: Topology) -> None:
+        self._counts.clear()
+        self._sizes.clear()
+        self._topology = topology
+
+    def end(self) -> Traffic:
+        self._topology = None
+        return {key: (count, self._sizes[key]) for key, count in self._counts.items()}
+
+    def __enter__(self) -> Recorder:
+        for operation, name in _EXCHANGES.items():  # sequence parallelism's
+            method = self._exchanged(operation, getattr(RowExchange, name))
+            self._stack.enter_context(patch.object(RowExchange, name, method))
+        for name in _FUNCTIONS:
+            if hasattr(dist, name):
+                function = self._watched(name, getattr(dist, name))
+                self._stack.enter_context(patch.object(dist, name, function))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _add(self, operation: str, group: str, size: int) -> None:
+        self._counts[operation, group] += 1
+        self._sizes[operation, group] += size
+
+    def _watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         operation, position = _FUNCTIONS[name]
 
         def call(*arguments: Any, **named: Any) -> Any:
-            nonlocal depth
-            whole = [*arguments, *named.values()][position]
-            tensors = whole if isinstance(whole, list) else [whole]
-            group = _name(named.get("group") or _group_in(arguments), topology)
-            if group and not depth:  # one may be made out of another
-                counts[operation, group] += 1
-                sizes[operation, group] += sum(t.numel() * t.element_size() for t in tensors)
-            depth += 1
+            if self._topology and not self._depth:  # one may be made out of another
+                whole = [*arguments, *named.values()][position]
+                tensors = whole if isinstance(whole, list) else [whole]
+                group = _name(named.get("group") or _group_in(arguments), self._topology)
+                if group:
+                    self._add(operation, group, sum(t.numel() * t.element_size() for t in tensors))
+            self._depth += 1
             try:
                 return function(*arguments, **named)
             finally:
-                depth -= 1
+                self._depth -= 1
 
         return call
 
-    def exchanged(operation: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    def _exchanged(self, operation: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(exchange: RowExchange, value: Tensor) -> Any:
-            size = value.numel() * value.element_size()
-            counts[operation, "tensor"] += 1
-            sizes[operation, "tensor"] += size * (exchange.size if operation == "all_gather" else 1)
+            if self._topology:
+                times = exchange.size if operation == "all_gather" else 1
+                self._add(operation, "tensor", times * value.numel() * value.element_size())
             return method(exchange, value)
 
         return call
-
-    with ExitStack() as stack:
-        for operation, name in _EXCHANGES.items():  # sequence parallelism's
-            method = exchanged(operation, getattr(RowExchange, name))
-            stack.enter_context(patch.object(RowExchange, name, method))
-        for name in _FUNCTIONS:
-            if hasattr(dist, name):
-                stack.enter_context(patch.object(dist, name, watched(name, getattr(dist, name))))
-        yield found
-    found.update({key: (counts[key], sizes[key]) for key in counts})
 
 
 def _group_in(arguments: tuple[Any, ...]) -> Any:
