@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch.distributed as dist
+from torch import Tensor
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from matformer_dist.config import Config
+from matformer_dist.parallel.sequence import RowExchange
 from matformer_dist.parallel.topology import initialize, leave_groups
 from matformer_dist.training.engine import Engine, build_model
 from matformer_dist.training.setup import choose_operators
@@ -42,7 +45,7 @@ def measure(config: Config, vocab_size: int) -> Measured:
                 engine.train_step(batches, passes(config, engine, topology, step), 1e-3)
     engine.deepspeed.destroy()
     leave_groups()
-    return _read(recorded.profiler.kineto_results.events())
+    return _read(recorded.profiler.kineto_results)
 
 
 @contextmanager
@@ -63,19 +66,41 @@ def _settled() -> Iterator[None]:
     with ExitStack() as stack:
         for name in names:
             stack.enter_context(patch.object(dist, name, waited(getattr(dist, name))))
+        wait = RowExchange.wait
+
+        def waited_for(exchange: RowExchange, started: Tensor) -> Tensor:
+            result = wait(exchange, started)
+            time.sleep(0.01)
+            return result
+
+        stack.enter_context(patch.object(RowExchange, "wait", waited_for))
         yield
 
 
-def _read(events: list[Any]) -> Measured:
-    events = sorted(events, key=lambda event: event.start_ns())
-    steps = [event for event in events if event.name() == "step"]
-    begun, ended = steps[-1].start_ns(), steps[-1].end_ns()
+def _read(results: Any) -> Measured:
+    steps = [event for event in results.events() if event.name() == "step"]
+    begun, ended = max((event.start_ns(), event.end_ns()) for event in steps)
+    changes = sorted(_changes(results.experimental_event_tree()))
+    sizes: dict[int, int] = {}
     held = between = most = 0
-    for event in events:
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            if event.start_ns() < begun:
-                between = held
-            elif event.start_ns() <= ended:
-                most = max(most, held)
+    for at, size, pointer in changes:
+        if size < 0 and pointer not in sizes:
+            continue  # of a run before this one
+        held += size
+        sizes[pointer] = size
+        if at < begun:
+            between = held
+        elif at <= ended:
+            most = max(most, held)
     return Measured(between, most)
+
+
+def _changes(events: list[Any]) -> Iterator[tuple[int, int, int]]:
+    """(time in ns, bytes, pointer) of every allocation and, below 0, every free."""
+    waiting = list(events)
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == _EventType.Allocation:
+            fields = event.extra_fields
+            yield event.start_time_ns, fields.alloc_size, fields.ptr
