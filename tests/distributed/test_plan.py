@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from matformer_dist.config import Config
 from matformer_dist.parallel.topology import initialize, leave_groups
 from matformer_dist.planning.communication import traffic
 from matformer_dist.planning.layout import PlannedRun
 from matformer_dist.planning.memory import estimate_memory
+from matformer_dist.planning.plan import checkpoint_bytes
 from matformer_dist.training.engine import Engine, build_model
 from tests.distributed.memory import Measured, measure
 from tests.distributed.ranks import run_ranks
@@ -155,3 +158,27 @@ def test_collectives_and_their_bytes_are_those_of_the_plan() -> None:
                     planned.pop((operation, "data"), None)
                     sent.pop((operation, "data"), None)
             assert sent == planned, name
+
+
+def saved_bytes(cases: dict[str, Config], directory: str) -> dict[str, int]:
+    """Of the files of a checkpoint behind one step, each case's, over all ranks."""
+    found = {}
+    for name, config in cases.items():
+        topology = initialize(config.parallel.tensor)
+        engine = Engine(config, build_model(config, 512, topology), topology)
+        batches = synthetic_batches(config, topology, 512)
+        engine.train_step(batches, passes(config, engine, topology, 0), 1e-3)
+        engine.save(directory, name)
+        dist.barrier()
+        files = Path(directory, name).rglob("*")
+        found[name] = sum(path.stat().st_size for path in files if path.is_file())
+        engine.deepspeed.destroy()
+        leave_groups()
+    return found
+
+
+def test_a_checkpoint_takes_the_bytes_of_the_plan(tmp_path: Path) -> None:
+    cases = {name.replace(", ", "-"): config for name, (config, _) in TWO_DATA_RANKS.items()}
+    for name, size in run_ranks(2, saved_bytes, cases, str(tmp_path))[0].items():
+        planned = checkpoint_bytes(PlannedRun(cases[name], 512, 2, "cpu"))
+        assert size == pytest.approx(planned, rel=0.02), name

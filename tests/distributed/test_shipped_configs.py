@@ -1,0 +1,41 @@
+"""Every configuration that is shipped trains, shrunken: its objective, precision and ZeRO stage."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from matformer_dist.config import Config
+from matformer_dist.config_file import load_config, validate_config
+from matformer_dist.planning.plan import IF_OPEN
+from tests.distributed.ranks import run_ranks
+from tests.distributed.training_cases import SEQ_LEN, VOCAB, train_each
+
+CONFIGS = Path(__file__).parents[2] / "launch" / "configs"
+
+
+def shrunken(path: Path) -> Config:
+    """Two layers of a few neurons, of the same kind and proportions; three steps."""
+    tree = load_config(path, if_open=IF_OPEN).model_dump(mode="json")
+    model, training = tree["model"], tree["training"]
+    ratio = model["d_ff"] / model["d_model"]
+    model["d_model"] = 4 * model["n_heads"]
+    model["d_ff"] = 16 * round(ratio * model["d_model"] / 16)
+    model |= {"n_layers": 2, "max_seq_len": SEQ_LEN, "vocab_size": VOCAB, "init_std": 0.1}
+    training |= {"tokens": None, "steps": 3, "seq_len": SEQ_LEN}
+    training |= {"micro_batch_size": 2, "global_batch_size": 8}
+    tree["schedule"]["warmup_steps"] = 1
+    tree["logging"]["tensorboard"] = False
+    return validate_config(tree, str(path))
+
+
+def test_shipped_configurations_train_shrunken() -> None:
+    configs = {path.stem: shrunken(path) for path in sorted(CONFIGS.rglob("*/*.yaml"))}
+    assert len(configs) == 9
+    for rank in run_ranks(2, train_each, configs):
+        for name, history in rank.items():
+            assert len(history) == 3, name
+            for step in history:
+                assert {"S", "M", "L", "XL", "grad_norm"} == set(step), name
+                assert all(math.isfinite(value) for value in step.values()), name
+            assert history[-1]["XL"] < history[0]["XL"], name
