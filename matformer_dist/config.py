@@ -212,8 +212,16 @@ class TrainingConfig(Section):
     global_batch_size: Positive  # sequences per step, over all ranks
     precision: Literal["fp32", "bf16"] = "bf16"
     seed: Count = 1234
-    activation_checkpointing: Literal["none", "full"] = "none"
-    compile: bool = False  # the blocks, by torch.compile
+    # What the backward pass makes again instead of keeping it. selective: norms and rotated queries
+    # and keys, a third of what a layer keeps, for a few percent of time; pays wherever memory
+    # limits the micro-batch. full: whole layers, for a third more FLOPs; pays where selective does
+    # not fit.
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    # The blocks, by torch.compile: norms, rotations and residual sums become few kernels. Pays on a
+    # GPU for runs of more than some minutes, most where d_model is small; a CPU gains little. Of
+    # rows cut by parallel.sequence the compiler keeps what was gathered: less is sent, more kept.
+    # With selective activation checkpointing norms and rotations alone are compiled.
+    compile: bool = False
     operators: Literal["auto", "native", "reference"] = "auto"  # compiled or plain torch
     max_skipped_steps: Positive = 10  # in a row, for a loss or gradient that is not finite
     hang_timeout: AboveZero = 1800.0  # seconds without progress after which the job ends

@@ -16,13 +16,16 @@ out: all are gathered for the products, and what is summed is scattered.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from matformer_dist.config import ModelConfig
+from matformer_dist.models.recomputation import Again, made_again
 from matformer_dist.models.rotation import Rotation
 from matformer_dist.parallel.layers import Initializer, column_linear, row_linear
 from matformer_dist.parallel.layout import COLUMNS, ROWS
@@ -52,6 +55,7 @@ class Attention(nn.Module):
         self, name: str, model: ModelConfig, init: Initializer, tensor: TensorParallel
     ) -> None:
         super().__init__()
+        self.turned = _turned
         self.tensor = tensor
         self.head_dim = model.head_dim
         self.kv_heads = model.kv_heads // tensor.size
@@ -68,15 +72,27 @@ class Attention(nn.Module):
             tensor,
         )
 
-    def forward(self, x: Tensor, rotation: Rotation, cache: LayerCache | None = None) -> Tensor:
-        """x [N, D] -> [N, D]; with a cache, x holds the positions behind those in it."""
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        cache: LayerCache | None = None,
+        selective: bool = False,
+    ) -> Tensor:
+        """x [N, D] -> [N, D]; with a cache, x holds the positions behind those in it.
+
+        selective: queries and keys are turned again in the backward pass instead of being kept.
+        """
         s = rotation.positions
         groups = column_linear(x, self.w_qkv, self.tensor)
         groups = groups.view(-1, s, self.kv_heads, self.queries_per_kv + 2, self.head_dim)
-        q, k, v = groups.split([self.queries_per_kv, 1, 1], dim=3)
-        q = rotation.turn(q.flatten(2, 3)).transpose(1, 2)
-        k = rotation.turn(k.squeeze(3)).transpose(1, 2)
+        queries, keys, v = groups.split([self.queries_per_kv, 1, 1], dim=3)
+        q, k = self.turned(queries, rotation), self.turned(keys, rotation)
         v = v.squeeze(3).transpose(1, 2)
+        again = (
+            Again(q, partial(self.turned, queries.detach(), rotation)),
+            Again(k, partial(self.turned, keys.detach(), rotation)),
+        )
         mask = None
         if cache is not None:
             k, v = cache.append(k, v)
@@ -84,9 +100,15 @@ class Attention(nn.Module):
                 # Queries stand at the end of the keys; SDPA's own causal mask starts at the first.
                 mask = torch.ones(s, k.shape[2], dtype=torch.bool, device=x.device)
                 mask = mask.tril(k.shape[2] - s)
-        context = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and s > 1,
-            enable_gqa=self.queries_per_kv > 1,
-        )  # fmt: skip
+        with made_again(*again) if selective else nullcontext():
+            context = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None and s > 1,
+                enable_gqa=self.queries_per_kv > 1,
+            )  # fmt: skip
         context = context.transpose(1, 2).reshape(groups.shape[0] * s, -1)
         return row_linear(context, self.w_out, self.tensor)
+
+
+def _turned(heads: Tensor, rotation: Rotation) -> Tensor:
+    """heads [B, s, K/T, n, h] -> [B, n * K/T, s, h], rotated."""
+    return rotation.turn(heads.flatten(2, 3)).transpose(1, 2)

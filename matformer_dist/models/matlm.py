@@ -13,8 +13,10 @@ parallel/sequence.py); N are those that it holds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from matformer_dist.errors import UserError
 from matformer_dist.models.attention import Attention, LayerCache
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.models.nested_feed_forward import NestedFeedForward
+from matformer_dist.models.recomputation import Again, made_again
 from matformer_dist.models.rotation import Rotation
 from matformer_dist.nesting import Nesting, Segment, Submodel
 from matformer_dist.ops.multi_granularity_loss import multi_granularity_loss
@@ -73,11 +76,34 @@ class Block(nn.Module):
         widths: Sequence[int],
         repeat: int = 1,
         cache: LayerCache | None = None,
+        selective: bool = False,
     ) -> Tensor:
-        """x [N, D] -> [repeat * N, D]; rows are repeated between attention and FFN."""
-        x = x + self.attention(self.attention_norm(x), rotation, cache)
+        """x [N, D] -> [repeat * N, D]; rows are repeated between attention and FFN.
+
+        selective: norms and rotations are made again in the backward pass, and not kept.
+        """
+        attention = partial(self.attention, rotation=rotation, cache=cache, selective=selective)
+        x = x + _behind(self.attention_norm, attention, x, selective)
         x = repeat_over_ranks(x, repeat, self.tensor) if repeat > 1 else x
-        return x + self.ffn(self.ffn_norm(x), rows, widths)
+        ffn = partial(self.ffn, rows=rows, widths=widths)
+        return x + _behind(self.ffn_norm, ffn, x, selective)
+
+    def compile_parts(self) -> None:
+        """torch.compile where `selective` leaves it nothing to keep (see recomputation.py)."""
+        for norm in (self.attention_norm, self.ffn_norm):
+            norm.compile()
+        self.attention.turned = torch.compile(self.attention.turned)
+
+
+def _behind(
+    norm: nn.Module, sublayer: Callable[[Tensor], Tensor], x: Tensor, selective: bool
+) -> Tensor:
+    """sublayer(norm(x)); selective: of the norm, x alone is kept."""
+    if not selective:
+        return sublayer(norm(x))
+    normed = checkpoint(norm, x, use_reentrant=False, preserve_rng_state=False)
+    with made_again(Again(normed, partial(norm, x.detach()))):
+        return sublayer(normed)
 
 
 class Head(nn.Module):
@@ -181,7 +207,7 @@ class MatLM(nn.Module):
         self.model = model
         self.vocab_size = vocab_size
         self.tensor = tensor
-        self.activation_checkpointing = False
+        self.activation_checkpointing: Literal["none", "selective", "full"] = "none"
         self.embedding = VocabParallelEmbedding(
             "embedding", vocab_size, model.d_model, model.init_std, init, tensor
         )
@@ -190,6 +216,15 @@ class MatLM(nn.Module):
         )
         self.final_norm = _norm(model, tensor)
         self.head = Head(model, vocab_size, init, tensor)
+
+    def compile_layers(self) -> None:
+        """By torch.compile, as `activation_checkpointing` lets it."""
+        for layer in self.layers:
+            assert isinstance(layer, Block)
+            if self.activation_checkpointing == "selective":
+                layer.compile_parts()
+            else:
+                layer.compile()
 
     @property
     def tied_weight(self) -> Tensor | None:
@@ -209,6 +244,7 @@ class MatLM(nn.Module):
         rotation = Rotation.of(positions, self.model)
         rows = [segment.sequences * s for segment in segments]
         x = self.embedding(tokens.flatten())
+        again = self.activation_checkpointing if torch.is_grad_enabled() else "none"
         for i, layer in enumerate(self.layers):
             widths = [segment.submodel.widths[i] for segment in segments]
             repeat = len(segments) if shared_tokens and i == 0 else 1
@@ -218,8 +254,9 @@ class MatLM(nn.Module):
                 widths,
                 repeat,
                 cache[i] if cache is not None else None,
+                again == "selective",
             )
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if again == "full":
                 x = checkpoint(layer, x, *arguments, use_reentrant=False)
             else:
                 x = layer(x, *arguments)

@@ -190,7 +190,7 @@ def build_model(config: Config, vocab_size: int, topology: Topology) -> MatLM:
     init = Initializer(config.training.seed)
     tensor = topology.tensor.with_cut_rows() if config.parallel.sequence else topology.tensor
     model = MatLM(config.model, nestings, vocab_size, init, tensor)
-    model.activation_checkpointing = config.training.activation_checkpointing == "full"
+    model.activation_checkpointing = config.training.activation_checkpointing
     return model if config.zero_stage == 3 else model.to(topology.device)
 
 
@@ -249,8 +249,7 @@ class Engine:
         offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
         optimizer = _optimizer(model, config.optimizer, config.zero_stage, offload)
         if config.training.compile:
-            for layer in model.layers:
-                layer.compile()
+            model.compile_layers()
         if config.zero_stage == 3:
             self._partition_weights(model, dictionary)
         self.deepspeed, _, _, _ = deepspeed.initialize(

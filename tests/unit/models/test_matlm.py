@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -141,11 +141,15 @@ def test_a_token_sees_only_what_is_before_it() -> None:
     assert not torch.allclose(before[:, 6:], after[:, 6:])
 
 
-def test_activation_checkpointing_changes_no_gradient() -> None:
-    model, ids = matlm(), tokens(2)
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_activation_checkpointing_changes_no_gradient(
+    variant: str, mode: Literal["selective", "full"]
+) -> None:
+    model, ids = matlm(**VARIANTS[variant]), tokens(2)
     joint = plan([Segment(s, 2) for s in NESTING.uniforms(3)], True, [0.25] * 4)
     loss, gradients = loss_and_gradients(model, ids, joint)
-    model.activation_checkpointing = True
+    model.activation_checkpointing = mode
     again, recomputed = loss_and_gradients(model, ids, joint)
     assert torch.equal(loss, again)
     torch.testing.assert_close(gradients, recomputed, rtol=0, atol=0)
