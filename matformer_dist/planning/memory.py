@@ -88,6 +88,8 @@ def _moments(run: PlannedRun, states: States) -> Iterator[tuple[str, int, int, i
         if run.config.training.activation_checkpointing == "full"
         else 0
     )
+    if run.config.training.activation_checkpointing == "selective":
+        in_layer += run.own_rows(run.rows) * model.d_model * e  # a norm, made again
     live, carried = states.gathered, states.carried
     yield "in the loss", live, carried, kept, hidden + _loss_bytes(run)
     # The losses' gradients are scaled into new memory before the first layer's turn.
@@ -122,7 +124,22 @@ def _kept_by_layer(run: PlannedRun, index: int) -> int:
     if run.config.training.activation_checkpointing == "full":
         kept = run.own_rows(_attention_rows(run, index))
         return kept * run.config.model.d_model * run.element_bytes
+    if run.config.training.activation_checkpointing == "selective":
+        return _products_of_layer(run, index)
     return _saved_by_layer(run, index)
+
+
+def _products_of_layer(run: PlannedRun, index: int) -> int:
+    """What selective checkpointing leaves of it: the inputs of both norms; queries, keys and values
+    as they come from the GEMM, the context, its log-sum-exp in fp32; the FFN's pre-activations.
+    """
+    model, tensor = run.config.model, run.tensor
+    rows = _attention_rows(run, index)
+    heads = 2 * model.attention_width + 2 * model.kv_heads * model.head_dim
+    inputs = 2 if model.ffn == "swiglu" else 1
+    residual = run.own_rows(rows + run.rows) * model.d_model
+    elements = residual + rows * heads // tensor + inputs * run.neurons
+    return run.element_bytes * elements + 4 * rows * (model.n_heads // tensor)
 
 
 def _saved_by_layer(run: PlannedRun, index: int) -> int:

@@ -70,6 +70,7 @@ ALONE: dict[str, tuple[Config, int]] = {
         case(**ROWS, ffn="gelu", norm="layernorm", tied_embeddings=True), 512
     ),
     "rows, full checkpointing": (case(**ROWS, activation_checkpointing="full"), 512),
+    "rows, selective checkpointing": (case(**ROWS, activation_checkpointing="selective"), 512),
     "vocabulary, joint": (case(**{**ROWS, "n_layers": 1}, kind="joint"), 16_000),
     "vocabulary, bf16": (case(**{**ROWS, "n_layers": 1}, precision="bf16"), 16_000),
     "weights, ZeRO 0": (case(**WEIGHTS, stage=0), 512),
@@ -87,6 +88,10 @@ TWO_TENSOR_RANKS: dict[str, tuple[Config, int]] = {
     "bf16 weights": (case(**WEIGHTS, precision="bf16", tensor=2), 512),
     "sequence": (case(**ROWS, tensor=2, sequence=True), 512),
     "sequence, joint": (case(**ROWS, kind="joint", tensor=2, sequence=True), 512),
+    "selective checkpointing": (
+        case(**ROWS, kind="joint", tensor=2, activation_checkpointing="selective"),
+        512,
+    ),
 }
 
 
@@ -139,6 +144,7 @@ SENT: dict[str, Config] = {
     )
 } | {
     "recomputed": case(tensor=2, activation_checkpointing="full"),
+    "selectively": case(tensor=2, activation_checkpointing="selective", sequence=True),
     "ZeRO 3": case(stage=3),
     "sequence": case(tensor=2, sequence=True),
     "sequence, joint": case(tensor=4, kind="joint", sequence=True, norm="layernorm"),
