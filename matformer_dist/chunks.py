@@ -23,3 +23,18 @@ def even_chunk_tokens(tokens: int, most: int) -> int:
     """Tokens of a chunk, at most `most`, so that all chunks of `tokens` are of about one size."""
     chunks = max(1, -(-tokens // most))
     return -(-tokens // chunks) or 1
+
+
+def chunk_parts(tokens: int, chunk_tokens: int, halves: bool) -> list[list[slice]]:
+    """The parts in which each chunk is worked through: itself, or its halves, so that what one of
+    them waits for runs beside the other's work.
+    """
+    chunks = []
+    for start in range(0, tokens, chunk_tokens):
+        stop = min(start + chunk_tokens, tokens)
+        middle = (start + stop + 1) // 2
+        if halves and middle < stop:
+            chunks.append([slice(start, middle), slice(middle, stop)])
+        else:
+            chunks.append([slice(start, stop)])
+    return chunks

@@ -114,8 +114,8 @@ class Head(nn.Module):
     | weight  | [V, D] | [ceil(V/T), D]            | rows, the last rank's padded             |
     | hidden  | [R, D] | the whole                 | backward: all-reduces its gradient       |
     |         |        | or cut rows, [R/T, D]     | gathered; backward: reduce-scatters it   |
-    | logits  | [R, V] | a chunk's [c, ceil(V/T)]  | forward: one all-gather a chunk, of a few |
-    |         |        |                           | numbers a row                            |
+    | logits  | [R, V] | a chunk's [c, ceil(V/T)]  | forward: an all-gather for each half of  |
+    |         |        |                           | a chunk, of a few numbers a row          |
 
     Where embeddings are tied, it works on the embedding's weight, which the caller passes in.
     """
@@ -136,7 +136,7 @@ class Head(nn.Module):
                 f"a vocabulary of {vocab_size} leaves the last of {tensor.size} tensor-parallel "
                 "ranks without a token; use a larger vocabulary or a smaller parallel.tensor"
             )
-        gather = tensor.gather if tensor.size > 1 else None
+        gather = tensor.start_gather if tensor.size > 1 else None
         self.shard = VocabShard(offset=first, size=size, gather=gather)
         self.vocab_size = vocab_size
         if model.tied_embeddings:

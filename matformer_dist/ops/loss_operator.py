@@ -8,8 +8,13 @@ chunk takes a range of tokens with all their G rows, and segment 0 (XL) teaches 
 Otherwise G = 1 and a chunk is a range of rows.
 
 A chunk's logits are made, reduced to a few numbers a row, overwritten by their gradient and
-multiplied into the gradients of hidden and weight: they never live beyond the chunk. Under vocab
-parallelism one gather a chunk joins the ranks' numbers. Nothing waits for the device.
+multiplied into the gradients of hidden and weight: they never live beyond the chunk. Nothing waits
+for the device.
+
+Under vocab parallelism a gather joins the ranks' numbers. A chunk goes in halves then: the first
+one's gather runs beside the second one's logits, the second one's beside the first one's
+gradients. Both lie in the one buffer of the chunk, so memory is the same, and the weight's
+gradient still takes one product a chunk.
 
 The GEMMs are torch's; what lies between them is compiled, or plain torch (head_chunk.py).
 """
@@ -17,7 +22,7 @@ The GEMMs are torch's; what lies between them is compiled, or plain torch (head_
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +30,21 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from matformer_dist.chunks import chunk_parts
 from matformer_dist.ops import head_chunk, vocab_shard
 from matformer_dist.ops.first_order import first_order_only
 from matformer_dist.ops.head_chunk import packed
 from matformer_dist.ops.vocab_shard import VocabShard
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """Rows of the tokens `part` whose numbers are on their way to all ranks."""
+
+    part: slice
+    logits: Tensor  # [G, c, V]
+    targets: Tensor  # [G, c]
+    numbers: Callable[[], Tensor]  # waits for those of all ranks
 
 
 @dataclass(frozen=True)
@@ -46,22 +62,29 @@ class _Plan:
     check_targets: bool
     compiled: bool
 
-    def reduce_(
-        self, logits: Tensor, targets: Tensor, part: slice, gradient: torch.dtype | None
-    ) -> tuple[Tensor, Tensor]:
-        """Results of a chunk's rows; its logits [G, c, V] become their gradient if asked."""
-        twins: Any = torch.ops.matformer_dist if self.compiled else head_chunk
-        offset, distills, temperature = self.vocab.offset, self.distills, self.temperature
-        local = twins.chunk_statistics(logits, targets, offset, temperature, distills, self.shared)
+    @property
+    def twins(self) -> Any:
+        return torch.ops.matformer_dist if self.compiled else head_chunk
+
+    def begin(self, logits: Tensor, targets: Tensor, part: slice) -> _Begun:
+        """Reduce logits [G, c, V] to numbers and start to gather these."""
+        local = self.twins.chunk_statistics(
+            logits, targets, self.vocab.offset, self.temperature, self.distills, self.shared
+        )
         gather = self.vocab.gather
-        ranks = gather(local.flatten(0, 1)) if gather else local
-        ranks = ranks.view(-1, *local.shape)
+        numbers = gather(local.flatten(0, 1)) if gather else lambda: local
+        return _Begun(part, logits, targets, numbers)
+
+    def finish_(self, begun: _Begun, gradient: torch.dtype | None) -> tuple[Tensor, Tensor]:
+        """Results of the rows; their logits become their gradient if asked."""
+        targets = begun.targets
+        ranks = begun.numbers().view(-1, *targets.shape, len(head_chunk.LocalNumbers._fields))
         if self.check_targets:
             self._refuse_unowned(targets, ranks)
-        weights = (w[:, part].contiguous() for w in (self.ce, self.z, self.kl))
-        return twins.chunk_gradient_(
-            logits, targets, ranks, *weights, offset, self.ignore_index, temperature, distills,
-            gradient,
+        weights = (w[:, begun.part].contiguous() for w in (self.ce, self.z, self.kl))
+        return self.twins.chunk_gradient_(
+            begun.logits, targets, ranks, *weights, self.vocab.offset, self.ignore_index,
+            self.temperature, self.distills, gradient,
         )  # fmt: skip
 
     def _refuse_unowned(self, targets: Tensor, ranks: Tensor) -> None:
@@ -163,21 +186,33 @@ def _over_chunks(
     gradient = None if d_hidden is None and d_weight is None else w.dtype
     # One buffer for the logits of all chunks: on a CPU a fresh one is paid for page by page.
     buffer = results.new_empty(groups * min(chunk_tokens, tokens), len(w))
-    for start in range(0, tokens, chunk_tokens):
-        part = slice(start, start + chunk_tokens)
-        h = hidden[:, part].reshape(-1, d_model).to(w.dtype)
-        y = targets[:, part].contiguous()
-        logits = _mm(h, w.t(), out=buffer[: len(h)])
-        results[:, :, part], agrees[:, part] = plan.reduce_(
-            logits.view(*y.shape, len(w)), y, part, gradient
-        )
-        d_logits = packed(logits, w.dtype)
-        if d_hidden is not None:
-            d_h = _mm(d_logits, w, out=results.new_empty(h.shape))
-            d_hidden[:, part] = d_h.view(groups, -1, d_model)
+    for parts in chunk_parts(tokens, chunk_tokens, halves=plan.vocab.gather is not None):
+        h = _rows_of(hidden, parts, w.dtype)
+        begun, rows = [], 0
+        for part in parts:
+            y = targets[:, part].contiguous()
+            taken = slice(rows, rows + y.numel())
+            logits = _mm(h[taken], w.t(), out=buffer[taken])
+            begun.append(plan.begin(logits.view(*y.shape, len(w)), y, part))
+            rows = taken.stop
+        for one in begun:
+            results[:, :, one.part], agrees[:, one.part] = plan.finish_(one, gradient)
+            if d_hidden is not None:
+                d_logits = packed(one.logits.flatten(0, 1), w.dtype)
+                d_h = _mm(d_logits, w, out=results.new_empty(len(d_logits), d_model))
+                d_hidden[:, one.part] = d_h.view(groups, -1, d_model)
         if d_weight is not None:
-            _add_mm(d_weight[: len(w)], d_logits.t(), h)
+            _add_mm(d_weight[: len(w)], packed(buffer[:rows], w.dtype).t(), h)
     return results, agrees
+
+
+def _rows_of(hidden: Tensor, parts: Sequence[slice], dtype: torch.dtype) -> Tensor:
+    """hidden [G, n, D] of neighbouring parts as rows [G * c, D], part after part."""
+    d_model = hidden.shape[2]
+    if len(hidden) == 1 or len(parts) == 1:
+        whole = hidden[:, parts[0].start : parts[-1].stop]
+        return whole.reshape(-1, d_model).to(dtype)
+    return torch.cat([hidden[:, part].reshape(-1, d_model) for part in parts]).to(dtype)
 
 
 def arithmetic_dtypes(hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:

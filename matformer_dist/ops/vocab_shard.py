@@ -23,12 +23,13 @@ class VocabShard:
     offset   global id of the first row; grows with the rank
     size     rows that are real vocabulary; what `weight` holds beyond is padding: no part in the
              softmax, zero gradient
-    gather   [m, k] -> [T, m, k] over the tensor-parallel ranks; None on one rank
+    gather   starts [m, k] -> [T, m, k] over the tensor-parallel ranks, and returns what waits for
+             the result; None on one rank
     """
 
     offset: int
     size: int
-    gather: Callable[[Tensor], Tensor] | None = None
+    gather: Callable[[Tensor], Callable[[], Tensor]] | None = None
     # An operator takes no function, so it is told where to find it.
     key: int = field(default_factory=_keys.__next__, init=False, repr=False)
 

@@ -3,7 +3,8 @@
 Megatron-Core, DeepSpeed and this package call torch.distributed's functions under many names, some
 of which they took when they were imported. All of them end in a method of ProcessGroup, and what
 waits for its result in Work.wait (or, on a GPU, in a stream that waits for another one's event): it
-is there that `around_collectives` listens.
+is there that `around_collectives` listens, and at `RowExchange`, whose collectives are torch's own
+operators.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from matformer_dist.parallel.sequence import RowExchange
 
 _COLLECTIVES = (
     "_allgather_base", "_end_coalescing", "_reduce_scatter_base", "all_gather_single",
@@ -36,6 +39,7 @@ def around_collectives(begin: Callable[[], bool], end: Callable[[], None]) -> It
     places: list[tuple[Any, str]] = [
         (dist.ProcessGroup, name) for name in _COLLECTIVES if hasattr(dist.ProcessGroup, name)
     ]
+    places += [(RowExchange, name) for name in ("start_gather", "start_sum", "total", "wait")]
     places.append((dist.Work, "wait"))
     if torch.cuda.is_available():
         places.append((torch.cuda.Stream, "wait_event"))  # wait_stream calls it
@@ -52,7 +56,7 @@ def _between(
 ) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(*arguments: Any, **named: Any) -> Any:
-        if not begin():
+        if torch.compiler.is_compiling() or not begin():
             return method(*arguments, **named)
         try:
             return method(*arguments, **named)

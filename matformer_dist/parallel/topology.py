@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -45,9 +46,20 @@ class TensorParallel:
         """All ranks' values of a small tensor [n, k] as [T, n, k], by one all-gather."""
         if self.size == 1:
             return statistics.unsqueeze(0)
-        out = statistics.new_empty((self.size * statistics.shape[0], *statistics.shape[1:]))
-        dist.all_gather_into_tensor(out, statistics.contiguous(), group=self.group)
-        return out.view(self.size, *statistics.shape)
+        return self.start_gather(statistics)()
+
+    def start_gather(self, statistics: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """The same, started: what is returned waits for it; until then other work goes on."""
+        local = statistics.contiguous()
+        out = local.new_empty((self.size * local.shape[0], *local.shape[1:]))
+        work = dist.all_gather_into_tensor(out, local, group=self.group, async_op=True)
+
+        def finish() -> torch.Tensor:
+            assert work is not None
+            work.wait()
+            return out.view(self.size, *local.shape)
+
+        return finish
 
 
 SINGLE = TensorParallel()

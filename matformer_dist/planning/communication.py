@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from matformer_dist.chunks import chunk_parts
 from matformer_dist.planning.layout import PlannedRun
 
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter"]
@@ -71,7 +72,7 @@ def _of_layers(run: PlannedRun) -> Iterator[Collective]:
             yield Collective(operation, "tensor", what, times * count, times * size)  # type: ignore[arg-type]
     if run.config.parallel.sequence:
         yield from _of_cut_rows(run)
-    chunks = -(-run.loss_tokens // run.loss_chunk)
+    chunks = sum(map(len, chunk_parts(run.loss_tokens, run.loss_chunk, halves=run.tensor > 1)))
     size = run.tensor * run.rows * _ROW_NUMBERS * 4
     yield Collective("all_gather", "tensor", "loss", times * chunks, times * size)
 

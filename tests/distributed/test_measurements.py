@@ -58,11 +58,16 @@ def measure(config: Config, slow: int) -> tuple[list[dict[str, Any]], list[str]]
     return lines, [warning for warning in warnings if warning]
 
 
-@pytest.mark.parametrize(("tensor", "stage"), [(2, 1), (1, 3)])
-def test_the_rank_that_gets_its_data_late_is_the_slowest(tensor: int, stage: int) -> None:
+@pytest.mark.parametrize(
+    ("tensor", "stage", "sequence"), [(2, 1, False), (2, 1, True), (1, 3, False)]
+)
+def test_the_rank_that_gets_its_data_late_is_the_slowest(
+    tensor: int, stage: int, sequence: bool
+) -> None:
     """Others wait for it within collectives, tensor- or data-parallel ones."""
     config = tiny_config(
-        parallel={"tensor": tensor}, deepspeed={"zero_optimization": {"stage": stage}}
+        parallel={"tensor": tensor, "sequence": sequence},
+        deepspeed={"zero_optimization": {"stage": stage}},
     )
     slow = 1
     (lines, warnings), (same, _) = run_ranks(2, measure, config, slow)

@@ -15,28 +15,39 @@ from matformer_dist.ops.multi_granularity_loss import LossOutput
 from matformer_dist.ops.vocab_shard import VocabShard
 from tests.unit.ops.loss_problems import Problem, of_every_kind, tolerances
 
-Gather = Callable[[Tensor], Tensor]
+Gather = Callable[[Tensor], Callable[[], Tensor]]
 Result = tuple[LossOutput, tuple[Tensor, ...]]
 
 
 class Ranks:
-    """A gather for each of several threads, as an all-gather would be, and how often it ran."""
+    """A gather for each of several threads, as an all-gather would be, and what the first one did:
+    "start" and "wait". at_once: to start is to wait.
+    """
 
-    def __init__(self, count: int) -> None:
-        self.count, self.calls = count, 0
+    def __init__(self, count: int, at_once: bool = False) -> None:
+        self.count, self.at_once, self.log = count, at_once, list[str]()
         self.boxes: list[Tensor | None] = [None] * count
         self.barrier = threading.Barrier(count, timeout=60)
 
     def gather(self, rank: int) -> Gather:
-        def all_gather(local: Tensor) -> Tensor:
-            self.boxes[rank] = local
-            self.barrier.wait()  # all have put theirs
-            gathered = torch.stack([box for box in self.boxes if box is not None])
-            self.calls += rank == 0
-            self.barrier.wait()  # all have read them
-            return gathered
+        def start(local: Tensor) -> Callable[[], Tensor]:
+            self.log += ["start"] * (rank == 0)
+            local = local.clone()  # as it is now
 
-        return all_gather
+            def wait() -> Tensor:
+                self.boxes[rank] = local
+                self.barrier.wait()  # all have put theirs
+                gathered = torch.stack([box for box in self.boxes if box is not None])
+                self.log += ["wait"] * (rank == 0)
+                self.barrier.wait()  # all have read them
+                return gathered
+
+            if not self.at_once:
+                return wait
+            gathered = wait()
+            return lambda: gathered
+
+        return start
 
     def run(self, work: Callable[[int, Gather], Any]) -> list[Any]:
         def guarded(rank: int) -> Any:
@@ -70,11 +81,15 @@ def cut(problem: Problem, weight: Tensor, ranks: int) -> list[tuple[Tensor, int,
 
 
 def run_ranks(
-    problem: Problem, operands: Sequence[Tensor], count: int, **options: Any
-) -> tuple[list[Result], int]:
-    """Outputs and gradients of (hidden, weight) on each rank, and the number of gathers."""
+    problem: Problem,
+    operands: Sequence[Tensor],
+    count: int,
+    at_once: bool = False,
+    **options: Any,
+) -> tuple[list[Result], list[str]]:
+    """Outputs and gradients of (hidden, weight) on each rank, and what the gathers did."""
     hidden, weight, targets = operands
-    ranks = Ranks(count)
+    ranks = Ranks(count, at_once)
     pieces = cut(problem, weight, count)
 
     def work(rank: int, gather: Gather) -> Result:
@@ -84,7 +99,7 @@ def run_ranks(
         upstream = torch.tensor(-3.0, dtype=output.total.dtype)
         return output, torch.autograd.grad(output.total, own, upstream)
 
-    return ranks.run(work), ranks.calls
+    return ranks.run(work), ranks.log
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 3, None])
@@ -123,16 +138,33 @@ def test_a_share_of_padding_alone_takes_no_part(problem: Problem) -> None:
 
 
 @pytest.mark.parametrize("granularities", [1, 3])
-def test_one_gather_a_chunk_whatever_the_number_of_granularities(granularities: int) -> None:
+def test_two_gathers_a_chunk_overlap_whatever_the_number_of_granularities(
+    granularities: int,
+) -> None:
+    """Both are under way before one is waited for. 9 tokens: chunks of 4, 4 and 1."""
     problem = Problem(
-        rows=(10,) * granularities,
+        rows=(9,) * granularities,
         ce=(1,) * granularities,
         z=(0.1,) * granularities,
         kl=(0.0, 0.5, 0.5)[:granularities],
         temperature=2.0,
     )
-    _, calls = run_ranks(problem, problem.operands(), 2, chunk_tokens=4)
-    assert calls == 3
+    _, log = run_ranks(problem, problem.operands(), 2, chunk_tokens=4)
+    assert log == [*["start", "start", "wait", "wait"] * 2, "start", "wait"]
+
+
+@of_every_kind()
+def test_gathers_beside_other_work_change_no_bit(problem: Problem) -> None:
+    """Against gathers that are there before anything else goes on."""
+    operands = problem.operands()
+    beside, log = run_ranks(problem, operands, 2, chunk_tokens=3)
+    at_once, other_log = run_ranks(problem, operands, 2, at_once=True, chunk_tokens=3)
+    assert sorted(log) == sorted(other_log) and other_log == ["start", "wait"] * (len(log) // 2)
+    for (one, gradients), (other, expected) in zip(beside, at_once, strict=True):
+        for name, value in other._asdict().items():
+            found = getattr(one, name)
+            assert found is value is None or torch.equal(found, value), name
+        assert all(map(torch.equal, gradients, expected))
 
 
 @of_every_kind("joint", rows=(2, 2), ce=(1, 1), z=(0, 0), kl=(0, 0), vocab=4, d_model=4)

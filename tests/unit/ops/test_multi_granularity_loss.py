@@ -310,13 +310,13 @@ def test_chunks_depend_on_one_segment_not_on_their_number(monkeypatch: pytest.Mo
     monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 4 * 8 * 20)
     assert default_chunk_tokens(20, "cpu") == 8
     sizes: list[int] = []
-    reduce_ = loss_operator._Plan.reduce_
+    begin = loss_operator._Plan.begin
 
     def watched(plan: Any, logits: Tensor, *rest: Any) -> Any:
         sizes.append(logits.numel())
-        return reduce_(plan, logits, *rest)
+        return begin(plan, logits, *rest)
 
-    monkeypatch.setattr(loss_operator._Plan, "reduce_", watched)
+    monkeypatch.setattr(loss_operator._Plan, "begin", watched)
     for count in (1, 2, 4):
         problem = Problem(
             rows=(17,) * count, ce=(1,) * count, z=(0,) * count, kl=(0,) * count, vocab=20,
