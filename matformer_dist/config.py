@@ -174,7 +174,12 @@ class DataConfig(Section):
     split: tuple[NonNegative, NonNegative] = (99.0, 1.0)  # of train, where validation is not set
     tokenizer: Path  # a .model file of SentencePiece, a tokenizer.json, or the folder of one
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 1234
-    workers: Count = 0  # processes a rank that read ahead; 0: the rank reads itself
+    # Processes a rank that read ahead; 0: the rank reads itself. Pay where time_ms.data of
+    # metrics.jsonl is more than a few percent of a step with prefetch alone: slow file systems.
+    workers: Count = 0
+    # Micro-batches that a thread reads, pins and copies to a GPU beside the training; 0: none.
+    # Pays on a GPU, by a copy and a wait a micro-batch; a CPU shares its cores with the thread.
+    prefetch: Count = 2
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:

@@ -70,7 +70,8 @@ def micro_batches(
 
     `consumed` samples of the dataset are skipped: those that earlier micro-batches of all ranks
     took together. Ends when not enough for a micro-batch of every rank are left. `workers`
-    processes read ahead; the order is the same with any number of them.
+    processes read ahead; the order is the same with any number of them. They are started here and
+    not by whoever takes the first one.
     """
     stride = micro_batch_size * data_parallel_size
     first = consumed + data_parallel_rank * micro_batch_size
@@ -82,7 +83,6 @@ def micro_batches(
         num_workers=workers,
         collate_fn=_tokens_and_targets,
         worker_init_fn=_leave_signals_to_the_rank,
-        pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or it would draw from the global one, and shift dropout
     )
     return iter(loader)

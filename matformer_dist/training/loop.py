@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterator
+from itertools import chain, islice
 from typing import Any
 
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from matformer_dist.checkpoints.store import CheckpointStore
 from matformer_dist.config import Config
 from matformer_dist.counting import forward_flops
 from matformer_dist.data.datasets import build_datasets, micro_batches
+from matformer_dist.data.feed import Batch, Feed
 from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.errors import PreemptedError, UserError
 from matformer_dist.evaluation.loss import SubmodelLoss, evaluate_submodels
@@ -37,7 +38,6 @@ from matformer_dist.training.objective import Objective
 from matformer_dist.training.profiling import Profiler, Wanted
 from matformer_dist.training.screen import Screen
 
-Batch = tuple[Tensor, Tensor]  # tokens and targets, [b, s] each
 _NO_STEPS = Wanted()
 
 
@@ -158,14 +158,15 @@ class Run:
         PreemptedError where a signal asked for an end, UserError where no step changes anything any
         more; a checkpoint of the last step is there then.
         """
-        training = self.config.training
-        batches = self._batches(self.train_data, self.step * training.global_batch_size)
         clock = self.measurements.clock
         try:
             self._report()  # of the checkpoint's step, if the run ended before that
             if self.step >= self.total_steps:
                 self.screen.say(f"finished: all {self.total_steps} steps are done")
-            with around_collectives(clock.begin_communication, clock.end_communication):
+            with (
+                self._feed(self._training_batches()) as batches,
+                around_collectives(clock.begin_communication, clock.end_communication),
+            ):
                 while self.step < self.total_steps:
                     with self.profiler.step(self.step + 1):
                         self._train_step(batches)
@@ -230,9 +231,8 @@ class Run:
             self.lr = learning_rate(
                 config.schedule, config.optimizer.lr, self.step, self.total_steps
             )
-            passes = self._passes()
-            ordered = self._in_order(batches, passes)
-            results = self.engine.train_step(ordered, iter(passes), self.lr)
+            passes = iter(self._passes(self.step))
+            results = self.engine.train_step(batches, passes, self.lr)
             self.step += 1
             if not self.engine.was_skipped:
                 self.losses.add(results)
@@ -255,13 +255,13 @@ class Run:
     def _is_evaluated(self, step: int) -> bool:
         return step == self.total_steps or _due(step, self.config.evaluation.every)
 
-    def _passes(self) -> list[Pass]:
-        """The passes of this rank's micro-batches of the current step."""
+    def _passes(self, step: int) -> list[Pass]:
+        """The passes of this rank's micro-batches of a step."""
         ranks, accumulation = self.topology.data_size, self.engine.accumulation
         sequences = self.config.training.micro_batch_size
         return [
             self.objective.plan(
-                self.step, i * ranks + self.topology.data_rank, accumulation * ranks, sequences
+                step, i * ranks + self.topology.data_rank, accumulation * ranks, sequences
             )
             for i in range(accumulation)
         ]
@@ -288,42 +288,38 @@ class Run:
             workers=self.config.data.workers,
         )
 
-    def _on_device(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        device = self.topology.device
-        for tokens, targets in batches:
-            yield tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+    def _training_batches(self) -> Iterator[Batch]:
+        """The micro-batches of the remaining steps, in the order of their passes."""
+        consumed = self.step * self.config.training.global_batch_size
+        batches = self._batches(self.train_data, consumed)
+        steps = range(self.step, self.total_steps)
+        return chain.from_iterable(_in_order(batches, self._passes(step)) for step in steps)
 
-    def _in_order(self, batches: Iterator[Batch], passes: list[Pass]) -> Iterator[Batch]:
-        """A step's micro-batches, each as its pass wants it (see Pass)."""
-        return self._on_device(
-            (tokens, targets)
-            if plan.order is None
-            else (tokens[list(plan.order)], targets[list(plan.order)])
-            for plan, (tokens, targets) in zip(passes, batches, strict=False)
-        )
+    def _feed(self, batches: Iterator[Batch]) -> Feed:
+        return Feed(batches, self.topology.device, self.config.data.prefetch)
 
     def _evaluate(self) -> dict[str, SubmodelLoss]:
         layers = self.config.model.n_layers
         uniform = self.nesting.uniforms(layers)
         mixed = [self.nesting.parse(text, layers) for text in self.config.evaluation.submodels]
-        batches = self._batches(self.validation_data, 0)
+        count = self.config.evaluation.batches * self.engine.accumulation
+        batches = islice(self._batches(self.validation_data, 0), count)
 
         def run_pass(tokens: Tensor, targets: Tensor, plan: Pass) -> Tensor:
             self.control.mark(f"the evaluation of step {self.step}")
             self._end_if_asked()
             return self.engine.evaluate(tokens, targets, plan)
 
-        return evaluate_submodels(
-            run_pass,
-            islice(
-                self._on_device(batches), self.config.evaluation.batches * self.engine.accumulation
-            ),
-            [*uniform, *mixed],
-            uniform[0],
-            per_pass=len(self.nesting),
-            device=self.topology.device,
-            group=self.topology.data_group,
-        )
+        with self._feed(batches) as fed:
+            return evaluate_submodels(
+                run_pass,
+                fed,
+                [*uniform, *mixed],
+                uniform[0],
+                per_pass=len(self.nesting),
+                device=self.topology.device,
+                group=self.topology.data_group,
+            )
 
     def _measurements(self) -> dict[str, Any]:
         """A line of metrics, but for what the evaluation and the checkpoint add to it."""
@@ -372,6 +368,13 @@ class Run:
         # Weights that lead to nothing finite must not be all that is kept.
         self.store.save(self.engine, manifest, prunes=not self.skips_in_a_row)
         self.saved = self.step
+
+
+def _in_order(batches: Iterator[Batch], passes: list[Pass]) -> Iterator[Batch]:
+    """A step's micro-batches, each as its pass wants it."""
+    for plan, (tokens, targets) in zip(passes, batches, strict=False):
+        order = slice(None) if plan.order is None else list(plan.order)
+        yield tokens[order], targets[order]
 
 
 def _due(step: int, every: int) -> bool:

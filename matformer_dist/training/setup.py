@@ -23,7 +23,7 @@ from matformer_dist.training.engine import zero_options
 _FREE_SECTIONS = ("run", "nesting", "parallel", "evaluation", "checkpoint", "logging")
 _FREE_KEYS = {
     "model": ("init_std", "max_seq_len", "vocab_size"),
-    "data": ("tokenizer", "workers"),
+    "data": ("tokenizer", "workers", "prefetch"),
     "training": (
         "steps", "tokens", "compile", "operators", "activation_checkpointing",
         "max_skipped_steps", "hang_timeout", "micro_batch_size",

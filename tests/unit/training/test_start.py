@@ -5,8 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from matformer_dist.config_file import load_config
 from matformer_dist.errors import UserError
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.run_directory import Layout, Manifest, find_checkpoint, seal
-from matformer_dist.training.loop import Run
+from matformer_dist.training.loop import _in_order
 from matformer_dist.training.setup import check_checkpoint, check_run_directory
 from tests.unit.submodels.synthetic_run import model_config, random_model, write_run
 
@@ -100,8 +99,7 @@ def test_batches_are_put_in_the_order_of_their_pass() -> None:
     passes = [replace(plain, order=(2, 0, 1)), plain]
     batch = (torch.arange(6).view(3, 2), torch.arange(6).view(3, 2) + 1)
     more = iter([batch, batch, batch])
-    run = cast(Run, SimpleNamespace(_on_device=iter))
-    (tokens, targets), (as_they_came, _) = Run._in_order(run, more, passes)
+    (tokens, targets), (as_they_came, _) = _in_order(more, passes)
     assert tokens.tolist() == [[4, 5], [0, 1], [2, 3]]
     assert torch.equal(targets, tokens + 1) and torch.equal(as_they_came, batch[0])
     assert len(list(more)) == 1, "the next step's batch stays where it is"
@@ -159,6 +157,8 @@ def test_another_batch_is_refused_because_steps_count_data(run: Path, key: str) 
     [
         "training.compile=true",
         "training.activation_checkpointing=full",
+        "training.activation_checkpointing=selective",
+        "data.prefetch=0",
         "data.tokenizer=elsewhere.model",
         "data.workers=2",
         "deepspeed.zero_optimization.stage=2",
