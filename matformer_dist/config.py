@@ -264,7 +264,7 @@ class LoggingConfig(Section):
     tensorboard: bool = True
     wandb: bool = False
     wandb_project: str = "matformer"
-    peak_tflops: AboveZero | None = None  # of one device, for MFU
+    peak_tflops: AboveZero | None = None  # of one device, for MFU; None: known GPUs have theirs
 
 
 class Config(Section):

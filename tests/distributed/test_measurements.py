@@ -19,8 +19,8 @@ from matformer_dist.training.timing import PARTS
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_cases import VOCAB, passes, synthetic_batches, tiny_config
 
-STEPS, LINES = 3, 6
-DELAY_S = 0.1
+STEPS, LINES = 2, 5
+DELAY_S = 0.2  # much more than a micro-batch takes, also beside other programs
 
 
 def late(batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -49,7 +49,7 @@ def measure(config: Config, slow: int) -> tuple[list[dict[str, Any]], list[str]]
             with measurements.step(flops=10**9):
                 engine.train_step(batches, planned, 1e-3)
             seconds += time.perf_counter() - begun
-            time.sleep(0.05)  # between steps: of no step
+            time.sleep(0.5)  # between steps: of no step
             if step % STEPS == STEPS - 1:
                 lines.append({**measurements.take(), "wall_ms": seconds / STEPS * 1e3})
                 seconds = 0.0
@@ -58,11 +58,16 @@ def measure(config: Config, slow: int) -> tuple[list[dict[str, Any]], list[str]]
     return lines, [warning for warning in warnings if warning]
 
 
-@pytest.mark.parametrize(("tensor", "stage"), [(2, 1), (1, 3)])
-def test_the_rank_that_gets_its_data_late_is_the_slowest(tensor: int, stage: int) -> None:
+@pytest.mark.parametrize(
+    ("tensor", "stage", "sequence"), [(2, 1, False), (2, 1, True), (1, 3, False)]
+)
+def test_the_rank_that_gets_its_data_late_is_the_slowest(
+    tensor: int, stage: int, sequence: bool
+) -> None:
     """Others wait for it within collectives, tensor- or data-parallel ones."""
     config = tiny_config(
-        parallel={"tensor": tensor}, deepspeed={"zero_optimization": {"stage": stage}}
+        parallel={"tensor": tensor, "sequence": sequence},
+        deepspeed={"zero_optimization": {"stage": stage}},
     )
     slow = 1
     (lines, warnings), (same, _) = run_ranks(2, measure, config, slow)
@@ -74,10 +79,9 @@ def test_the_rank_that_gets_its_data_late_is_the_slowest(tensor: int, stage: int
         times = line["time_ms"]
         assert set(times) == set(PARTS) and all(value >= 0 for value in times.values())
         assert sum(times.values()) == pytest.approx(line["step_ms"])
-        assert line["step_ms"] == pytest.approx(line["wall_ms"], rel=0.05)
+        assert line["step_ms"] == pytest.approx(line["wall_ms"], rel=0.1)
         # A mean over ranks: one waits for its data, the other meanwhile for that one.
         waited_ms = DELAY_S * 1e3 * micro_batches / 2
-        assert waited_ms < times["data"] < 1.5 * waited_ms
-        assert times["communication"] > 0.8 * waited_ms
+        assert times["data"] > waited_ms and times["communication"] > 0.6 * waited_ms
         assert line["model_tflops_per_second"] == pytest.approx(1 / line["step_ms"])
     assert len(warnings) == 1 and warnings[0].startswith(f"rank {slow} on ")
