@@ -37,7 +37,7 @@ def around_collectives(begin: Callable[[], bool], end: Callable[[], None]) -> It
     graph are not seen.
     """
     places: list[tuple[Any, str]] = [
-        (dist.ProcessGroup, name) for name in _COLLECTIVES if hasattr(dist.ProcessGroup, name)
+        (dist.ProcessGroup, name) for name in _COLLECTIVES if name in vars(dist.ProcessGroup)
     ]
     places.append((dist.Work, "wait"))
     places += [(RowExchange, name) for name in _OF_ROWS]
@@ -45,9 +45,9 @@ def around_collectives(begin: Callable[[], bool], end: Callable[[], None]) -> It
         places.append((torch.cuda.Stream, "wait_event"))  # wait_stream calls it
     with ExitStack() as stack:
         for owner, name in places:
-            method = getattr(owner, name)
-            setattr(owner, name, _between(begin, end, method))
-            stack.callback(setattr, owner, name, method)
+            # What stands in the class binds `self`; what getattr gives, of a C++ class, would not.
+            stack.callback(setattr, owner, name, vars(owner)[name])
+            setattr(owner, name, _between(begin, end, getattr(owner, name)))
         yield
 
 

@@ -55,6 +55,8 @@ def measure(config: Config, slow: int) -> tuple[list[dict[str, Any]], list[str]]
                 seconds = 0.0
                 warnings.append(stragglers.look_at(lines[-1]))
     assert dist.ProcessGroup.allreduce is method
+    dist.barrier()  # collectives are as they were
+    engine.train_step(batches, passes(config, engine, topology, 0), 1e-3)
     return lines, [warning for warning in warnings if warning]
 
 
