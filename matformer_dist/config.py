@@ -218,7 +218,7 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
     seed: Count = 1234
     # What the backward pass makes again instead of keeping it. selective: norms and rotated queries
-    # and keys, a third of what a layer keeps, for a few percent of time; pays wherever memory
+    # and keys, a third of what a layer keeps, at hardly any time; pays wherever memory
     # limits the micro-batch. full: whole layers, for a third more FLOPs; pays where selective does
     # not fit.
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
@@ -269,7 +269,7 @@ class LoggingConfig(Section):
     tensorboard: bool = True
     wandb: bool = False
     wandb_project: str = "matformer"
-    peak_tflops: AboveZero | None = None  # of one device, for MFU
+    peak_tflops: AboveZero | None = None  # of one device, for MFU; None: known GPUs have theirs
 
 
 class Config(Section):

@@ -13,6 +13,7 @@ from pathlib import Path
 from matformer_dist.doctor.finding import Finding, failure, note
 from matformer_dist.errors import UserError
 from matformer_dist.run_directory import read_checkpoints
+from matformer_dist.units import short_bytes
 
 _GIB = 2**30
 _FEW_FILES = (
@@ -27,7 +28,8 @@ def system() -> Iterator[Finding]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield Finding(
-        "machine", f"{os.cpu_count()} CPUs, of which {usable} may be used; {_size(memory)} memory"
+        "machine",
+        f"{os.cpu_count()} CPUs, of which {usable} may be used; {short_bytes(memory)} memory",
     )
     yield compiler()
 
@@ -58,7 +60,7 @@ def disk(directory: Path) -> Iterator[Finding]:
     while not there.exists():
         there = there.parent
     usage = shutil.disk_usage(there)
-    text = f"{_size(usage.free)} of {_size(usage.total)} free at {directory.absolute()}"
+    text = f"{short_bytes(usage.free)} of {short_bytes(usage.total)} free at {directory.absolute()}"
     if not os.access(there, os.W_OK):
         yield failure(
             "disk",
@@ -68,20 +70,20 @@ def disk(directory: Path) -> Iterator[Finding]:
         return
     newest = _newest_checkpoint_bytes(directory)
     if newest:
-        text += f"; the newest checkpoint there has {_size(newest)}"
+        text += f"; the newest checkpoint there has {short_bytes(newest)}"
     if newest > usage.free:
         yield failure(
             "disk",
             text,
-            f"the next checkpoint does not fit: {_size(newest)} are needed beside "
-            f"what is there, and {_size(usage.free)} are free at {there}; free some, or lower "
-            "checkpoint.keep_last",
+            f"the next checkpoint does not fit: {short_bytes(newest)} are needed beside "
+            f"what is there, and {short_bytes(usage.free)} are free at {there}; free some, or "
+            "lower checkpoint.keep_last",
         )
     elif usage.free < _SMALL_DISK:
         yield note(
             "disk",
             text,
-            f"only {_size(usage.free)} are free at {there}: a checkpoint "
+            f"only {short_bytes(usage.free)} are free at {there}: a checkpoint "
             "takes 12 to 16 bytes a parameter, and two are kept while a third is written; "
             "put run.dir on a larger disk",
         )
@@ -112,7 +114,7 @@ def limits() -> Iterator[Finding]:
     else:
         yield Finding("open files", text)
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    text = "no limit" if locked == resource.RLIM_INFINITY else _size(locked)
+    text = "no limit" if locked == resource.RLIM_INFINITY else short_bytes(locked)
     if locked != resource.RLIM_INFINITY and Path("/sys/class/infiniband").exists():
         yield note(
             "locked memory",
@@ -134,12 +136,12 @@ def _shared_memory(path: Path) -> Finding:
             "between GPUs of a machine will fail; mount a tmpfs there",
         )
     usage = shutil.disk_usage(path)
-    text = f"{_size(usage.free)} of {_size(usage.total)} free at {path}"
+    text = f"{short_bytes(usage.free)} of {short_bytes(usage.total)} free at {path}"
     if usage.free < _SMALL_SHARED_MEMORY:
         return note(
             "shared memory",
             text,
-            f"only {_size(usage.free)} are free at {path}: NCCL and "
+            f"only {short_bytes(usage.free)} are free at {path}: NCCL and "
             "data.workers may fail for want of it; start the container with --shm-size=8g "
             "or --ipc=host",
         )
@@ -148,11 +150,3 @@ def _shared_memory(path: Path) -> Finding:
 
 def _limit(value: int) -> str:
     return "no limit" if value == resource.RLIM_INFINITY else f"{value:,}"
-
-
-def _size(value: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.3g} {unit}"
-        value /= 1024
-    return f"{value:.3g} TiB"

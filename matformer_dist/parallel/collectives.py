@@ -3,8 +3,7 @@
 Megatron-Core, DeepSpeed and this package call torch.distributed's functions under many names, some
 of which they took when they were imported. All of them end in a method of ProcessGroup, and what
 waits for its result in Work.wait (or, on a GPU, in a stream that waits for another one's event): it
-is there that `around_collectives` listens, and at `RowExchange`, whose collectives are torch's own
-operators.
+is there that `around_collectives` listens, and at RowExchange, whose collectives go past both.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import torch.distributed as dist
 
 from matformer_dist.parallel.sequence import RowExchange
 
+_OF_ROWS = ("start_gather", "start_sum", "total", "wait")
 _COLLECTIVES = (
     "_allgather_base", "_end_coalescing", "_reduce_scatter_base", "all_gather_single",
     "all_gather_single_coalesced", "all_to_all_single", "allgather", "allgather_coalesced",
@@ -33,21 +33,21 @@ _COLLECTIVES = (
 def around_collectives(begin: Callable[[], bool], end: Callable[[], None]) -> Iterator[None]:
     """Call `begin` before and `end` behind everything that issues or awaits a collective.
 
-    Where `begin` returns False, its `end` is left out. What torch.compile takes into a graph is not
-    seen, nor is a collective that compiled code issues.
+    Where `begin` returns False, its `end` is left out. Collectives that torch.compile takes into a
+    graph are not seen.
     """
     places: list[tuple[Any, str]] = [
-        (dist.ProcessGroup, name) for name in _COLLECTIVES if hasattr(dist.ProcessGroup, name)
+        (dist.ProcessGroup, name) for name in _COLLECTIVES if name in vars(dist.ProcessGroup)
     ]
-    places += [(RowExchange, name) for name in ("start_gather", "start_sum", "total", "wait")]
     places.append((dist.Work, "wait"))
+    places += [(RowExchange, name) for name in _OF_ROWS]
     if torch.cuda.is_available():
         places.append((torch.cuda.Stream, "wait_event"))  # wait_stream calls it
     with ExitStack() as stack:
         for owner, name in places:
-            method = getattr(owner, name)
-            setattr(owner, name, _between(begin, end, method))
-            stack.callback(setattr, owner, name, method)
+            # What stands in the class binds `self`; what getattr gives, of a C++ class, would not.
+            stack.callback(setattr, owner, name, vars(owner)[name])
+            setattr(owner, name, _between(begin, end, getattr(owner, name)))
         yield
 
 

@@ -31,6 +31,24 @@ DEVICES = {
     "rtx4090": Device(24.0, 165, 82.6, 32),
 }
 
+_CALLED = {  # by the driver
+    "NVIDIA A100-PCIE-40GB": "a100-40gb",
+    "NVIDIA A100-SXM4-40GB": "a100-40gb",
+    "NVIDIA A100 80GB PCIe": "a100-80gb",
+    "NVIDIA A100-SXM4-80GB": "a100-80gb",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H100 PCIe": "h100-pcie",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
+}
+
+
+def device_called(name: str) -> Device | None:
+    """The device that the driver calls so; None for one that is not known."""
+    return DEVICES[_CALLED[name]] if name in _CALLED else None
+
 
 def find_device(name: str) -> Device:
     """The device of that name; UserError for one that is not known."""

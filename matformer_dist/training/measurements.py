@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from matformer_dist.config import Config
-from matformer_dist.parallel.agreement import gathered
 from matformer_dist.parallel.topology import Topology
+from matformer_dist.planning.machines import device_called
 from matformer_dist.training.timing import PARTS, Clock
 
 _STRAGGLES_FROM = 1.15  # of the median rank's own time
@@ -29,7 +28,7 @@ class Measurements:
         self.clock = Clock(topology.device)
         self._config = config
         self._topology = topology
-        self._hosts = gathered(socket.gethostname())
+        self._peak_tflops = _peak_tflops(config, topology.device)
         self._flops = 0
         self._steps = 0
 
@@ -49,7 +48,7 @@ class Measurements:
         """
         flops, ranks = self._flops / max(1, self._steps), self._topology.world_size
         self._flops = self._steps = 0
-        training, peak = self._config.training, self._config.logging.peak_tflops
+        training, peak = self._config.training, self._peak_tflops
         table = self._gather([*self.clock.take().values(), *memory_peaks(self._topology.device)])
         parts = {part: fmean(row[i] for row in table) for i, part in enumerate(PARTS)}
         seconds = max(sum(parts.values()), 1e-9)
@@ -63,7 +62,9 @@ class Measurements:
             "mfu": tflops_per_second / (peak * ranks) if peak else None,
             "step_ms": seconds * 1e3,
             "time_ms": {part: value * 1e3 for part, value in parts.items()},
-            "slowest_rank": slowest_rank([row[: len(PARTS)] for row in table], self._hosts),
+            "slowest_rank": slowest_rank(
+                [row[: len(PARTS)] for row in table], self._topology.hosts
+            ),
             "peak_memory_bytes": memory.get("allocated_bytes", memory["resident_bytes"]),
             "memory": memory,
         }
@@ -76,6 +77,14 @@ class Measurements:
         whole = mine.new_empty(self._topology.world_size * len(row))
         dist.all_gather_into_tensor(whole, mine)
         return whole.view(-1, len(row)).tolist()
+
+
+def _peak_tflops(config: Config, device: torch.device) -> float | None:
+    """Of one device, for MFU: as configured, or of a GPU that is known."""
+    if config.logging.peak_tflops or device.type != "cuda":
+        return config.logging.peak_tflops
+    known = device_called(torch.cuda.get_device_name(device))
+    return known.peak_tflops(config.training.precision) if known else None
 
 
 def slowest_rank(seconds: Sequence[Sequence[float]], hosts: Sequence[str]) -> dict[str, Any]:

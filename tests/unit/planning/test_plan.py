@@ -17,9 +17,9 @@ from matformer_dist.errors import UserError
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.parallel.layers import Initializer
 from matformer_dist.parallel.topology import TensorParallel
-from matformer_dist.planning import plan
+from matformer_dist.planning import machines, plan
 from matformer_dist.planning.layout import PlannedRun
-from matformer_dist.planning.machines import DEVICES, Machine, find_device
+from matformer_dist.planning.machines import DEVICES, Machine, device_called, find_device
 from matformer_dist.planning.memory import estimate_memory
 from matformer_dist.planning.proposal import candidates, changed
 from matformer_dist.planning.timing import step_time
@@ -128,6 +128,13 @@ def test_slower_links_lengthen_a_step_by_the_bytes_of_a_ring() -> None:
     assert fast.data_collectives == pytest.approx(3 * 7 / 8 * 2 * run.parameters / 450e9, rel=1e-4)
     assert slow.data_collectives == pytest.approx(10 * fast.data_collectives)
     assert fast.compute == slow.compute > 0
+
+
+def test_gpus_are_known_by_what_the_driver_calls_them() -> None:
+    called = {name: device_called(name) for name in machines._CALLED}
+    assert set(called.values()) == set(DEVICES.values())
+    assert called["NVIDIA H100 80GB HBM3"] == DEVICES["h100"]
+    assert device_called("NVIDIA H100 NVL") is None, "its rates are others"
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from matformer_dist.training.measurements import Stragglers, slowest_rank
+from matformer_dist.training.measurements import Stragglers, _peak_tflops, slowest_rank
 from matformer_dist.training.timing import PARTS, Clock
+from tests.distributed.training_cases import tiny_config
 
 
 class Seconds:
@@ -143,6 +144,18 @@ def test_the_slowest_rank_is_the_one_with_most_work_of_its_own() -> None:
     assert slowest_rank(rows, "abc") == {"rank": 1, "host": "b", "ratio": 1.5}
     assert slowest_rank(rows[1:], "bc") == {"rank": 0, "host": "b", "ratio": 1.5}
     assert slowest_rank(rows[:1], "a") == {"rank": 0, "host": "a", "ratio": 1.0}
+
+
+def test_mfu_is_by_the_peak_that_is_set_or_of_a_known_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "NVIDIA H100 80GB HBM3"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    plain, bf16 = tiny_config(), tiny_config(training={"precision": "bf16"})
+    stated = tiny_config(logging={"peak_tflops": 5.0})
+    assert [_peak_tflops(one, gpu) for one in (plain, bf16, stated)] == [67, 989, 5]
+    assert [_peak_tflops(one, cpu) for one in (plain, stated)] == [None, 5]
+    name = "NVIDIA Unheard Of"
+    assert _peak_tflops(bf16, gpu) is None
 
 
 def test_a_straggler_is_named_once_when_it_stays_one() -> None:
