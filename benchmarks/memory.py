@@ -27,7 +27,7 @@ def main() -> None:
         for name, (config, vocab_size) in cases.items():
             run = PlannedRun(config, vocab_size, ranks // config.parallel.tensor, "cpu")
             planned = estimate_memory(run)
-            found = min(rank[name].at_most for rank in measured)
+            found = max(rank[name].at_most for rank in measured)
             rows.append(
                 {
                     "ranks": group,

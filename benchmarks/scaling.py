@@ -14,12 +14,11 @@ import time
 from benchmarks.machine import RESULTS, write_result
 from matformer_dist.config import Config
 from matformer_dist.parallel.topology import initialize
-from matformer_dist.planning.communication import traffic
 from matformer_dist.planning.layout import PlannedRun
 from matformer_dist.training.engine import Engine, build_model
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_plan import case
-from tests.distributed.traffic import Recorder, Traffic
+from tests.distributed.traffic import Recorder, Traffic, foretold
 from tests.distributed.training_cases import passes, synthetic_batches
 
 VOCABULARY = 2048
@@ -58,14 +57,6 @@ def step(config: Config) -> tuple[Traffic, float]:
     return sent, statistics.median(seconds[2:])
 
 
-def planned(config: Config, ranks: int) -> Traffic:
-    found: Traffic = {}
-    for one in traffic(PlannedRun(config, VOCABULARY, ranks // config.parallel.tensor, "cpu")):
-        count, size = found.get((one.operation, one.group), (0, 0))
-        found[one.operation, one.group] = count + one.count, size + one.bytes
-    return found
-
-
 def main() -> None:
     rows = []
     print("| layout | collectives | of the plan | bytes | of the plan | ms a step |")
@@ -73,12 +64,12 @@ def main() -> None:
     for name, (ranks, settings) in LAYOUTS.items():
         config = case(**{**SETTINGS, **settings})
         sent, seconds = run_ranks(ranks, step, config)[0]
-        foretold = planned(config, ranks)
-        totals = [[sum(pair[i] for pair in of.values()) for of in (sent, foretold)] for i in (0, 1)]
+        planned = foretold(PlannedRun(config, VOCABULARY, ranks // config.parallel.tensor, "cpu"))
+        totals = [[sum(pair[i] for pair in of.values()) for of in (sent, planned)] for i in (0, 1)]
         rows.append(
             {
                 "layout": name,
-                "equal": sent == foretold,
+                "equal": sent == planned,
                 "collectives": totals[0],
                 "bytes": totals[1],
                 "by_kind": {" over ".join(key): pair for key, pair in sent.items()},

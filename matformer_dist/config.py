@@ -238,6 +238,10 @@ class TrainingConfig(Section):
         assert self.tokens is not None
         return -(-self.tokens // (self.global_batch_size * self.seq_len))
 
+    def micro_batches(self, data_size: int) -> int:
+        """That each of `data_size` data-parallel ranks runs between two optimizer steps."""
+        return self.global_batch_size // (self.micro_batch_size * data_size)
+
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
         if (self.steps is None) == (self.tokens is None):
@@ -292,12 +296,17 @@ class Config(Section):
         return self.nesting.build(self.model.d_ff)
 
     @property
+    def zero_optimization(self) -> Mapping[str, Any]:
+        """That part of the section `deepspeed`; empty where it holds no keys."""
+        zero = self.deepspeed.get("zero_optimization")
+        return zero if isinstance(zero, Mapping) else {}
+
+    @property
     def zero_stage(self) -> int:
         """What DeepSpeed cuts over data-parallel ranks: 0 nothing, 1 optimizer states, 2 gradients
         too, 3 weights too.
         """
-        zero = self.deepspeed.get("zero_optimization")
-        stage = zero.get("stage", 1) if isinstance(zero, Mapping) else 1
+        stage = self.zero_optimization.get("stage", 1)
         if stage not in (0, 1, 2, 3):
             raise UserError(
                 f"deepspeed.zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3"

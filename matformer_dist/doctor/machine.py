@@ -16,9 +16,8 @@ from matformer_dist.run_directory import read_checkpoints
 from matformer_dist.units import short_bytes
 
 _GIB = 2**30
-_FEW_FILES = (
-    4096  # a rank of a large job has a socket to each of hundreds of others, and data files
-)
+# A rank of a large job has a socket to each of hundreds of others, and data files.
+_FEW_FILES = 4096
 _SMALL_SHARED_MEMORY = _GIB
 _SMALL_DISK = 5 * _GIB
 

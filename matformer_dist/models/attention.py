@@ -16,7 +16,7 @@ out: all are gathered for the products, and what is summed is scattered.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -89,10 +89,12 @@ class Attention(nn.Module):
         queries, keys, v = groups.split([self.queries_per_kv, 1, 1], dim=3)
         q, k = self.turned(queries, rotation), self.turned(keys, rotation)
         v = v.squeeze(3).transpose(1, 2)
-        again = (
-            Again(q, partial(self.turned, queries.detach(), rotation)),
-            Again(k, partial(self.turned, keys.detach(), rotation)),
-        )
+        kept: AbstractContextManager[None] = nullcontext()
+        if selective:
+            kept = made_again(
+                Again(q, partial(self.turned, queries.detach(), rotation)),
+                Again(k, partial(self.turned, keys.detach(), rotation)),
+            )
         mask = None
         if cache is not None:
             k, v = cache.append(k, v)
@@ -100,7 +102,7 @@ class Attention(nn.Module):
                 # Queries stand at the end of the keys; SDPA's own causal mask starts at the first.
                 mask = torch.ones(s, k.shape[2], dtype=torch.bool, device=x.device)
                 mask = mask.tril(k.shape[2] - s)
-        with made_again(*again) if selective else nullcontext():
+        with kept:
             context = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None and s > 1,
                 enable_gqa=self.queries_per_kv > 1,

@@ -48,8 +48,7 @@ class PlannedRun:
     @property
     def micro_batches(self) -> int:
         """Of each rank, a step."""
-        training = self.config.training
-        return training.global_batch_size // (training.micro_batch_size * self.data_size)
+        return self.config.training.micro_batches(self.data_size)
 
     @property
     def tokens_per_step(self) -> int:
@@ -94,8 +93,8 @@ class PlannedRun:
     @property
     def bucket_elements(self) -> int:
         """Of the gradients that DeepSpeed sends at once; it keeps a buffer of that size."""
-        zero = self.config.deepspeed.get("zero_optimization") or {}
-        return int(zero.get("reduce_bucket_size", reduce_bucket(self.parameters)))
+        given = self.config.zero_optimization.get("reduce_bucket_size")
+        return reduce_bucket(self.parameters) if given is None else int(given)
 
     @cached_property
     def _whole(self) -> ParameterCount:

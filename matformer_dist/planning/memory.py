@@ -130,7 +130,7 @@ def _kept_by_layer(run: PlannedRun, index: int) -> int:
 
 
 def _products_of_layer(run: PlannedRun, index: int) -> int:
-    """What selective checkpointing leaves of it: the inputs of both norms; queries, keys and values
+    """What selective checkpointing leaves of it: rows once for each norm; queries, keys and values
     as they come from the GEMM, the context, its log-sum-exp in fp32; the FFN's pre-activations.
     """
     model, tensor = run.config.model, run.tensor
@@ -143,19 +143,13 @@ def _products_of_layer(run: PlannedRun, index: int) -> int:
 
 
 def _saved_by_layer(run: PlannedRun, index: int) -> int:
-    """What its operators save: inputs and outputs of both norms; queries, keys and values as they
-    come from the GEMM, queries and keys turned, the context, its log-sum-exp in fp32; the FFN's
-    pre-activations.
+    """What its operators save: products, whose rows are the norms' outputs; the norms' inputs and
+    statistics; queries and keys turned.
     """
-    model, e, tensor = run.config.model, run.element_bytes, run.tensor
-    rows = _attention_rows(run, index)
-    kv_width = model.kv_heads * model.head_dim
-    heads = 3 * model.attention_width + 3 * kv_width
-    norms = _norm_input(run, rows) + _norm_input(run, run.rows)
-    outputs = run.own_rows(rows + run.rows) * model.d_model
-    inputs = 2 if model.ffn == "swiglu" else 1
-    statistics = 4 * (rows * (model.n_heads // tensor) + rows + run.rows)
-    return norms + e * (outputs + rows * heads // tensor + inputs * run.neurons) + statistics
+    model, rows = run.config.model, _attention_rows(run, index)
+    norms = _norm_input(run, rows) + _norm_input(run, run.rows) + 4 * (rows + run.rows)
+    turned = rows * (model.attention_width + model.kv_heads * model.head_dim) // run.tensor
+    return _products_of_layer(run, index) + norms + run.element_bytes * turned
 
 
 def _norm_input(run: PlannedRun, rows: int) -> int:

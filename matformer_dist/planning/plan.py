@@ -63,34 +63,25 @@ def show_plan(order: Order) -> Iterator[RenderableType]:
 def show_sweep(order: Order, scales_batch: bool = False) -> Iterator[RenderableType]:
     """The proposed layout from 8 to 4096 devices, of the same batch or one that grows along."""
     table = Table(
-        "devices", "TP x DP", "ZeRO", "micro", "again", "memory", "step", "tokens/s",
-        "scaling", "MFU", f"{short_count(order.tokens)} tokens", "cost",
+        "devices", *_LAYOUT, "scaling", "MFU", f"{short_count(order.tokens)} tokens", "cost",
+        caption=_LAYOUT_MEANS,
     )  # fmt: skip
     for column in table.columns:
         column.justify = "right"
     rate_of_one = 0.0
     for devices in SWEEP:
-        config: Config | None = order.config
-        if scales_batch:
-            batch = order.config.training.global_batch_size * devices // SWEEP[0]
-            config = changed(order.config, devices, micro=1, global_batch=batch) or config
-        found = candidates(config or order.config, order.vocab_size, devices, order.machine)
+        config = _with_batch_for(devices, order.config) if scales_batch else order.config
+        asked = replace(order, config=config, devices=devices)
+        found = candidates(config, order.vocab_size, devices, order.machine)
         if not found:
-            table.add_row(str(devices), _why_nothing_fits(replace(order, devices=devices)))
+            table.add_row(str(devices), _why_nothing_fits(asked))
             continue
         best = found[0]
         rate = _tokens_per_second(best) / devices
         rate_of_one = rate_of_one or rate
-        training = best.run.config.training
         table.add_row(
             str(devices),
-            f"{best.run.tensor} x {best.run.data_size}",
-            str(best.run.config.zero_stage),
-            f"{training.micro_batch_size} x {best.run.micro_batches}",
-            "no" if training.activation_checkpointing == "none" else "yes",
-            short_bytes(best.memory.total_bytes),
-            f"{best.time.total:.3g} s",
-            short_number(_tokens_per_second(best)),
+            *_layout_cells(best),
             f"{rate / rate_of_one:.0%}",
             f"{_mfu(best, order.machine):.1%}",
             short_time(_seconds(best, order)),
@@ -99,7 +90,35 @@ def show_sweep(order: Order, scales_batch: bool = False) -> Iterator[RenderableT
     yield table
 
 
+def _with_batch_for(devices: int, config: Config) -> Config:
+    """The configuration's batch is that of the sweep's first number of devices."""
+    batch = config.training.global_batch_size * devices // SWEEP[0]
+    training = config.training.model_copy(update={"global_batch_size": batch})
+    return config.model_copy(update={"training": training})
+
+
+_LAYOUT = ("TP x DP", "ZeRO", "micro", "recompute", "memory", "step", "tokens/s")
+_LAYOUT_MEANS = (
+    "TP x DP: ranks that share a model x ranks that share a batch; SP: rows too are cut over the "
+    "former (parallel.sequence). micro: sequences of a micro-batch x micro-batches of a step. "
+    "recompute: training.activation_checkpointing"
+)
+
+
+def _layout_cells(candidate: Candidate) -> Iterator[str]:
+    """Of the columns _LAYOUT."""
+    run, training = candidate.run, candidate.run.config.training
+    yield f"{run.tensor}{' SP' if run.config.parallel.sequence else ''} x {run.data_size}"
+    yield str(run.config.zero_stage)
+    yield f"{training.micro_batch_size} x {run.micro_batches}"
+    yield training.activation_checkpointing
+    yield short_bytes(candidate.memory.total_bytes)
+    yield f"{candidate.time.total:.3g} s"
+    yield short_number(_tokens_per_second(candidate))
+
+
 def granularities_table(config: Config, vocab_size: int) -> Table:
+    """Parameters and FLOPs of each, also what a run shows when it begins."""
     table = Table("granularity", "FFN width", "parameters", "non-embedding", "FLOPs/token")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -205,25 +224,13 @@ def _proposed(order: Order) -> Iterator[RenderableType]:
         yield f"no layout fits: {_why_nothing_fits(order)}"
         return
     table = Table(
-        "TP x DP", "ZeRO", "micro", "again", "memory", "step", "tokens/s", "MFU",
-        title="layouts that fit, fastest first", title_justify="left",
-        caption="micro: sequences of a micro-batch x micro-batches of a step; again: whether "
-        "activations are computed again (activation_checkpointing)",
+        *_LAYOUT, "MFU",
+        title="layouts that fit, fastest first", title_justify="left", caption=_LAYOUT_MEANS,
     )  # fmt: skip
     for column in table.columns:
         column.justify = "right"
     for candidate in found:
-        run, training = candidate.run, candidate.run.config.training
-        table.add_row(
-            f"{run.tensor} x {run.data_size}",
-            str(run.config.zero_stage),
-            f"{training.micro_batch_size} x {run.micro_batches}",
-            "no" if training.activation_checkpointing == "none" else "yes",
-            short_bytes(candidate.memory.total_bytes),
-            f"{candidate.time.total:.3g} s",
-            short_number(_tokens_per_second(candidate)),
-            f"{_mfu(candidate, order.machine):.1%}",
-        )
+        table.add_row(*_layout_cells(candidate), f"{_mfu(candidate, order.machine):.1%}")
     yield table
     yield f"proposal: {found[0].overrides}"
     for reason in reasons(found[0], order.machine):

@@ -17,7 +17,7 @@ from matformer_dist.planning.memory import MemoryEstimate, estimate_memory
 from matformer_dist.planning.timing import StepTime, step_time
 from matformer_dist.units import short_bytes
 
-_CHECKPOINTING = ("none", "full")
+_CHECKPOINTING = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,10 @@ class Candidate:
         """What makes the configuration this layout."""
         training = self.run.config.training
         return (
-            f"parallel.tensor={self.run.tensor} training.micro_batch_size="
-            f"{training.micro_batch_size} training.activation_checkpointing="
-            f"{training.activation_checkpointing} "
+            f"parallel.tensor={self.run.tensor} "
+            f"parallel.sequence={str(self.run.config.parallel.sequence).lower()} "
+            f"training.micro_batch_size={training.micro_batch_size} "
+            f"training.activation_checkpointing={training.activation_checkpointing} "
             f"deepspeed.zero_optimization.stage={self.run.config.zero_stage}"
         )
 
@@ -48,19 +49,21 @@ def candidates(config: Config, vocab_size: int, devices: int, machine: Machine) 
     """The best of each TP degree and ZeRO stage that fits, fastest first.
 
     Of layouts whose steps take as long, to 2%, the simplest comes first: the lower ZeRO stage and
-    TP degree, without recomputation, with the larger micro-batch.
+    TP degree, with less recomputation, whole rows, the larger micro-batch.
     """
     found = []
     for tensor in _tensor_sizes(devices, machine):
         for stage in _stages(config, devices // tensor):
             fitting = [
                 candidate
+                for sequence in (False, True)[:tensor]
                 for checkpointing in _CHECKPOINTING
                 for candidate in _of_micro_batches(
-                    config, vocab_size, devices, machine, (tensor, stage, checkpointing)
+                    config, vocab_size, devices, machine,
+                    tensor=tensor, sequence=sequence, stage=stage, checkpointing=checkpointing,
                 )
                 if candidate.memory.total_bytes <= machine.usable_bytes
-            ]
+            ]  # fmt: skip
             if fitting:
                 found.append(min(fitting, key=_preference))
     return sorted(found, key=_preference)
@@ -73,9 +76,10 @@ def least_need(config: Config, vocab_size: int, devices: int, machine: Machine) 
         for tensor in _tensor_sizes(devices, machine)
         for stage in _stages(config, devices // tensor)
         for candidate in _of_micro_batches(
-            config, vocab_size, devices, machine, (tensor, stage, "full")
+            config, vocab_size, devices, machine,
+            tensor=tensor, sequence=tensor > 1, stage=stage, checkpointing="full",
         )
-    ]
+    ]  # fmt: skip
     return min(every, key=lambda candidate: candidate.memory.total_bytes, default=None)
 
 
@@ -85,11 +89,14 @@ def reasons(chosen: Candidate, machine: Machine) -> Iterator[str]:
     tensor, stage = run.tensor, run.config.zero_stage
     micro, again = run.config.training.micro_batch_size, _checkpointing(run)
     if tensor > 1:
-        yield _against(chosen, machine, f"parallel.tensor {tensor // 2}", tensor=tensor // 2)
+        half = {"tensor": tensor // 2, "sequence": run.config.parallel.sequence and tensor > 2}
+        yield _against(chosen, machine, f"parallel.tensor {tensor // 2}", **half)
+    if run.config.parallel.sequence:
+        yield _against(chosen, machine, "parallel.sequence false", sequence=False)
     if stage > 1:
         yield _against(chosen, machine, f"ZeRO {stage - 1}", stage=stage - 1)
-    if again != "none":
-        yield _against(chosen, machine, "no activation checkpointing", checkpointing="none")
+    for less in _CHECKPOINTING[: _CHECKPOINTING.index(again)]:
+        yield _against(chosen, machine, f"activation checkpointing {less}", checkpointing=less)
     yield _against(chosen, machine, f"micro-batch {2 * micro}", micro=2 * micro)
 
 
@@ -98,7 +105,8 @@ def _against(chosen: Candidate, machine: Machine, what: str, **changes: Any) -> 
     other = changed(run.config, run.world_size, **changes)
     if other is None:
         return f"{what}: the batch or the model does not divide so"
-    neighbour = evaluate(PlannedRun(*_arguments(other, run)), machine)
+    data_size = run.world_size // other.parallel.tensor
+    neighbour = evaluate(PlannedRun(other, run.vocab_size, data_size, run.device), machine)
     if neighbour.memory.total_bytes > machine.usable_bytes:
         return (
             f"{what}: {short_bytes(neighbour.memory.total_bytes)} a rank, more than the "
@@ -108,25 +116,22 @@ def _against(chosen: Candidate, machine: Machine, what: str, **changes: Any) -> 
     return f"{what}: fits, but a step takes {ratio:.2f} of the time"
 
 
-def _arguments(config: Config, like: PlannedRun) -> tuple[Config, int, int, str]:
-    return config, like.vocab_size, like.world_size // config.parallel.tensor, like.device
-
-
 def changed(
     config: Config,
     devices: int,
     tensor: int | None = None,
+    sequence: bool | None = None,
     stage: int | None = None,
     micro: int | None = None,
     checkpointing: str | None = None,
-    global_batch: int | None = None,
 ) -> Config | None:
     """The configuration in another layout; None where it cannot be laid out so."""
     tree = config.model_dump(mode="json")
     training = tree["training"]
     tree["parallel"]["tensor"] = tensor or config.parallel.tensor
+    if sequence is not None:
+        tree["parallel"]["sequence"] = sequence
     training["micro_batch_size"] = micro or training["micro_batch_size"]
-    training["global_batch_size"] = global_batch or training["global_batch_size"]
     training["activation_checkpointing"] = checkpointing or training["activation_checkpointing"]
     if stage is not None:
         zero = tree["deepspeed"].get("zero_optimization") or {}
@@ -141,17 +146,12 @@ def changed(
 
 
 def _of_micro_batches(
-    config: Config,
-    vocab_size: int,
-    devices: int,
-    machine: Machine,
-    layout: tuple[int, int, str],
+    config: Config, vocab_size: int, devices: int, machine: Machine, tensor: int, **layout: Any
 ) -> Iterator[Candidate]:
     """From the smallest micro-batch on, to the first that does not fit, included."""
-    tensor, stage, checkpointing = layout
     micro = 1
     while micro * (devices // tensor) <= config.training.global_batch_size:
-        other = changed(config, devices, tensor, stage, micro, checkpointing)
+        other = changed(config, devices, tensor=tensor, micro=micro, **layout)
         if other is not None:
             run = PlannedRun(other, vocab_size, devices // tensor)
             candidate = evaluate(run, machine)
@@ -186,6 +186,7 @@ def _preference(candidate: Candidate) -> tuple[Any, ...]:
         round(math.log(candidate.time.total) / math.log(1.02)),
         run.config.zero_stage,
         run.tensor,
-        _CHECKPOINTING.index(_checkpointing(run)) if _checkpointing(run) in _CHECKPOINTING else 1,
+        _CHECKPOINTING.index(_checkpointing(run)),
+        run.config.parallel.sequence,
         -run.config.training.micro_batch_size,
     )

@@ -6,9 +6,7 @@ buffer that gradients are sent from, e bytes of a weight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from matformer_dist.config import Config
 from matformer_dist.planning.layout import PlannedRun
@@ -98,7 +96,7 @@ def _stage_1_and_2(run: PlannedRun) -> States:
 
 def _stage_3(run: PlannedRun) -> States:
     e, whole, D = run.element_bytes, run.parameters, run.data_size
-    options = _zero(run.config)
+    options = run.config.zero_optimization
     live = min(whole, int(options.get("stage3_max_live_parameters", _LIVE)))
     ahead = min(whole, int(options.get("stage3_prefetch_bucket_size", _PREFETCHED)))
     return States(
@@ -121,9 +119,5 @@ def _to_host(states: States, config: Config) -> States:
     return replace(states, offloaded=moved)
 
 
-def _zero(config: Config) -> Mapping[str, Any]:
-    return config.deepspeed.get("zero_optimization") or {}
-
-
 def _offloaded(config: Config, key: str) -> bool:
-    return (_zero(config).get(key) or {}).get("device", "none") != "none"
+    return (config.zero_optimization.get(key) or {}).get("device", "none") != "none"

@@ -65,11 +65,6 @@ _PASSED_ON = (
 )  # fmt: skip
 
 
-def accumulation_steps(config: Config, data_size: int) -> int:
-    """Micro-batches that each rank runs between two optimizer steps."""
-    return config.training.global_batch_size // (config.training.micro_batch_size * data_size)
-
-
 def check_deepspeed_section(config: Config, data_size: int) -> None:
     """UserError for a key or value of the `deepspeed` section that DeepSpeed would not take."""
     for key in config.deepspeed:
@@ -133,7 +128,7 @@ def deepspeed_dictionary(
     derived = {
         "train_batch_size": config.training.global_batch_size,
         "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
-        "gradient_accumulation_steps": accumulation_steps(config, data_size),
+        "gradient_accumulation_steps": config.training.micro_batches(data_size),
         "gradient_clipping": config.optimizer.grad_clip,
         # The buffer that gradients are sent from is allocated whole, however few there are.
         "zero_optimization": {"stage": 1, "reduce_bucket_size": reduce_bucket(parameters)},
@@ -157,9 +152,7 @@ def deepspeed_dictionary(
 
 def zero_options(config: Config) -> dict[str, Any]:
     """What else of DeepSpeed's section may change how it lays a weight into its files."""
-    options = dict(config.deepspeed.get("zero_optimization") or {})
-    options.pop("stage", None)
-    return options
+    return {key: value for key, value in config.zero_optimization.items() if key != "stage"}
 
 
 def learning_rate(schedule: ScheduleConfig, peak: float, step: int, total_steps: int) -> float:
@@ -240,7 +233,7 @@ class Engine:
         self.topology = topology
         self.clock = clock or Clock(topology.device)
         self.clock.watch(model.head, "loss")
-        self.accumulation = accumulation_steps(config, topology.data_size)
+        self.accumulation = config.training.micro_batches(topology.data_size)
         self._description = description(dict(model.named_parameters()), model.vocab_size)
         self.weights = len(list(model.parameters()))
         parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -9,15 +9,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
 
 from matformer_dist.config import Config
-from matformer_dist.counting import count_parameters, flops_per_token
 from matformer_dist.errors import UserError
 from matformer_dist.ops import native
 from matformer_dist.parallel.topology import Topology
 from matformer_dist.planning.layout import PlannedRun
 from matformer_dist.planning.memory import estimate_memory
+from matformer_dist.planning.plan import granularities_table
 from matformer_dist.run_directory import Checkpoint
 from matformer_dist.units import short_count, short_number, short_time
 
@@ -40,21 +39,7 @@ class Screen:
         """What is about to be trained, on what, and the memory that it should take."""
         config, topology = self.config, self.topology
         training = config.training
-        nesting = config.granularities
-        table = Table("granularity", "FFN width", "parameters", "non-embedding", "FLOPs/token")
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for submodel in nesting.uniforms(config.model.n_layers):
-            count = count_parameters(config.model, self.vocab_size, submodel)
-            flops = flops_per_token(config.model, self.vocab_size, submodel, training.seq_len)
-            table.add_row(
-                str(submodel),
-                f"{submodel.widths[0]:,}",
-                short_count(count.total),
-                short_count(count.non_embedding),
-                short_number(flops),
-            )
-        self.console.print(table)
+        self.console.print(granularities_table(config, self.vocab_size))
         planned = PlannedRun(config, self.vocab_size, topology.data_size, topology.device.type)
         hosts = len(set(topology.hosts))
         self.console.print(

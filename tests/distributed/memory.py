@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import gc
-import time
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._profiler import _EventType
+from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from matformer_dist.config import Config
@@ -50,44 +54,65 @@ def measure(config: Config, vocab_size: int) -> Measured:
 
 @contextmanager
 def _settled() -> Iterator[None]:
-    """Wait until gloo's thread has let go of a tensor: what is freed there is not recorded."""
+    """Go on behind a collective when gloo's thread has let go of its tensors: what is freed there
+    is not recorded.
 
-    def waited(function: Callable[..., Any]) -> Callable[..., Any]:
+    Each is followed by an empty one of the same group, whose only thread takes it up when it has
+    let go of the first.
+    """
+    nothing, all_reduce = torch.zeros(1), dist.all_reduce
+
+    def settled(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
-            work = function(*arguments, **named)
-            if work is not None:
-                work.wait()
-            time.sleep(0.01)
-            return work
+            bound = inspect.signature(function).bind(*arguments, **named)
+            bound.apply_defaults()
+            is_awaited = not bound.arguments["async_op"]
+            bound.arguments["async_op"] = True
+            work = function(*bound.args, **bound.kwargs)
+            all_reduce(nothing, group=bound.arguments["group"])
+            return work.wait() and None if is_awaited else work
 
         return call
 
-    names = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
+    def settled_exchange(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(exchange: RowExchange, rows: Tensor) -> Tensor:
+            started = function(exchange, rows)
+            all_reduce(nothing, group=_resolve_process_group(GroupName(exchange.group_name)))
+            return started
+
+        return call
+
     with ExitStack() as stack:
-        for name in names:
-            stack.enter_context(patch.object(dist, name, waited(getattr(dist, name))))
-        wait = RowExchange.wait
-
-        def waited_for(exchange: RowExchange, started: Tensor) -> Tensor:
-            result = wait(exchange, started)
-            time.sleep(0.01)
-            return result
-
-        stack.enter_context(patch.object(RowExchange, "wait", waited_for))
+        stack.enter_context(patch.object(distributed_c10d, "ProcessGroupGloo", _OneThread))
+        for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast"):
+            stack.enter_context(patch.object(dist, name, settled(getattr(dist, name))))
+        for name in ("start_gather", "start_sum", "total"):
+            original = getattr(RowExchange, name)
+            stack.enter_context(patch.object(RowExchange, name, settled_exchange(original)))
         yield
+
+
+class _OneThread(dist.ProcessGroupGloo):
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
+        gloo: Any = dist.ProcessGroupGloo
+        options = gloo._Options()
+        options._devices = [self.create_default_device()]
+        options._timeout = timeout
+        options._threads = 1
+        super().__init__(store, rank, size, options)
 
 
 def _read(results: Any) -> Measured:
     steps = [event for event in results.events() if event.name() == "step"]
     begun, ended = max((event.start_ns(), event.end_ns()) for event in steps)
     changes = sorted(_changes(results.experimental_event_tree()))
-    sizes: dict[int, int] = {}
+    known: set[int] = set()
     held = between = most = 0
     for at, size, pointer in changes:
-        if size < 0 and pointer not in sizes:
+        if size < 0 and pointer not in known:
             continue  # of a run before this one
         held += size
-        sizes[pointer] = size
+        known.add(pointer)
         if at < begun:
             between = held
         elif at <= ended:

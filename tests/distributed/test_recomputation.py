@@ -30,6 +30,8 @@ CHECKPOINTED: dict[str, Case] = {
 }  # fmt: skip
 COMPILING: dict[str, Case] = {
     "compiled": (COMPILED, False, {"stage": 1}),
+    "compiled, selective": ({**COMPILED, **SELECTIVE}, False, {"stage": 1}),
+    "compiled, full": ({**COMPILED, **FULL}, False, {"stage": 1}),
     "compiled, cut": (COMPILED, True, {"stage": 1}),
     "compiled, cut, selective": ({**COMPILED, **SELECTIVE}, True, {"stage": 1}),
     "compiled, cut, full": ({**COMPILED, **FULL}, True, {"stage": 1}),

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from matformer_dist.parallel.sequence import RowExchange
 from matformer_dist.parallel.topology import Topology
+from matformer_dist.planning.communication import traffic
+from matformer_dist.planning.layout import PlannedRun
 
 Traffic = dict[tuple[str, str], tuple[int, int]]  # (operation, group): (count, bytes)
 
@@ -31,6 +33,16 @@ _FUNCTIONS = {
 }
 
 _EXCHANGES = {"all_gather": "start_gather", "reduce_scatter": "start_sum", "all_reduce": "total"}
+
+
+def foretold(run: PlannedRun) -> Traffic:
+    """The plan's, in the same form."""
+    counts: Counter[tuple[str, str]] = Counter()
+    sizes: Counter[tuple[str, str]] = Counter()
+    for one in traffic(run):
+        counts[one.operation, one.group] += one.count
+        sizes[one.operation, one.group] += one.bytes
+    return {key: (count, sizes[key]) for key, count in counts.items()}
 
 
 class Recorder:

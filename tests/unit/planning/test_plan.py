@@ -111,6 +111,39 @@ def test_a_model_too_large_for_one_device_is_cut() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "gib", "seq_len", "checkpointing", "sequence"),
+    [
+        ("llama/2.6b-1gpu.yaml", 60, 4096, "none", False),
+        ("llama/2.6b-1gpu.yaml", 56, 4096, "selective", False),
+        ("llama/2.6b-1gpu.yaml", 80, 32768, "full", False),
+        ("llama/2.6b-8gpu.yaml", 16, 4096, "selective", True),
+    ],
+)
+def test_as_little_is_spent_on_memory_as_there_is_need_for(
+    name: str, gib: int, seq_len: int, checkpointing: str, sequence: bool
+) -> None:
+    asked = order(name, 8 if "8gpu" in name else 1, replace(H100, memory_bytes=gib * 2**30))
+    config = asked.config.model_copy(
+        update={
+            "model": asked.config.model.model_copy(update={"max_seq_len": seq_len}),
+            "training": asked.config.training.model_copy(update={"seq_len": seq_len}),
+        }
+    )
+    best = candidates(config, asked.vocab_size, asked.devices, asked.machine)[0]
+    assert best.run.config.training.activation_checkpointing == checkpointing
+    assert best.run.config.parallel.sequence == sequence
+    assert Config.model_validate(best.run.config.model_dump(mode="json"))
+    shown = text_of(plan.show_plan(replace(asked, config=config)))
+    assert f"parallel.sequence={str(sequence).lower()} " in shown
+    for less in ("none", "selective", "full"):
+        if less == checkpointing:
+            break
+        assert f"activation checkpointing {less}: " in shown
+    assert ("parallel.sequence false: " in shown) == sequence
+    assert (" SP x " in shown) == (asked.devices > 1)
+
+
 def test_sweep_has_a_row_for_each_number_of_devices() -> None:
     shown = text_of(plan.show_sweep(order("llama/2.6b-64gpu.yaml", 64)))
     for devices in plan.SWEEP:
@@ -153,3 +186,15 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
                           text=True, cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "proposal" in done.stdout
+
+
+def test_a_sweep_with_a_growing_batch_keeps_to_that_batch() -> None:
+    asked = order("llama/2.6b-1gpu.yaml", 8)
+    small = asked.config.training.model_copy(update={"global_batch_size": 2})
+    asked = replace(asked, config=asked.config.model_copy(update={"training": small}))
+    shown = text_of(plan.show_sweep(asked, scales_batch=True))
+    rows = [line.split("│") for line in shown.splitlines() if line.startswith("│")]
+    assert [int(row[1]) for row in rows] == list(plan.SWEEP)
+    for row in rows:  # a quarter of a sequence a device
+        data_ranks, (micro, times) = int(row[2].split("x")[1]), row[4].split("x")
+        assert data_ranks * int(micro) * int(times) == int(row[1]) // 4, row
