@@ -161,6 +161,9 @@ class ObjectiveConfig(Section):
 
 
 class ParallelConfig(Section):
+    # Ranks that share a copy of the model, best within a node. Pays where the model does not fit
+    # a GPU, or the batch is too small to be dealt further. The loss works in halves of a chunk then
+    # and gathers for one beside the products of the other.
     tensor: Positive = 1
     # Rows between attention, FFN and head cut over the tensor-parallel ranks: norms, residual sums
     # and what they keep are 1/tensor of what they were, for two all-gathers more a layer. Pays on
@@ -192,6 +195,8 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
+    # torch's fused AdamW, one pass over weights, gradients and moments, which always pays; offloaded
+    # DeepSpeed's own on the host.
     name: Literal["adamw"] = "adamw"
     lr: AboveZero = 3e-4
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
