@@ -195,7 +195,7 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
-    # torch's fused AdamW, one pass over weights, gradients and moments, which always pays; offloaded
+    # torch's fused AdamW, one pass over weights, gradients and moments, always pays; offloaded,
     # DeepSpeed's own on the host.
     name: Literal["adamw"] = "adamw"
     lr: AboveZero = 3e-4
