@@ -36,7 +36,7 @@ lint: env
 	@$(RUN) mypy
 
 bench: env
-	@set -e; for name in loss nested_ffn training_step prepare_data conversion checkpoint; do \
+	@set -e; for name in loss nested_ffn training_step prepare_data conversion checkpoint memory scaling; do \
 		echo "== $$name"; ($(RUN) python -m benchmarks.$$name); done
 
 clean:

@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
 # Everything that a GPU is needed for, in one go and within ten minutes: builds the operators for
-# the GPU at hand, runs tests/gpu, has compute-sanitizer look at every kernel, and measures.
+# the GPU at hand, runs tests/gpu, has compute-sanitizer look at every kernel, and measures whole
+# models of 2.6B parameters and the operators.
 #
-#     benchmarks/gpu.sh
-#     OUT=/tmp/results PYTHON=.venv/bin/python benchmarks/gpu.sh
+#     benchmarks/gpu.sh [PART ...]
+#     OUT=/tmp/results PYTHON=.venv/bin/python benchmarks/gpu.sh model operators
+#
+# Parts are check, model and operators, in this order; without any, all of them. The build is always
+# there, and quick where it was done before.
 #
 # It wants an NVIDIA GPU, a CUDA build of torch (2.11 or later), nvcc and compute-sanitizer of the
 # CUDA toolkit, and a C++ compiler. What it runs goes on after a step that failed; at the end stands
@@ -17,11 +21,24 @@
 #            network; they are unpacked into a temporary folder. The build needs setuptools, wheel,
 #            packaging and ninja; the tests pytest with pytest-timeout and pytest-xdist and what
 #            these need; the test of a whole training step, which is skipped without them,
-#            megatron-core and pydantic and what these need
+#            megatron-core and pydantic and what these need; the part model deepspeed, omegaconf
+#            and rich and what these need besides
 #   MAX_JOBS, TORCH_CUDA_ARCH_LIST    of the build; default: 16, and the GPU at hand
 #   SECONDS_IN_ALL    default: 570. A step for which no time is left is said to be timed out
 set -euo pipefail
 cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
+
+parts=${*:-check model operators}
+for part in $parts; do
+    case $part in
+    check | model | operators) ;;
+    *)
+        echo "gpu.sh: error: there is no part '$part'; parts are check, model and operators" >&2
+        exit 2
+        ;;
+    esac
+done
+has() { [[ " $parts " == *" $1 "* ]]; }
 
 python=${PYTHON:-python3}
 out=${OUT:-benchmarks/results/gpu}
@@ -100,8 +117,6 @@ step machine 60 bash -c "nvidia-smi; nvcc --version; '$python' --version
     '$python' -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())'"
 step build 180 "$python" -m pip install --no-build-isolation --no-deps --verbose -e .
 tests=("$python" -m pytest -p no:cacheprovider -n 0)
-step tests 200 "${tests[@]}" -q -rfEsP --tb=short --durations=10 tests/gpu
-
 # Without torch's cache of memory every operand is an allocation of its own, with an end to watch.
 # memcheck and racecheck look at our kernels alone; initcheck has to see who else writes.
 sanitize() {
@@ -109,22 +124,36 @@ sanitize() {
         --tool "$1" --error-exitcode 9 --print-limit 20 "${@:3}" \
         "${tests[@]}" -q tests/gpu/test_kernels.py -k "$2"
 }
-sanitize memcheck '(511 or 4096 or odd or begin) and not devices' --kernel-regex kns=matformer
-sanitize racecheck '(511 and teacher) or (4096 and tau)' --kernel-regex kns=matformer
-sanitize initcheck '511 or (odd and float32) or begin'
+if has check; then
+    step tests 200 "${tests[@]}" -q -rfEsP --tb=short --durations=10 tests/gpu
+    sanitize memcheck '(511 or 4096 or odd or begin) and not devices' --kernel-regex kns=matformer
+    sanitize racecheck '(511 and teacher) or (4096 and tau)' --kernel-regex kns=matformer
+    sanitize initcheck '511 or (odd and float32) or begin'
+fi
 
-# What must be shown first: the largest cell, which naive may not fit; then what others reach.
-step 'benchmark loss, large' 80 "$python" -m benchmarks.loss --device cuda --dtype bfloat16 \
-    --ways ours liger_distillation naive floor --sizes 3072:262144 --tokens 8192 --kl both \
-    --seconds 4 --output "$out/loss_large.json"
-step 'benchmark kernels' 60 "$python" -m benchmarks.kernels --device cuda --seconds 0.7 \
-    --gemm-sizes 1024:4096 2048:8192 --output "$out/kernels.json"
-step 'benchmark loss' 90 "$python" -m benchmarks.loss --device cuda --dtype bfloat16 \
-    --ways naive ours reference linear_cross_entropy liger liger_distillation cce quack floor \
-    --sizes 2048:32768 --tokens 2048 --kl both --seconds 4 --output "$out/loss.json"
-step 'benchmark nested_ffn' 50 "$python" -m benchmarks.nested_ffn --device cuda \
-    --dtype bfloat16 --sizes 1024:4096 2048:8192 --rows 1024 4096 --seconds 2 \
-    --output "$out/nested_ffn.json"
+measure() {
+    local name=$1 limit=$2 output=$3
+    shift 3
+    step "benchmark $name" "$limit" "$python" -m "benchmarks.$1" "${@:2}" --output "$out/$output.json"
+}
+if has model; then
+    for config in paper/2.6b llama/2.6b-1gpu; do
+        measure "$config" 150 "universal_model_${config%%/*}" \
+            universal_model "launch/configs/$config.yaml"
+    done
+fi
+if has operators; then
+    # What must be shown first: the largest cell, which naive may not fit; then what others reach.
+    measure 'loss, large' 80 loss_large loss --device cuda --dtype bfloat16 \
+        --ways ours liger_distillation naive floor --sizes 3072:262144 --tokens 8192 --kl both \
+        --seconds 4
+    measure kernels 60 kernels kernels --device cuda --seconds 0.7 --gemm-sizes 1024:4096 2048:8192
+    measure loss 90 loss loss --device cuda --dtype bfloat16 \
+        --ways naive ours reference linear_cross_entropy liger liger_distillation cce quack floor \
+        --sizes 2048:32768 --tokens 2048 --kl both --seconds 4
+    measure nested_ffn 50 nested_ffn nested_ffn --device cuda --dtype bfloat16 \
+        --sizes 1024:4096 2048:8192 --rows 1024 4096 --seconds 2
+fi
 
 status=0
 summary >"$out/summary.txt" || status=$?
