@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from matformer_dist.chunks import chunk_parts
+from matformer_dist.planning.gathering import gathering_of
 from matformer_dist.planning.layout import PlannedRun
 
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter"]
 _ROW_NUMBERS = 7  # of a row that the loss gathers, in fp32
-_ZERO3_PERSISTENT = 100_000  # elements; DeepSpeed's default of what stays whole at ZeRO 3
 
 # DeepSpeed's own of a step: numbers of one value each, as (bytes, how many). Norms and overflow.
 _OF_DATA_RANKS = {
@@ -141,23 +141,13 @@ def _of_gradients(run: PlannedRun) -> Iterator[Collective]:
 
 
 def _of_cut_weights(run: PlannedRun) -> Iterator[Collective]:
-    """ZeRO 3: a weight is gathered before it is used, forward and backward, in each micro-batch.
-
-    An upper bound: DeepSpeed keeps what it will need again soon (`stage3_max_reuse_distance`), and
-    never cuts small weights.
-    """
-    layers, e = run.config.model.n_layers, run.element_bytes
-    per_layer = {"attention": 2, "ffn": 2, "embedding": 1, "head": 1}
-    passes = 3 if run.config.training.activation_checkpointing == "full" else 2
-    count = size = 0
-    for name, elements in run.matrices.items():
-        weights = per_layer[name] * (layers if per_layer[name] > 1 else 1)
-        if elements // weights > _ZERO3_PERSISTENT:
-            count += weights
-            size += elements * e
-    times = passes * run.micro_batches
-    if count:
-        yield Collective("all_gather", "data", "weights", times * count, times * size)
+    gathering, e, times = gathering_of(run), run.element_bytes, run.micro_batches
+    for what, count, elements in (
+        ("weights", times * gathering.count, times * gathering.elements),
+        ("small weights", *gathering.kept),
+    ):
+        if count:
+            yield Collective("all_gather", "data", what, count, elements * e)
 
 
 def _padded(elements: int, unit: int) -> int:

@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from matformer_dist.config import Config
+from matformer_dist.planning.gathering import gathering_of
 from matformer_dist.planning.layout import PlannedRun
 
-_LIVE = 1_000_000_000  # weights that ZeRO 3 keeps gathered (stage3_max_live_parameters)
-_PREFETCHED = 50_000_000  # and gathers ahead (stage3_prefetch_bucket_size)
 _SUMMED = 500_000_000  # fp32 gradients that DeepSpeed's bf16 optimizer sends in one piece
 
 
@@ -96,14 +95,11 @@ def _stage_1_and_2(run: PlannedRun) -> States:
 
 def _stage_3(run: PlannedRun) -> States:
     e, whole, D = run.element_bytes, run.parameters, run.data_size
-    options = run.config.zero_optimization
-    live = min(whole, int(options.get("stage3_max_live_parameters", _LIVE)))
-    ahead = min(whole, int(options.get("stage3_prefetch_bucket_size", _PREFETCHED)))
     return States(
         weights=e * whole // D,
         optimizer=12 * whole // D,
         gradients=4 * whole // D + e * run.bucket_elements,
-        gathered=e * (live + ahead),
+        gathered=e * gathering_of(run).live,
         stepped=4 * whole // D,
     )
 
