@@ -197,7 +197,7 @@ def evaluate_command(
     from matformer_dist.evaluation.parts import Part
     from matformer_dist.evaluation.run import evaluate_run
 
-    chosen_part = Part.parse(part) if part else None
+    chosen_part = None if part is None else Part.parse(part)
     with Progress(console=_out, transient=True) as progress:
         task = progress.add_task("evaluating", total=None)
         evaluation = evaluate_run(
@@ -308,32 +308,38 @@ def report_command(
 def plan_command(
     config: Annotated[Path, typer.Argument(help="YAML file of a run, see launch/configs.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Devices of the run.")] = 8,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, max=2**20, help="Devices of the run; 8 if left out.")
+    ] = None,
     gpu: Annotated[str, typer.Option(help="Their kind: h100, h200, a100-80gb, ...")] = "h100",
     memory: Annotated[
-        float | None, typer.Option(min=0.1, help="GiB of one, where not its kind's.")
+        float | None, typer.Option(min=0.1, max=1e5, help="GiB of one, where not its kind's.")
     ] = None,
     peak_tflops: Annotated[
-        float | None, typer.Option(min=0.1, help="Dense TFLOP/s of one, where not its kind's.")
+        float | None,
+        typer.Option(min=0.1, max=1e6, help="Dense TFLOP/s of one, where not its kind's."),
     ] = None,
-    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    gpus_per_node: Annotated[int, typer.Option(min=1, max=1024)] = 8,
     link: Annotated[
-        float | None, typer.Option(min=0.1, help="GB/s of one to its node, one direction.")
+        float | None, typer.Option(min=0.1, max=1e5, help="GB/s of one to its node, one direction.")
     ] = None,
     network: Annotated[
-        float, typer.Option(min=0.01, help="GB/s of one's share of the network between nodes.")
+        float,
+        typer.Option(min=0.01, max=1e5, help="GB/s of one's share of the network between nodes."),
     ] = 50.0,
     mfu: Annotated[
         float, typer.Option(min=0.01, max=1, help="Of the arithmetic alone, assumed.")
     ] = 0.4,
     tokens: Annotated[
-        float | None, typer.Option(min=1, help="To train on, such as 160e9; else the config's.")
+        float | None,
+        typer.Option(min=1, max=1e18, help="To train on, such as 160e9; else the config's."),
     ] = None,
     price: Annotated[
-        float | None, typer.Option(min=0, help="Of a device's hour, for the cost.")
+        float | None, typer.Option(min=0, max=1e6, help="Of a device's hour, for the cost.")
     ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option(min=2, help="Where neither config nor tokenizer says it.")
+        int | None,
+        typer.Option(min=2, max=10**8, help="Where neither config nor tokenizer says it."),
     ] = None,
     sweep: Annotated[bool, typer.Option(help="From 8 to 4096 devices.")] = False,
     scale_batch: Annotated[
@@ -342,9 +348,14 @@ def plan_command(
 ) -> None:
     """What a run will need, before it runs; layouts that fit, and why."""
     from matformer_dist.config_file import load_config
+    from matformer_dist.deepspeed_section import check_deepspeed_section
     from matformer_dist.planning import plan
     from matformer_dist.planning.machines import Machine, find_device
 
+    if scale_batch and not sweep:
+        raise UserError("--scale-batch is for --sweep; add it, or leave --scale-batch out")
+    if sweep and gpus:
+        raise UserError(f"--sweep plans for 8 to 4096 devices; leave --gpus {gpus} out")
     device = find_device(gpu)
     loaded = load_config(config, overrides or (), if_open=plan.IF_OPEN)
     machine = Machine(
@@ -356,19 +367,23 @@ def plan_command(
         network_gb_per_second=network,
         assumed_mfu=mfu,
     )
-    plan.check_order(gpus, machine)
+    devices = gpus or 8
+    plan.check_order(None if sweep else devices, machine)
+    check_deepspeed_section(loaded, max(1, devices // loaded.parallel.tensor))
     training = loaded.training
     of_config = training.total_steps * training.global_batch_size * training.seq_len
     order = plan.Order(
         config=loaded,
         vocab_size=vocab_size or loaded.model.vocab_size or _vocab_size(loaded.data.tokenizer),
-        devices=gpus,
+        devices=devices,
         machine=machine,
         tokens=round(tokens or of_config),
         price_per_hour=price,
     )
+    # As wide as its tables are: a number is never cut, in a pipe or a narrow window.
+    out = Console(highlight=False, soft_wrap=True, width=max(_out.width, 160))
     for part in plan.show_sweep(order, scale_batch) if sweep else plan.show_plan(order):
-        _out.print(part)
+        out.print(part)
 
 
 def _vocab_size(tokenizer: Path) -> int:

@@ -23,6 +23,7 @@ Count = Annotated[int, Field(ge=0, strict=True)]
 NonNegative = Annotated[float, Field(ge=0, strict=True)]
 AboveZero = Annotated[float, Field(gt=0, strict=True)]
 BelowOne = Annotated[float, Field(ge=0, lt=1, strict=True)]
+Switch = Annotated[bool, Field(strict=True)]
 
 
 class Section(BaseModel):
@@ -64,7 +65,7 @@ class ModelConfig(Section):
     ffn: Literal["swiglu", "gelu"] = "swiglu"
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: AboveZero = 1e-5
-    tied_embeddings: bool = False
+    tied_embeddings: Switch = False
     vocab_size: Positive | None = None  # None: the tokenizer's
     max_seq_len: Positive = 2048
     rope_theta: AboveZero = 10000.0
@@ -168,7 +169,7 @@ class ParallelConfig(Section):
     # Rows between attention, FFN and head cut over the tensor-parallel ranks: norms, residual sums
     # and what they keep are 1/tensor of what they were, for two all-gathers more a layer. Pays on
     # GPUs with fast links from tensor 2, most where memory limits the batch; not on a CPU.
-    sequence: bool = False
+    sequence: Switch = False
 
 
 class DataConfig(Section):
@@ -179,10 +180,10 @@ class DataConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 1234
     # Processes a rank that read ahead; 0: the rank reads itself. Pay where time_ms.data of
     # metrics.jsonl is more than a few percent of a step with prefetch alone: slow file systems.
-    workers: Count = 0
+    workers: Annotated[int, Field(ge=0, le=256, strict=True)] = 0
     # Micro-batches that a thread reads, pins and copies to a GPU beside the training; 0: none.
     # Pays on a GPU, by a copy and a wait a micro-batch; a CPU shares its cores with the thread.
-    prefetch: Count = 2
+    prefetch: Annotated[int, Field(ge=0, le=1024, strict=True)] = 2
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
@@ -231,7 +232,7 @@ class TrainingConfig(Section):
     # GPU for runs of more than some minutes, most where d_model is small; a CPU gains little. Of
     # rows cut by parallel.sequence the compiler keeps what was gathered: less is sent, more kept.
     # With selective activation checkpointing norms and rotations alone are compiled.
-    compile: bool = False
+    compile: Switch = False
     operators: Literal["auto", "native", "reference"] = "auto"  # compiled or plain torch
     max_skipped_steps: Positive = 10  # in a row, for a loss or gradient that is not finite
     hang_timeout: AboveZero = 1800.0  # seconds without progress after which the job ends
@@ -270,13 +271,13 @@ class CheckpointConfig(Section):
     keep_last: Positive = 2
     keep_every: Positive | None = None  # steps: these are never deleted
     resume: str = "auto"  # auto, never, or the path of a checkpoint
-    async_save: bool = False  # write beside the training, from a copy in host memory
+    async_save: Switch = False  # write beside the training, from a copy in host memory
 
 
 class LoggingConfig(Section):
     every: Positive = 10  # steps between lines of metrics.jsonl
-    tensorboard: bool = True
-    wandb: bool = False
+    tensorboard: Switch = True
+    wandb: Switch = False
     wandb_project: str = "matformer"
     peak_tflops: AboveZero | None = None  # of one device, for MFU; None: known GPUs have theirs
 
@@ -302,24 +303,19 @@ class Config(Section):
 
     @property
     def zero_optimization(self) -> Mapping[str, Any]:
-        """That part of the section `deepspeed`; empty where it holds no keys."""
-        zero = self.deepspeed.get("zero_optimization")
-        return zero if isinstance(zero, Mapping) else {}
+        """That part of the section `deepspeed`."""
+        return self.deepspeed.get("zero_optimization") or {}
 
     @property
     def zero_stage(self) -> int:
         """What DeepSpeed cuts over data-parallel ranks: 0 nothing, 1 optimizer states, 2 gradients
         too, 3 weights too.
         """
-        stage = self.zero_optimization.get("stage", 1)
-        if stage not in (0, 1, 2, 3):
-            raise UserError(
-                f"deepspeed.zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3"
-            )
-        return int(stage)
+        return int(self.zero_optimization.get("stage", 1))
 
     @model_validator(mode="after")
     def _check(self) -> Config:
+        self._check_zero()
         tensor = self.parallel.tensor
         nesting = self.granularities
         for name, value in (("n_heads", self.model.n_heads), ("n_kv_heads", self.model.kv_heads)):
@@ -353,6 +349,18 @@ class Config(Section):
             except UserError as error:
                 raise ValueError(f"evaluation.submodels: {error}") from None
         return self
+
+    def _check_zero(self) -> None:
+        zero = self.zero_optimization
+        if not isinstance(zero, Mapping):
+            raise ValueError(
+                f"deepspeed.zero_optimization is {zero!r}; it must hold keys, such as stage: 2"
+            )
+        stage = zero.get("stage", 1)
+        if type(stage) is not int or not 0 <= stage <= 3:
+            raise ValueError(
+                f"deepspeed.zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3"
+            )
 
     def _check_sequence(self) -> None:
         """Every micro-batch's rows must divide over the ranks, whatever its segments."""

@@ -58,6 +58,10 @@ def disk(directory: Path) -> Iterator[Finding]:
     there = directory.absolute()
     while not there.exists():
         there = there.parent
+    if not there.is_dir():
+        said = f"{there} is a file, and no run can be written there: choose another run.dir"
+        yield failure("disk", f"no directory at {directory.absolute()}", said)
+        return
     usage = shutil.disk_usage(there)
     text = f"{short_bytes(usage.free)} of {short_bytes(usage.total)} free at {directory.absolute()}"
     if not os.access(there, os.W_OK):

@@ -58,9 +58,14 @@ class MemoryEstimate:
 
 
 def estimate_memory(run: PlannedRun) -> MemoryEstimate:
-    """Of a step behind the first: the most that is allocated at once."""
+    """Of a step behind the first: the moment when most is allocated."""
+    return max(memory_by_moment(run), key=lambda estimate: estimate.total_bytes)
+
+
+def memory_by_moment(run: PlannedRun) -> list[MemoryEstimate]:
+    """Of a step behind the first, in the order of the moments."""
     states = states_of(run)
-    estimates = (
+    return [
         MemoryEstimate(
             moment=moment,
             weights_bytes=states.weights + gathered,
@@ -71,8 +76,7 @@ def estimate_memory(run: PlannedRun) -> MemoryEstimate:
             offloaded_bytes=states.offloaded,
         )
         for moment, gathered, gradients, activations, workspace in _moments(run, states)
-    )
-    return max(estimates, key=lambda estimate: estimate.total_bytes)
+    ]
 
 
 def _moments(run: PlannedRun, states: States) -> Iterator[tuple[str, int, int, int, int]]:
@@ -81,7 +85,8 @@ def _moments(run: PlannedRun, states: States) -> Iterator[tuple[str, int, int, i
     layers = model.n_layers
     hidden = run.rows * model.d_model * e  # whole on every rank, in the loss
     head = run.matrices["head"] or run.matrices["embedding"]
-    in_layers = sum(_kept_by_layer(run, i) for i in range(layers))
+    # The first layer may have fewer rows; all others are alike.
+    in_layers = _kept_by_layer(run, 0) + (layers - 1) * _kept_by_layer(run, 1)
     kept = in_layers + _norm_input(run, run.rows)
     in_layer = _in_layer(run) + (
         _saved_by_layer(run, layers - 1)

@@ -14,6 +14,7 @@ from matformer_dist.errors import UserError
 from matformer_dist.planning.communication import traffic
 from matformer_dist.planning.layout import PlannedRun
 from matformer_dist.planning.machines import Machine
+from matformer_dist.planning.memory import memory_by_moment
 from matformer_dist.planning.proposal import (
     Candidate,
     candidates,
@@ -47,17 +48,26 @@ def show_plan(order: Order) -> Iterator[RenderableType]:
     yield granularities_table(config, order.vocab_size)
     own = changed(config, order.devices)
     if own is None:
-        training = config.training
-        yield (
-            f"as configured it cannot run on {order.devices} devices: training.global_batch_size "
-            f"{training.global_batch_size} must be a multiple of training.micro_batch_size "
-            f"{training.micro_batch_size} x {order.devices} / parallel.tensor "
-            f"{config.parallel.tensor} ranks"
-        )
+        yield f"as configured it cannot run on {order.devices} devices: {_why_not(order)}"
     else:
         run = PlannedRun(own, order.vocab_size, order.devices // own.parallel.tensor)
         yield from _as_configured(evaluate(run, order.machine), order)
     yield from _proposed(order)
+
+
+def _why_not(order: Order) -> str:
+    training, tensor = order.config.training, order.config.parallel.tensor
+    data_size, rest = divmod(order.devices, tensor)
+    if rest or not data_size:
+        return f"they are no multiple of parallel.tensor {tensor}; use another number of either"
+    unit = training.micro_batch_size * data_size
+    below = training.global_batch_size // unit * unit
+    near = " or ".join(str(batch) for batch in (below, below + unit) if batch)
+    return (
+        f"training.global_batch_size {training.global_batch_size} must be a multiple of "
+        f"training.micro_batch_size {training.micro_batch_size} x {data_size} data-parallel "
+        f"ranks; use {near}, or a micro-batch or number of devices that divides it"
+    )
 
 
 def show_sweep(order: Order, scales_batch: bool = False) -> Iterator[RenderableType]:
@@ -119,7 +129,7 @@ def _layout_cells(candidate: Candidate) -> Iterator[str]:
 
 def granularities_table(config: Config, vocab_size: int) -> Table:
     """Parameters and FLOPs of each, also what a run shows when it begins."""
-    table = Table("granularity", "FFN width", "parameters", "non-embedding", "FLOPs/token")
+    table = Table("granularity", "FFN width", "parameters", "non-embedding", "forward FLOPs/token")
     for column in table.columns[1:]:
         column.justify = "right"
     for submodel in config.granularities.uniforms(config.model.n_layers):
@@ -146,25 +156,31 @@ def _as_configured(candidate: Candidate, order: Order) -> Iterator[RenderableTyp
         f"{training.global_batch_size} sequences of {training.seq_len} tokens = "
         f"{training.micro_batch_size} x {run.data_size} ranks x {run.micro_batches} micro-batches"
     )
-    yield _memory_table(candidate, machine)
+    yield from _memory(candidate, machine)
     if traffic(run):
         yield _traffic_table(run, machine)
     yield _time_table(candidate, order)
 
 
-def _memory_table(candidate: Candidate, machine: Machine) -> Table:
+def _memory(candidate: Candidate, machine: Machine) -> Iterator[RenderableType]:
+    moments = memory_by_moment(candidate.run)
+    table = Table("memory of a rank", *moments[0].parts(), "together")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for one in moments:
+        sizes = [*one.parts().values(), one.total_bytes]
+        table.add_row(one.moment, *(short_bytes(size) for size in sizes))
+    yield table
     memory = candidate.memory
-    table = Table("memory of a rank", "", caption=f"most is needed {memory.moment}")
-    table.columns[1].justify = "right"
-    for name, size in memory.parts().items():
-        table.add_row(name, short_bytes(size))
     share = memory.total_bytes / machine.memory_bytes
     verdict = "fits" if memory.total_bytes <= machine.usable_bytes else "does not fit"
-    table.add_row("together", f"{short_bytes(memory.total_bytes)}, {share:.0%}: {verdict}")
+    yield (
+        f"most is needed {memory.moment}: {short_bytes(memory.total_bytes)} of "
+        f"{short_bytes(machine.memory_bytes)}, {share:.0%}: {verdict}"
+    )
     if memory.offloaded_bytes:
-        table.add_row("on the host", short_bytes(memory.offloaded_bytes))
-    table.add_row("a checkpoint, of all ranks", short_bytes(checkpoint_bytes(candidate.run)))
-    return table
+        yield f"on the host, for each rank: {short_bytes(memory.offloaded_bytes)}"
+    yield f"a checkpoint, of all ranks: {short_bytes(checkpoint_bytes(candidate.run))}"
 
 
 def checkpoint_bytes(run: PlannedRun) -> int:
@@ -270,10 +286,17 @@ def _cost(candidate: Candidate, order: Order) -> str:
     return short_number(hours * order.price_per_hour)
 
 
-def check_order(devices: int, machine: Machine) -> None:
-    """UserError where numbers of the command make no machine."""
-    if devices > machine.devices_per_node and devices % machine.devices_per_node:
+def check_order(devices: int | None, machine: Machine) -> None:
+    """UserError where the devices of a plan, or of a sweep (None), make no whole nodes."""
+    size = machine.devices_per_node
+    if devices is None:
+        if any(n > size and n % size for n in SWEEP):
+            raise UserError(
+                f"--gpus-per-node {size}: the sweep's {SWEEP[0]} to {SWEEP[-1]} devices are no "
+                "whole nodes; use a power of two"
+            )
+    elif devices > size and devices % size:
         raise UserError(
-            f"--gpus {devices} is no whole number of nodes of {machine.devices_per_node}; use a "
-            f"multiple of {machine.devices_per_node}, or set --gpus-per-node"
+            f"--gpus {devices} is no whole number of nodes of {size}; use a multiple of {size}, "
+            "or set --gpus-per-node"
         )

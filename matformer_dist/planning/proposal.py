@@ -54,18 +54,9 @@ def candidates(config: Config, vocab_size: int, devices: int, machine: Machine) 
     found = []
     for tensor in _tensor_sizes(devices, machine):
         for stage in _stages(config, devices // tensor):
-            fitting = [
-                candidate
-                for sequence in (False, True)[:tensor]
-                for checkpointing in _CHECKPOINTING
-                for candidate in _of_micro_batches(
-                    config, vocab_size, devices, machine,
-                    tensor=tensor, sequence=sequence, stage=stage, checkpointing=checkpointing,
-                )
-                if candidate.memory.total_bytes <= machine.usable_bytes
-            ]  # fmt: skip
-            if fitting:
-                found.append(min(fitting, key=_preference))
+            every = _layouts(config, vocab_size, devices, machine, tensor, stage)
+            if best := _best(every, machine):
+                found.append(best)
     return sorted(found, key=_preference)
 
 
@@ -75,11 +66,8 @@ def least_need(config: Config, vocab_size: int, devices: int, machine: Machine) 
         candidate
         for tensor in _tensor_sizes(devices, machine)
         for stage in _stages(config, devices // tensor)
-        for candidate in _of_micro_batches(
-            config, vocab_size, devices, machine,
-            tensor=tensor, sequence=tensor > 1, stage=stage, checkpointing="full",
-        )
-    ]  # fmt: skip
+        for candidate in _layouts(config, vocab_size, devices, machine, tensor, stage)
+    ]
     return min(every, key=lambda candidate: candidate.memory.total_bytes, default=None)
 
 
@@ -88,31 +76,40 @@ def reasons(chosen: Candidate, machine: Machine) -> Iterator[str]:
     run = chosen.run
     tensor, stage = run.tensor, run.config.zero_stage
     micro, again = run.config.training.micro_batch_size, _checkpointing(run)
-    if tensor > 1:
-        half = {"tensor": tensor // 2, "sequence": run.config.parallel.sequence and tensor > 2}
-        yield _against(chosen, machine, f"parallel.tensor {tensor // 2}", **half)
+    for what, other_tensor, other_stage in (
+        (f"parallel.tensor {tensor // 2}", tensor // 2, stage),
+        (f"ZeRO {stage - 1}", tensor, stage - 1),
+    ):
+        if other_tensor and other_stage in _stages(run.config, run.world_size // other_tensor):
+            yield _against(chosen, machine, what, list(_layouts(
+                run.config, run.vocab_size, run.world_size, machine, other_tensor, other_stage
+            )))  # fmt: skip
+    changes: list[tuple[str, dict[str, Any]]] = [
+        (f"activation checkpointing {less}", {"checkpointing": less})
+        for less in _CHECKPOINTING[: _CHECKPOINTING.index(again)]
+    ]
     if run.config.parallel.sequence:
-        yield _against(chosen, machine, "parallel.sequence false", sequence=False)
-    if stage > 1:
-        yield _against(chosen, machine, f"ZeRO {stage - 1}", stage=stage - 1)
-    for less in _CHECKPOINTING[: _CHECKPOINTING.index(again)]:
-        yield _against(chosen, machine, f"activation checkpointing {less}", checkpointing=less)
-    yield _against(chosen, machine, f"micro-batch {2 * micro}", micro=2 * micro)
+        changes.append(("parallel.sequence false", {"sequence": False}))
+    changes.append((f"micro-batch {2 * micro}", {"micro": 2 * micro}))
+    for what, change in changes:
+        other = changed(run.config, run.world_size, **change)
+        same = [PlannedRun(other, run.vocab_size, run.data_size)] if other else []
+        yield _against(chosen, machine, what, [evaluate(one, machine) for one in same])
 
 
-def _against(chosen: Candidate, machine: Machine, what: str, **changes: Any) -> str:
-    run = chosen.run
-    other = changed(run.config, run.world_size, **changes)
-    if other is None:
+def _against(chosen: Candidate, machine: Machine, what: str, others: list[Candidate]) -> str:
+    if not others:
         return f"{what}: the batch or the model does not divide so"
-    data_size = run.world_size // other.parallel.tensor
-    neighbour = evaluate(PlannedRun(other, run.vocab_size, data_size, run.device), machine)
-    if neighbour.memory.total_bytes > machine.usable_bytes:
+    best = _best(others, machine)
+    if best is None:
+        least = min(other.memory.total_bytes for other in others)
         return (
-            f"{what}: {short_bytes(neighbour.memory.total_bytes)} a rank, more than the "
+            f"{what}: {short_bytes(least)} a rank, more than the "
             f"{short_bytes(machine.usable_bytes)} to plan with"
         )
-    ratio = neighbour.time.total / chosen.time.total
+    ratio = best.time.total / chosen.time.total
+    if len(others) > 1:
+        what = f"{what}, at best with {best.overrides}"
     return f"{what}: fits, but a step takes {ratio:.2f} of the time"
 
 
@@ -143,6 +140,24 @@ def changed(
         return Config.model_validate(tree)
     except (ValidationError, UserError):
         return None
+
+
+def _layouts(
+    config: Config, vocab_size: int, devices: int, machine: Machine, tensor: int, stage: int
+) -> Iterator[Candidate]:
+    """All of a TP degree and a ZeRO stage, those that do not fit included."""
+    for sequence in (False, True)[:tensor]:
+        for checkpointing in _CHECKPOINTING:
+            yield from _of_micro_batches(
+                config, vocab_size, devices, machine,
+                tensor=tensor, sequence=sequence, stage=stage, checkpointing=checkpointing,
+            )  # fmt: skip
+
+
+def _best(layouts: Iterable[Candidate], machine: Machine) -> Candidate | None:
+    """Of those that fit."""
+    fitting = [one for one in layouts if one.memory.total_bytes <= machine.usable_bytes]
+    return min(fitting, key=_preference, default=None)
 
 
 def _of_micro_batches(

@@ -1,27 +1,22 @@
-"""DeepSpeed around a MatLM: the derived dictionary, the optimizer, the engine.
+"""DeepSpeed around a MatLM: the optimizer, the engine.
 
-This is the only file that imports deepspeed.
+The only file that imports deepspeed, but for the check of its settings (deepspeed_section.py).
 """
 
 from __future__ import annotations
 
-import difflib
 import gc
 import math
 import pickle
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
-import omegaconf
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from matformer_dist.checkpoints.deepspeed_files import optimizer_order
@@ -29,12 +24,12 @@ from matformer_dist.checkpoints.universal import load_universal
 from matformer_dist.checkpoints.universal_files import description
 from matformer_dist.checkpoints.writer import CheckpointWriter
 from matformer_dist.config import Config, OptimizerConfig, ScheduleConfig
-from matformer_dist.errors import LocalError, UserError
+from matformer_dist.deepspeed_section import deepspeed_dictionary
+from matformer_dist.errors import LocalError
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.parallel.layers import Initializer
 from matformer_dist.parallel.topology import DeepSpeedView, Topology
-from matformer_dist.planning.layout import reduce_bucket
 from matformer_dist.run_directory import Checkpoint
 from matformer_dist.training.resharding import load_other_layout
 from matformer_dist.training.timing import Clock
@@ -42,117 +37,8 @@ from matformer_dist.training.timing import Clock
 # On a CPU DeepSpeed would compile this at every first start; it serves only inference.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-_DERIVED_ELSEWHERE = {
-    "train_batch_size": "training.global_batch_size",
-    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
-    "gradient_accumulation_steps": "training.global_batch_size",
-    "gradient_clipping": "optimizer.grad_clip",
-    "bf16": "training.precision",
-    "checkpoint": "the section checkpoint",
-    "fp16": "training.precision",
-    "optimizer": "optimizer",
-    "scheduler": "schedule",
-}
 # All classes of DeepSpeed's that its checkpoint files hold.
 _IN_CHECKPOINTS = (LossScaler, ZeroStageEnum, fragment_address)
-# DeepSpeed takes a key that it does not know without a word.
-_PASSED_ON = (
-    "aio", "comet", "comms_logger", "communication_data_type", "csv_monitor",
-    "data_types", "flops_profiler", "gradient_predivide_factor", "memory_breakdown",
-    "prescale_gradients", "seq_parallel_communication_data_type", "steps_per_print", "tensorboard",
-    "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer", "zero_optimization",
-)  # fmt: skip
-
-
-def check_deepspeed_section(config: Config, data_size: int) -> None:
-    """UserError for a key or value of the `deepspeed` section that DeepSpeed would not take."""
-    for key in config.deepspeed:
-        if key in _DERIVED_ELSEWHERE:
-            ours = _DERIVED_ELSEWHERE[key]
-            raise UserError(f"deepspeed.{key} is derived from {ours}; set that instead")
-        if key not in _PASSED_ON:
-            close = difflib.get_close_matches(key, _PASSED_ON, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(_PASSED_ON)}"
-            raise UserError(f"unknown key deepspeed.{key}; {hint}")
-    zero = config.deepspeed.get("zero_optimization", {})
-    try:
-        DeepSpeedZeroConfig(**zero)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(["deepspeed.zero_optimization", *(str(part) for part in first["loc"])])
-        if first["type"] == "extra_forbidden":
-            raise UserError(f"unknown key {key}; DeepSpeed's documentation lists them") from None
-        raise UserError(f"{key} is {first['input']!r}: {first['msg']}") from None
-    except TypeError:
-        raise UserError(
-            f"deepspeed.zero_optimization is {zero!r}; it must hold keys, such as stage: 2"
-        ) from None
-    if config.zero_stage == 0 and config.training.precision == "bf16":
-        raise UserError(
-            "deepspeed.zero_optimization.stage 0 with training.precision bf16: DeepSpeed has no "
-            "fp32 accumulation there; use stage 1, or training.precision=fp32"
-        )
-    if config.zero_stage == 0 and (zero or {}).get("offload_optimizer"):
-        raise UserError(
-            "deepspeed.zero_optimization.offload_optimizer needs a stage from 1, and stage is 0; "
-            "use stage 1"
-        )
-    for monitor in ("tensorboard", "wandb"):
-        section = config.deepspeed.get(monitor)
-        if isinstance(section, Mapping) and "enabled" in section:
-            raise UserError(
-                f"deepspeed.{monitor}.enabled is derived from logging.{monitor}; set that instead"
-            )
-    try:
-        dictionary = deepspeed_dictionary(config, data_size)
-        for key in ("train_batch_size", "gradient_accumulation_steps"):
-            del dictionary[key]  # checked by ourselves; DeepSpeed does not know its ranks yet
-        deepspeed.DeepSpeedConfig(dictionary)
-    except (ValidationError, DeepSpeedConfigError, AssertionError, AttributeError, TypeError,
-            ValueError, KeyError) as error:  # fmt: skip
-        raise UserError(
-            f"DeepSpeed does not take the section deepspeed {config.deepspeed}: "
-            f"{' '.join(str(error).split())[:300]}; see its documentation of that key"
-        ) from None
-
-
-def deepspeed_dictionary(
-    config: Config, data_size: int, parameters: int = sys.maxsize
-) -> dict[str, Any]:
-    """DeepSpeed's configuration, derived from ours; the `deepspeed` section is merged over it.
-
-    parameters: elements of one rank's weights.
-    """
-    logs = {"output_path": str(config.run.dir / "tensorboard"), "job_name": "train"}
-    derived = {
-        "train_batch_size": config.training.global_batch_size,
-        "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
-        "gradient_accumulation_steps": config.training.micro_batches(data_size),
-        "gradient_clipping": config.optimizer.grad_clip,
-        # The buffer that gradients are sent from is allocated whole, however few there are.
-        "zero_optimization": {"stage": 1, "reduce_bucket_size": reduce_bucket(parameters)},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**31,
-        # Gradients go into the fp32 sum, and away, as they come. That sum over micro-batches would
-        # lose a bit a doubling in bf16.
-        "bf16": {"enabled": config.training.precision == "bf16", "immediate_grad_update": True},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "tensorboard": {"enabled": config.logging.tensorboard, **logs},
-        "wandb": {
-            "enabled": config.logging.wandb,
-            "project": config.logging.wandb_project,
-        },
-    }
-    merged = omegaconf.OmegaConf.merge(derived, config.deepspeed)
-    result = omegaconf.OmegaConf.to_container(merged, resolve=True)
-    assert isinstance(result, dict)
-    return {str(key): value for key, value in result.items()}
-
-
-def zero_options(config: Config) -> dict[str, Any]:
-    """What else of DeepSpeed's section may change how it lays a weight into its files."""
-    return {key: value for key, value in config.zero_optimization.items() if key != "stage"}
 
 
 def learning_rate(schedule: ScheduleConfig, peak: float, step: int, total_steps: int) -> float:

@@ -16,6 +16,7 @@ from matformer_dist.counting import forward_flops
 from matformer_dist.data.datasets import build_datasets, micro_batches
 from matformer_dist.data.feed import Batch, Feed
 from matformer_dist.data.tokenizer_files import load_tokenizer
+from matformer_dist.deepspeed_section import check_deepspeed_section
 from matformer_dist.errors import PreemptedError, UserError
 from matformer_dist.evaluation.loss import SubmodelLoss, evaluate_submodels
 from matformer_dist.models.forward_pass import Pass
@@ -29,7 +30,6 @@ from matformer_dist.training.control import Control
 from matformer_dist.training.engine import (
     Engine,
     build_model,
-    check_deepspeed_section,
     learning_rate,
 )
 from matformer_dist.training.measurements import Measurements, Stragglers

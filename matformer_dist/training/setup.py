@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from matformer_dist.config import Config, TrainingConfig
 from matformer_dist.config_file import load_config
 from matformer_dist.data.tokenizer import Tokenizer
+from matformer_dist.deepspeed_section import zero_options
 from matformer_dist.errors import UserError
 from matformer_dist.ops import native
 from matformer_dist.parallel.topology import Topology
 from matformer_dist.run_directory import Checkpoint, Layout, Manifest, read_checkpoints
-from matformer_dist.training.engine import zero_options
 
 # A run may go on with these changed, and with another length (whoever changes that is told what it
 # does to the schedule). All else decides what its weights become. Which tokenizer a checkpoint

@@ -57,6 +57,12 @@ def test_granularities_default_to_the_papers(path: Path) -> None:
     [
         ("training.stepz=5", "unknown key training.stepz; did you mean training.steps"),
         ("trainig.steps=5", "unknown key trainig; did you mean training"),
+        ("parallel.sequence=1", "parallel.sequence is 1: input should be a valid boolean"),
+        ("data.prefetch=4096", "data.prefetch is 4096: input should be less than or equal to 1024"),
+        ("data.workers=1000", "data.workers is 1000: input should be less than or equal to 256"),
+        ("deepspeed.zero_optimization=3", "zero_optimization is 3; it must hold keys"),
+        ("deepspeed.zero_optimization.stage=4", "stage is 4; it must be 0, 1, 2 or 3"),
+        ("deepspeed.zero_optimization.stage=true", "stage is True; it must be 0, 1, 2 or 3"),
         ("model.ffn=relu", "model.ffn is 'relu': input should be 'swiglu' or 'gelu'"),
         ("model.d_model=none", "model.d_model is 'none'"),
         ("model.d_model=-64", "model.d_model is -64: input should be greater than 0"),

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "matformer_dist"
 
 BOTTOM = (
     "errors", "units", "nesting", "config", "config_file", "counting", "chunks", "planning",
-    "run_directory",
+    "deepspeed_section", "run_directory",
 )  # fmt: skip
 COMMANDS = ("checkpoints", "data", "submodels", "importing", "inference", "evaluation", "report")
 MAY_IMPORT: dict[str, set[str]] = {  # a part of the package: the other parts that it may import
@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # a part of the package: the other parts th
     "demo": {*BOTTOM, "parallel", "inference"},
 }
 ONLY_IN = {  # a library: the files or folders that alone may import it
-    "deepspeed": ("training/engine.py", "checkpoints/universal_files.py"),
+    "deepspeed": ("training/engine.py", "deepspeed_section.py", "checkpoints/universal_files.py"),
     "megatron": ("parallel/", "data/"),
     "transformers": ("submodels/shipped_code/", "inference/loading.py"),
     "gguf": ("submodels/gguf_files.py",),

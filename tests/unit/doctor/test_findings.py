@@ -84,6 +84,12 @@ def test_a_disk_on_which_the_next_checkpoint_does_not_fit_fails(
     assert f"{tmp_path} is not writable" in disk(tmp_path / "not/there/yet").problem
 
 
+def test_a_file_is_no_place_for_a_run(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert disk(tmp_path / "file").fails
+    assert f"{tmp_path / 'file'} is a file" in disk(tmp_path / "file").problem
+
+
 def test_gpus_are_told_with_what_stands_in_their_way(monkeypatch: pytest.MonkeyPatch) -> None:
     def found(driver: str, cuda: str | None) -> Finding:
         monkeypatch.setattr(devices, "_driver", lambda: driver)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,9 +21,10 @@ from matformer_dist.parallel.topology import TensorParallel
 from matformer_dist.planning import machines, plan
 from matformer_dist.planning.layout import PlannedRun
 from matformer_dist.planning.machines import DEVICES, Machine, device_called, find_device
-from matformer_dist.planning.memory import estimate_memory
+from matformer_dist.planning.memory import estimate_memory, memory_by_moment
 from matformer_dist.planning.proposal import candidates, changed
 from matformer_dist.planning.timing import step_time
+from matformer_dist.units import short_bytes
 
 CONFIGS = Path(__file__).parents[3] / "launch" / "configs"
 SHIPPED = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*/*.yaml"))
@@ -178,14 +180,80 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         plan.check_order(12, H100)
     with pytest.raises(UserError, match=r"leaves data\.tokenizer open"):
         load_config(CONFIGS / "paper/78m.yaml")
-    command = [sys.executable, "-m", "matformer_dist.cli", "plan", str(CONFIGS / "demo.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    command = [str(CONFIGS / "demo.yaml")]
+    done = run_plan(command, tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr and "--vocab-size" in done.stderr
-    done = subprocess.run([*command, "--vocab-size", "4000", "--gpus", "2"], capture_output=True,
-                          text=True, cwd=tmp_path)  # fmt: skip
+    done = run_plan([*command, "--vocab-size", "4000", "--gpus", "2"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "proposal" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--memory", "inf"], "'--memory'"),
+        (["--tokens", "inf"], "'--tokens'"),
+        (["--gpus", "0"], "'--gpus'"),
+        (["--scale-batch"], "--scale-batch is for --sweep"),
+        (["--sweep", "--gpus", "16"], "leave --gpus 16 out"),
+        (["--sweep", "--gpus-per-node", "3"], "--gpus-per-node 3: the sweep's 8 to 4096 devices"),
+        (["deepspeed.zero_optimization.stage=0"], "stage 0 with training.precision bf16"),
+    ],
+)
+def test_what_the_command_does_not_take_is_named(
+    arguments: list[str], says: str, tmp_path: Path
+) -> None:
+    done = run_plan([str(CONFIGS / "llama/2.6b-8gpu.yaml"), *arguments], tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr and says in done.stderr
+
+
+def test_no_number_is_cut_in_a_narrow_pipe(tmp_path: Path) -> None:
+    arguments = [str(CONFIGS / "llama/2.6b-8gpu.yaml"), "--sweep", "--price", "2.5"]
+    done = run_plan(arguments, tmp_path, COLUMNS="40")
+    assert done.returncode == 0, done.stderr
+    assert "…" not in done.stdout
+    assert all(f" {devices} │" in done.stdout for devices in plan.SWEEP)
+
+
+def run_plan(
+    arguments: list[str], directory: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "matformer_dist.cli", "plan", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=directory, env={**os.environ, **environment}
+    )
+
+
+def test_a_batch_that_cannot_be_dealt_is_told_with_the_next_that_can() -> None:
+    asked = order("llama/2.6b-8gpu.yaml", 3)
+    assert "use 504 or 516, or" in text_of(plan.show_plan(asked))
+    tensor = changed(asked.config, 8, tensor=2)
+    assert tensor is not None
+    shown = text_of(plan.show_plan(replace(asked, config=tensor, devices=3)))
+    assert "they are no multiple of parallel.tensor 2" in shown
+
+
+def test_each_part_of_memory_is_told_at_each_moment() -> None:
+    asked = order("llama/2.6b-8gpu.yaml", 8)
+    moments = memory_by_moment(PlannedRun(asked.config, asked.vocab_size, 8))
+    shown = text_of(plan.show_plan(asked))
+    for one in moments:
+        (line,) = [line for line in shown.splitlines() if line.startswith(f"│ {one.moment}")]
+        for size in [*one.parts().values(), one.total_bytes]:
+            assert short_bytes(size) in line
+    assert any(one.workspace_bytes for one in moments if "loss" in one.moment)
+
+
+def test_a_neighbour_is_told_at_its_best() -> None:
+    """Half the ranks of a copy take half the micro-batch, where the whole batch is one of each."""
+    asked = order("llama/2.6b-8gpu.yaml", 8)
+    training = asked.config.training.model_copy(update={"seq_len": 1})
+    config = asked.config.model_copy(update={"training": training})
+    shown = text_of(plan.show_plan(replace(asked, config=config)))
+    assert "proposal: parallel.tensor=8 " in shown
+    assert "parallel.tensor 4, at best with parallel.tensor=4 " in shown
 
 
 def test_a_sweep_with_a_growing_batch_keeps_to_that_batch() -> None:
