@@ -2,7 +2,7 @@
 
 python -m benchmarks.memory
 
-The cases are those of tests/distributed/test_plan.py, on one and two gloo ranks.
+The cases are those of tests/distributed/test_plan.py, on one, two and four gloo ranks.
 """
 
 from __future__ import annotations
@@ -11,12 +11,19 @@ from benchmarks.machine import RESULTS, write_result
 from matformer_dist.planning.layout import PlannedRun
 from matformer_dist.planning.memory import estimate_memory
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_plan import ALONE, TWO_DATA_RANKS, TWO_TENSOR_RANKS, measure_all
+from tests.distributed.test_plan import (
+    ALONE,
+    FOUR_TENSOR_RANKS,
+    TWO_DATA_RANKS,
+    TWO_TENSOR_RANKS,
+    measure_all,
+)
 
 GROUPS = {
     "one rank": (1, ALONE),
     "two data-parallel ranks": (2, TWO_DATA_RANKS),
     "two tensor-parallel ranks": (2, TWO_TENSOR_RANKS),
+    "four tensor-parallel ranks": (4, FOUR_TENSOR_RANKS),
 }
 
 

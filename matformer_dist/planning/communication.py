@@ -18,9 +18,11 @@ from matformer_dist.planning.gathering import gathering_of
 from matformer_dist.planning.layout import PlannedRun
 
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter"]
+_TOGETHER = 500_000_000  # elements of gradients that DeepSpeed joins where ZeRO does not
 _ROW_NUMBERS = 7  # of a row that the loss gathers, in fp32
 
 # DeepSpeed's own of a step: numbers of one value each, as (bytes, how many). Norms and overflow.
+# Stage 1 of bf16 is another optimizer of DeepSpeed's, but for one that is offloaded.
 _OF_DATA_RANKS = {
     (0, "fp32"): [(4, 1)], (1, "fp32"): [(4, 2)], (2, "fp32"): [(4, 2)], (3, "fp32"): [(8, 2)],
     (1, "bf16"): [], (2, "bf16"): [(4, 2), (1, 1)], (3, "bf16"): [(8, 2)],
@@ -29,6 +31,11 @@ _OF_TENSOR_RANKS = {
     (0, "fp32"): [(4, 2)], (1, "fp32"): [(4, 2)], (2, "fp32"): [(4, 2)], (3, "fp32"): [(8, 2)],
     (1, "bf16"): [(4, 1)], (2, "bf16"): [(4, 2), (1, 1)], (3, "bf16"): [(8, 2)],
 }  # fmt: skip
+
+
+def _optimizer(run: PlannedRun) -> tuple[int, str]:
+    stage, precision = run.config.zero_stage, run.config.training.precision
+    return (2 if precision == "bf16" and stage == 1 and not run.sums_in_fp32 else stage), precision
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ def traffic(run: PlannedRun) -> list[Collective]:
         ("tensor", run.tensor, _OF_TENSOR_RANKS),
         ("data", run.data_size, _OF_DATA_RANKS),
     ):
-        listed = numbers.get((run.config.zero_stage, run.config.training.precision), [])
+        listed = numbers[_optimizer(run)]
         if size > 1 and listed:
             count, total = sum(n for _, n in listed), sum(size * n for size, n in listed)
             found.append(Collective("all_reduce", group, "norms", count, total))  # type: ignore[arg-type]
@@ -125,8 +132,7 @@ def _of_cut_rows(run: PlannedRun) -> Iterator[Collective]:
 def _of_gradients(run: PlannedRun) -> Iterator[Collective]:
     stage, e = run.config.zero_stage, run.element_bytes
     times = run.micro_batches if stage >= 2 else 1
-    buckets = -(-run.parameters // run.bucket_elements)
-    count, size = times * buckets, times * run.parameters * e
+    count, size = times * len(_buckets(run)), times * run.parameters * e
     if stage == 3:
         yield Collective("reduce_scatter", "data", "gradients", count, size)
         yield from _of_cut_weights(run)
@@ -138,6 +144,48 @@ def _of_gradients(run: PlannedRun) -> Iterator[Collective]:
             for elements in (sum(run.matrices.values()), run.norms)
         ]
         yield Collective("all_gather", "data", "weights", len(groups), e * sum(groups))
+
+
+def _buckets(run: PlannedRun) -> list[int]:
+    """Elements of the pieces in which all gradients are sent once."""
+    stage = run.config.zero_stage
+    weights = [size for module in run.modules for size in module.values()]
+    if run.sums_in_fp32:
+        # Flat, those with and those without weight decay.
+        return _joined([sum(run.matrices.values()), run.norms], _TOGETHER)
+    if stage == 0:
+        return _joined(weights, _TOGETHER)
+    found: list[int] = []
+    for size in _as_they_come(run):
+        if found and found[-1] + size <= run.bucket_elements:
+            found[-1] += size
+        else:
+            found.append(size)
+    return found
+
+
+def _as_they_come(run: PlannedRun) -> list[int]:
+    """Elements of weights in the order in which DeepSpeed puts gradients into buckets."""
+    if run.config.zero_stage == 1:  # behind the last micro-batch; without weight decay last
+        norms = [n for module in run.modules for name, n in module.items() if "norm" in name]
+        others = [n for module in run.modules for name, n in module.items() if "norm" not in name]
+        return others + norms
+    found: list[int] = []
+    for module in reversed(run.modules):
+        sizes = list(module.values())
+        # Attention's output comes first; both weights of an FFN come together.
+        found += sizes[::-1] if any("w_qkv" in name for name in module) else sizes
+    return found
+
+
+def _joined(sizes: list[int], enough: int) -> list[int]:
+    """Sums of neighbours, each the first to be more than `enough`."""
+    found = [0]
+    for size in sizes:
+        if found[-1] > enough:
+            found.append(0)
+        found[-1] += size
+    return found
 
 
 def _of_cut_weights(run: PlannedRun) -> Iterator[Collective]:

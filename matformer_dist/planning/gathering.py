@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from matformer_dist.counting import attention_weights, ffn_matrices
 from matformer_dist.planning.layout import PlannedRun
 
 _DEFAULTS = {
@@ -57,37 +56,19 @@ def _trace(run: PlannedRun) -> list[Weights]:
     """Weights of the modules in turn, forward and backward: the model, which has a tied weight for
     its own, and blocks before what they hold.
     """
-    model, tensor = run.config.model, run.tensor
-    norms = 2 if model.norm == "layernorm" else 1
-    out = model.d_model * model.attention_width // tensor
-    neurons = model.d_ff // tensor * model.d_model
-    table = run.local_vocab * model.d_model
-    embedding = {"embedding": table}
-    head = embedding if model.tied_embeddings else {"head": table}
-    whole = embedding if model.tied_embeddings else {}
+    embedding, *in_layers, norm, head = run.modules
+    tied = embedding if run.config.model.tied_embeddings else {}
+    head = head or tied
+    layers = [in_layers[i : i + 4] for i in range(0, len(in_layers), 4)]
     block: Weights = {}
-
-    def norm(name: str) -> Weights:
-        return {f"{name} {k}": model.d_model for k in range(norms)}
-
-    def layer(i: int) -> list[Weights]:
-        qkv = attention_weights(model) // tensor - out
-        return [
-            norm(f"{i} attention norm"),
-            {f"{i} qkv": qkv, f"{i} out": out},
-            norm(f"{i} ffn norm"),
-            {f"{i} w_in": (ffn_matrices(model) - 1) * neurons, f"{i} w_out": neurons},
-        ]
-
-    layers = [layer(i) for i in range(model.n_layers)]
-    forward: list[Weights] = [whole, embedding]
-    for one in layers:
-        forward += [block, *one]
-    forward += [norm("norm"), head]
-    backward: list[Weights] = [whole, head, norm("norm")]
-    for one in reversed(layers):
-        again = one[:3] if run.config.training.activation_checkpointing == "full" else []
-        backward += [block, *again, *one[::-1]]
+    forward: list[Weights] = [tied, embedding]
+    for layer in layers:
+        forward += [block, *layer]
+    forward += [norm, head]
+    backward: list[Weights] = [tied, head, norm]
+    for layer in reversed(layers):
+        again = layer[:3] if run.config.training.activation_checkpointing == "full" else []
+        backward += [block, *again, *layer[::-1]]
     return forward + backward + [embedding]
 
 

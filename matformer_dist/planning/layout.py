@@ -80,6 +80,31 @@ class PlannedRun:
             "head": 0 if model.tied_embeddings else table,
         }
 
+    @cached_property
+    def modules(self) -> list[dict[str, int]]:
+        """Elements of one rank's weights by name, module by module as the forward pass meets them:
+        embedding; norm, attention, norm and FFN of each layer; norm; head, empty where tied.
+        """
+        model, tensor = self.config.model, self.tensor
+        norms = 2 if model.norm == "layernorm" else 1
+        out = model.d_model * model.attention_width // tensor
+        qkv = attention_weights(model) // tensor - out
+        neurons = model.d_ff // tensor * model.d_model
+        table = self.local_vocab * model.d_model
+
+        def norm(name: str) -> dict[str, int]:
+            return {f"{name} {k}": model.d_model for k in range(norms)}
+
+        found = [{"embedding": table}]
+        for i in range(model.n_layers):
+            found += [
+                norm(f"{i} attention norm"),
+                {f"{i} w_qkv": qkv, f"{i} w_out": out},
+                norm(f"{i} ffn norm"),
+                {f"{i} w_in": (ffn_matrices(model) - 1) * neurons, f"{i} w_down": neurons},
+            ]
+        return [*found, norm("norm"), {} if model.tied_embeddings else {"head": table}]
+
     @property
     def norms(self) -> int:
         """Elements of all norms, which every rank has whole."""
@@ -89,6 +114,17 @@ class PlannedRun:
     def parameters(self) -> int:
         """Elements of one rank's weights, before ZeRO cuts them."""
         return sum(self.matrices.values()) + self.norms
+
+    def offloads(self, what: str) -> bool:
+        """Whether `optimizer` or `param` live on the host."""
+        section = self.config.zero_optimization.get(f"offload_{what}") or {}
+        return bool(section.get("device", "none") != "none")
+
+    @property
+    def sums_in_fp32(self) -> bool:
+        """Whether DeepSpeed's bf16 optimizer is at work: gradients go into whole fp32 sums."""
+        bf16 = self.config.training.precision == "bf16"
+        return bf16 and self.config.zero_stage == 1 and not self.offloads("optimizer")
 
     @property
     def bucket_elements(self) -> int:

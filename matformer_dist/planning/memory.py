@@ -173,17 +173,20 @@ def _in_layer(run: PlannedRun) -> int:
     model, e, tensor = run.config.model, run.element_bytes, run.tensor
     widest = run.segments[0][1] // tensor
     inputs = 2 if model.ffn == "swiglu" else 1
-    # The residual's gradient, and the branch's; where rows are cut, the branch's whole, twice.
-    residual = (run.own_rows(run.rows) + run.rows) * model.d_model
-    if run.config.parallel.sequence:
-        residual += run.rows * model.d_model
     weights = run.matrices["ffn"] // model.n_layers
     # d_act, which is ragged; act and d_h, which have the widest segment's rows throughout
     ffn = run.neurons + (1 + inputs) * run.rows * widest + weights
     kv_width = model.kv_heads * model.head_dim
     attention = run.rows * (3 * model.attention_width + 3 * kv_width) // tensor
     attention += run.matrices["attention"] // model.n_layers
-    return e * (residual + max(ffn, attention))
+    # The residual's gradient, and the branch's.
+    own, whole = run.own_rows(run.rows) * model.d_model, run.rows * model.d_model
+    if run.config.parallel.sequence:
+        # The branch's input too, gathered, and gradients whole before they are summed: the FFN's
+        # of its output stays beside that of its input.
+        in_sum = whole if run.device == "cpu" else 0  # gloo's reduce-scatter works in a copy
+        return e * (2 * own + max(3 * whole + ffn, 2 * whole + attention) + in_sum)
+    return e * (own + whole + max(ffn, attention))
 
 
 def _loss_bytes(run: PlannedRun) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from matformer_dist.config import Config
 from matformer_dist.planning.gathering import gathering_of
 from matformer_dist.planning.layout import PlannedRun
 
@@ -34,16 +33,15 @@ class States:
 def states_of(run: PlannedRun) -> States:
     """Of a step behind the first."""
     stage = run.config.zero_stage
-    offload = _offloaded(run.config, "offload_optimizer")
     if stage == 0:
         states = _without_zero(run)
     elif stage == 3:
         states = _stage_3(run)
-    elif run.config.training.precision == "bf16" and stage == 1 and not offload:
+    elif run.sums_in_fp32:
         states = _bf16_stage_1(run)
     else:
         states = _stage_1_and_2(run)
-    return _to_host(states, run.config)
+    return _to_host(states, run)
 
 
 def _without_zero(run: PlannedRun) -> States:
@@ -104,16 +102,12 @@ def _stage_3(run: PlannedRun) -> States:
     )
 
 
-def _to_host(states: States, config: Config) -> States:
+def _to_host(states: States, run: PlannedRun) -> States:
     moved = 0
-    if _offloaded(config, "offload_optimizer"):
+    if run.offloads("optimizer"):
         moved += states.optimizer
         states = replace(states, optimizer=0)
-    if _offloaded(config, "offload_param"):
+    if run.offloads("param"):
         moved += states.weights
         states = replace(states, weights=0)
     return replace(states, offloaded=moved)
-
-
-def _offloaded(config: Config, key: str) -> bool:
-    return (config.zero_optimization.get(key) or {}).get("device", "none") != "none"

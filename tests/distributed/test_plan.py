@@ -45,7 +45,7 @@ def case(**settings: Any) -> Config:
         "parallel": ("tensor", "sequence"),
         "zero": (
             "stage", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size",
-            "stage3_param_persistence_threshold",
+            "stage3_param_persistence_threshold", "reduce_bucket_size", "offload_optimizer",
         ),
     }  # fmt: skip
     for home, keys in homes.items():
@@ -95,6 +95,20 @@ TWO_TENSOR_RANKS: dict[str, tuple[Config, int]] = {
         512,
     ),
 }
+LONGER = {**ROWS, "seq_len": 256, "kind": "joint", "tensor": 4}
+FOUR_TENSOR_RANKS: dict[str, tuple[Config, int]] = {
+    "joint": (case(**LONGER), 512),
+    "sequence, joint": (case(**LONGER, sequence=True), 512),
+    "sequence, selective checkpointing": (
+        case(**LONGER, sequence=True, activation_checkpointing="selective"), 512
+    ),
+    "sequence, full checkpointing, bf16": (
+        case(**LONGER, sequence=True, activation_checkpointing="full", precision="bf16"), 512
+    ),
+    "sequence, the paper's": (
+        case(**LONGER, sequence=True, ffn="gelu", norm="layernorm", tied_embeddings=True), 512
+    ),
+}  # fmt: skip
 
 
 def measure_all(cases: dict[str, tuple[Config, int]]) -> dict[str, Measured]:
@@ -102,7 +116,8 @@ def measure_all(cases: dict[str, tuple[Config, int]]) -> dict[str, Measured]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "cases"), [(1, ALONE), (2, TWO_DATA_RANKS), (2, TWO_TENSOR_RANKS)]
+    ("ranks", "cases"),
+    [(1, ALONE), (2, TWO_DATA_RANKS), (2, TWO_TENSOR_RANKS), (4, FOUR_TENSOR_RANKS)],
 )
 def test_memory_is_within_a_tenth_of_what_ranks_allocate(
     ranks: int, cases: dict[str, tuple[Config, int]]
@@ -132,9 +147,7 @@ def record_all(cases: dict[str, Config]) -> dict[str, Traffic]:
     return found
 
 
-CUT = {"stage": 3, "stage3_param_persistence_threshold": 2000}  # some of such small weights stay
-NOTHING_STAYS = {**CUT, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
-SENT: dict[str, Config] = {
+SENT_BY_FOUR: dict[str, Config] = {
     f"T {tensor}, {precision}, ZeRO {stage}, {kind}": case(
         tensor=tensor, precision=precision, stage=stage, kind=kind
     )
@@ -146,9 +159,31 @@ SENT: dict[str, Config] = {
 } | {
     "recomputed": case(tensor=2, activation_checkpointing="full"),
     "selectively": case(tensor=2, activation_checkpointing="selective", sequence=True),
+    "ZeRO 3, T 2, bf16": case(
+        stage=3, stage3_param_persistence_threshold=2000, tensor=2, precision="bf16"
+    ),
+    "sequence": case(tensor=2, sequence=True),
+    "sequence, joint": case(tensor=4, kind="joint", sequence=True, norm="layernorm"),
+}  # fmt: skip
+CUT = {"stage": 3, "stage3_param_persistence_threshold": 2000}  # some of such small weights stay
+NOTHING_STAYS = {**CUT, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+SENT_BY_TWO: dict[str, Config] = {
+    f"in pieces, {precision}, ZeRO {stage}": case(
+        precision=precision, stage=stage, reduce_bucket_size=elements
+    )
+    for precision, stage, elements in (
+        ("fp32", 0, 1500), ("fp32", 1, 3000), ("fp32", 2, 9000), ("bf16", 1, 3000),
+        ("bf16", 2, 1500), ("fp32", 3, 5000),
+    )
+} | {
+    "in pieces, offloaded": case(
+        precision="bf16", reduce_bucket_size=5000, offload_optimizer={"device": "cpu"}
+    ),
+    "in pieces, the paper's": case(
+        stage=2, reduce_bucket_size=5000, ffn="gelu", norm="layernorm", tied_embeddings=True
+    ),
     "ZeRO 3, small weights": case(stage=3),
     "ZeRO 3, all at once": case(**CUT, global_batch_size=8),
-    "ZeRO 3, T 2, bf16": case(**CUT, tensor=2, precision="bf16"),
     "ZeRO 3, each by itself": case(**NOTHING_STAYS),
     "ZeRO 3, recomputed": case(**NOTHING_STAYS, activation_checkpointing="full"),
     "ZeRO 3, some ahead": case(
@@ -156,17 +191,17 @@ SENT: dict[str, Config] = {
         stage3_max_reuse_distance=30_000, stage3_prefetch_bucket_size=7_000,
         stage3_param_persistence_threshold=0,
     ),
-    "sequence": case(tensor=2, sequence=True),
-    "sequence, joint": case(tensor=4, kind="joint", sequence=True, norm="layernorm"),
 }  # fmt: skip
 
 
-def test_collectives_and_their_bytes_are_those_of_the_plan() -> None:
-    for rank in run_ranks(4, record_all, SENT):
+@pytest.mark.parametrize(("ranks", "cases"), [(2, SENT_BY_TWO), (4, SENT_BY_FOUR)])
+def test_collectives_and_their_bytes_are_those_of_the_plan(
+    ranks: int, cases: dict[str, Config]
+) -> None:
+    for rank in run_ranks(ranks, record_all, cases):
         for name, sent in rank.items():
-            config = SENT[name]
-            planned = foretold(PlannedRun(config, VOCAB, 4 // config.parallel.tensor, "cpu"))
-            assert sent == planned, name
+            run = PlannedRun(cases[name], VOCAB, ranks // cases[name].parallel.tensor, "cpu")
+            assert sent == foretold(run), name
 
 
 def saved_bytes(cases: dict[str, Config], directory: str) -> dict[str, int]:
