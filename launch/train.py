@@ -47,13 +47,13 @@ def parse_arguments() -> argparse.Namespace:
         "--profile", metavar="STEPS", help="trace steps such as 10-12 or 10,20-22: RUN/profile"
     )
     parser.add_argument(
-        "--profile-ranks", metavar="RANKS", default="0", help="that trace, such as 0,8-9; else 0"
+        "--profile-ranks", metavar="RANKS", help="that trace, such as 0,8-9; else 0"
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args()
 
 
-def train(config: Config, profile: str | None, profile_ranks: str) -> None:
+def train(config: Config, profile: str | None, profile_ranks: str | None) -> None:
     _, world_size, _ = launched_world()
     training = config.training
     check_ranks(

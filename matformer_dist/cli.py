@@ -368,6 +368,11 @@ def plan_command(
         assumed_mfu=mfu,
     )
     devices = gpus or 8
+    if vocab_size and vocab_size != (loaded.model.vocab_size or vocab_size):
+        raise UserError(
+            f"--vocab-size {vocab_size} is not model.vocab_size, which is "
+            f"{loaded.model.vocab_size}; leave one of them out"
+        )
     plan.check_order(None if sweep else devices, machine)
     check_deepspeed_section(loaded, max(1, devices // loaded.parallel.tensor))
     training = loaded.training

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matformer_dist.config import ModelConfig
+from matformer_dist.errors import UserError
 from matformer_dist.nesting import Segment, Submodel
 
 
@@ -28,6 +29,20 @@ class ParameterCount:
     @property
     def total(self) -> int:
         return self.non_embedding + self.embedding + self.head
+
+
+def holds_tokens(vocab_size: int, ranks: int) -> bool:
+    """Whether each tensor-parallel rank has a token of a vocabulary that is cut in equal shares."""
+    return -(-vocab_size // ranks) * (ranks - 1) < vocab_size
+
+
+def check_vocabulary(vocab_size: int, ranks: int) -> None:
+    """UserError where some of the tensor-parallel ranks have no token."""
+    if not holds_tokens(vocab_size, ranks):
+        raise UserError(
+            f"a vocabulary of {vocab_size} leaves the last of {ranks} tensor-parallel ranks "
+            "without a token; use a larger vocabulary or a smaller parallel.tensor"
+        )
 
 
 def ffn_matrices(model: ModelConfig) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,8 @@ class Part(NamedTuple):
     def parse(cls, text: str) -> Part:
         """Read I/N; UserError where that is no part."""
         number, _, of = text.partition("/")
-        if number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of):
+        is_short = re.fullmatch(r"\d{1,9}/\d{1,9}", text, re.ASCII)
+        if is_short and 1 <= int(number) <= int(of):
             return cls(int(number), int(of))
         raise UserError(f"--part {text!r} must be I/N, I of 1 to N, such as 1/4 for the first of 4")
 

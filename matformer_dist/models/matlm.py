@@ -14,7 +14,6 @@ parallel/sequence.py); N are those that it holds.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from matformer_dist.config import ModelConfig
-from matformer_dist.errors import UserError
+from matformer_dist.counting import check_vocabulary
 from matformer_dist.models.attention import Attention, LayerCache
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.models.nested_feed_forward import NestedFeedForward
@@ -130,12 +129,7 @@ class Head(nn.Module):
         super().__init__()
         self.tensor = tensor
         first, size = vocab_shard(vocab_size, tensor)
-        last = replace(tensor, rank=tensor.size - 1)
-        if vocab_shard(vocab_size, last)[1] < 1:  # looked at by all ranks, so that all stop
-            raise UserError(
-                f"a vocabulary of {vocab_size} leaves the last of {tensor.size} tensor-parallel "
-                "ranks without a token; use a larger vocabulary or a smaller parallel.tensor"
-            )
+        check_vocabulary(vocab_size, tensor.size)  # of all ranks, so that all stop
         gather = tensor.start_gather if tensor.size > 1 else None
         self.shard = VocabShard(offset=first, size=size, gather=gather)
         self.vocab_size = vocab_size

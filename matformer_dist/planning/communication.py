@@ -122,6 +122,9 @@ def _of_cut_rows(run: PlannedRun) -> Iterator[Collective]:
     attention = first + (layers - 1) * whole
     yield of("all_gather", "inputs, for their weights' gradients", 2 * layers,
              attention + layers * whole)  # fmt: skip
+    if run.config.training.activation_checkpointing == "full":
+        # The FFN runs again up to its pre-activations.
+        yield of("all_gather", "FFN, again", layers, layers * whole)
     if run.shared_tokens:
         yield of("all_gather", "repeated rows", 1, first)
         yield of("reduce_scatter", "repeated rows, backward", 1, first)

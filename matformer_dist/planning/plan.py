@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from matformer_dist.config import Config
-from matformer_dist.counting import count_parameters, flops_per_token
+from matformer_dist.counting import check_vocabulary, count_parameters, flops_per_token
 from matformer_dist.errors import UserError
 from matformer_dist.planning.communication import traffic
 from matformer_dist.planning.layout import PlannedRun
@@ -45,6 +45,7 @@ class Order:
 def show_plan(order: Order) -> Iterator[RenderableType]:
     """The configuration as it is, then layouts that fit."""
     config = order.config
+    check_vocabulary(order.vocab_size, config.parallel.tensor)
     yield granularities_table(config, order.vocab_size)
     own = changed(config, order.devices)
     if own is None:
@@ -160,6 +161,13 @@ def _as_configured(candidate: Candidate, order: Order) -> Iterator[RenderableTyp
     if traffic(run):
         yield _traffic_table(run, machine)
     yield _time_table(candidate, order)
+    if training.compile:
+        yield (
+            "training.compile is not in the plan: blocks may take less memory and time; with "
+            "parallel.sequence they send less and keep more"
+        )
+    if run.offloads("optimizer") or run.offloads("param"):
+        yield "the time that offloading takes, to the host and there, is not in the plan"
 
 
 def _memory(candidate: Candidate, machine: Machine) -> Iterator[RenderableType]:
@@ -241,7 +249,8 @@ def _proposed(order: Order) -> Iterator[RenderableType]:
         return
     table = Table(
         *_LAYOUT, "MFU",
-        title="layouts that fit, fastest first", title_justify="left", caption=_LAYOUT_MEANS,
+        title="layouts that fit, fastest first (to 2%)", title_justify="left",
+        caption=_LAYOUT_MEANS,
     )  # fmt: skip
     for column in table.columns:
         column.justify = "right"

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from matformer_dist.config import Config
+from matformer_dist.counting import holds_tokens
 from matformer_dist.errors import UserError
 from matformer_dist.planning.layout import PlannedRun
 from matformer_dist.planning.machines import Machine
@@ -76,11 +77,12 @@ def reasons(chosen: Candidate, machine: Machine) -> Iterator[str]:
     run = chosen.run
     tensor, stage = run.tensor, run.config.zero_stage
     micro, again = run.config.training.micro_batch_size, _checkpointing(run)
+    smaller = [n for n in _tensor_sizes(run.world_size, machine) if n < tensor][-1:]
     for what, other_tensor, other_stage in (
-        (f"parallel.tensor {tensor // 2}", tensor // 2, stage),
+        *((f"parallel.tensor {n}", n, stage) for n in smaller),
         (f"ZeRO {stage - 1}", tensor, stage - 1),
     ):
-        if other_tensor and other_stage in _stages(run.config, run.world_size // other_tensor):
+        if other_stage in _stages(run.config, run.world_size // other_tensor):
             yield _against(chosen, machine, what, list(_layouts(
                 run.config, run.vocab_size, run.world_size, machine, other_tensor, other_stage
             )))  # fmt: skip
@@ -167,7 +169,7 @@ def _of_micro_batches(
     micro = 1
     while micro * (devices // tensor) <= config.training.global_batch_size:
         other = changed(config, devices, tensor=tensor, micro=micro, **layout)
-        if other is not None:
+        if other is not None and holds_tokens(vocab_size, tensor):
             run = PlannedRun(other, vocab_size, devices // tensor)
             candidate = evaluate(run, machine)
             yield candidate
@@ -176,13 +178,10 @@ def _of_micro_batches(
         micro *= 2
 
 
-def _tensor_sizes(devices: int, machine: Machine) -> Iterable[int]:
-    """Powers of two inside a node."""
-    size = 1
-    while size <= min(devices, machine.devices_per_node):
-        if devices % size == 0:
-            yield size
-        size *= 2
+def _tensor_sizes(devices: int, machine: Machine) -> list[int]:
+    """Those with which every copy of the model lies inside a node."""
+    node = min(devices, machine.devices_per_node)
+    return [n for n in range(1, node + 1) if devices % n == 0 and node % n == 0]
 
 
 def _stages(config: Config, data_size: int) -> tuple[int, ...]:

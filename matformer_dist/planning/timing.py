@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from matformer_dist.counting import ffn_matrices
 from matformer_dist.planning.communication import Collective, traffic
 from matformer_dist.planning.layout import PlannedRun
 from matformer_dist.planning.machines import Machine
@@ -35,13 +36,17 @@ class StepTime:
 def step_time(run: PlannedRun, machine: Machine) -> StepTime:
     forward = run.forward_flops_per_step
     rate = machine.peak_tflops * 1e12 * machine.assumed_mfu * run.world_size
-    again = run.config.training.activation_checkpointing == "full"
+    # A block runs again up to the last values that its backward pass needs: without its last GEMM.
+    inputs = ffn_matrices(run.config.model) - 1
+    again = forward.attention + forward.ffn * inputs / (inputs + 1)
+    if run.config.training.activation_checkpointing != "full":
+        again = 0
     waits = {"tensor": 0.0, "data": 0.0}
     for collective in traffic(run):
         waits[collective.group] += collective_seconds(collective, run, machine)
     return StepTime(
         compute=3 * forward.total / rate,
-        recompute=forward.body / rate if again else 0.0,
+        recompute=again / rate,
         tensor_collectives=waits["tensor"],
         data_collectives=waits["data"],
     )
@@ -52,7 +57,8 @@ def collective_seconds(collective: Collective, run: PlannedRun, machine: Machine
     size = run.tensor if collective.group == "tensor" else run.data_size
     # Tensor-parallel ranks are neighbours; data-parallel ones lie `tensor` apart.
     span = run.tensor if collective.group == "tensor" else run.world_size
-    inside = span <= machine.devices_per_node
+    node = machine.devices_per_node
+    inside = run.world_size <= node or (span <= node and node % span == 0)
     speed = machine.link_gb_per_second if inside else machine.network_gb_per_second
     latency_us = machine.link_latency_us if inside else machine.network_latency_us
     rounds = _ROUNDS[collective.operation]

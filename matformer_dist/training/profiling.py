@@ -29,12 +29,17 @@ class Wanted:
     ranks: tuple[int, ...] = ()
 
     @staticmethod
-    def parse(steps: str | None, ranks: str, total_steps: int, world_size: int) -> Wanted:
-        """From --profile and --profile-ranks, such as `10-12` or `10,20-22`.
+    def parse(steps: str | None, ranks: str | None, total_steps: int, world_size: int) -> Wanted:
+        """From --profile and --profile-ranks (else rank 0), such as `10-12` or `10,20-22`.
 
         UserError for what is no such list, or no step or rank of the run.
         """
         if steps is None:
+            if ranks is not None:
+                raise UserError(
+                    f"--profile-ranks {ranks} traces nothing without --profile; add the steps, or "
+                    "leave --profile-ranks out"
+                )
             return Wanted()
         chosen = _numbers("--profile", steps, "steps", 1, total_steps)
         ranges = tuple(_joined(chosen))
@@ -44,7 +49,9 @@ class Wanted:
                     f"--profile {steps}: steps {_named(one)} are {len(one)} in one trace, which "
                     f"would not open; at most {_MOST_STEPS} may follow one another"
                 )
-        chosen_ranks = _numbers("--profile-ranks", ranks, "ranks", 0, world_size - 1)
+        chosen_ranks = _numbers(
+            "--profile-ranks", "0" if ranks is None else ranks, "ranks", 0, world_size - 1
+        )
         return Wanted(ranges, tuple(sorted(chosen_ranks)))
 
     def check_start(self, step: int) -> None:

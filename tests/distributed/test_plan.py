@@ -163,6 +163,7 @@ SENT_BY_FOUR: dict[str, Config] = {
         stage=3, stage3_param_persistence_threshold=2000, tensor=2, precision="bf16"
     ),
     "sequence": case(tensor=2, sequence=True),
+    "sequence, recomputed": case(tensor=2, sequence=True, activation_checkpointing="full"),
     "sequence, joint": case(tensor=4, kind="joint", sequence=True, norm="layernorm"),
 }  # fmt: skip
 CUT = {"stage": 3, "stage3_param_persistence_threshold": 2000}  # some of such small weights stay

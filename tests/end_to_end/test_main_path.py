@@ -12,6 +12,8 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from matformer_dist.training.timing import PARTS
 from tests.end_to_end.conftest import matformer, succeed, train, write_config
 
+VOCABULARY = 600
+
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -40,8 +42,20 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+def activated_flops() -> float:
+    """Of a step: forward, dX and dW of 8 sequences, two at each granularity, and the head."""
+    d, layers, positions, widths = 32, 2, 32, (8, 16, 32, 64)
+    rows = 2 * positions
+    attention = layers * (2 * 4 * d * d + 2 * 2 * positions * d)
+    ffn = layers * sum(2 * 3 * d * width for width in widths) / 4
+    return 3 * 4 * rows * (attention + ffn + 2 * d * VOCABULARY)
+
+
 def test_training_writes_what_it_promises(trained: Path) -> None:
     lines = metrics(trained)
+    for line in lines:
+        flops = line["model_tflops_per_second"] * line["step_ms"] * 1e9
+        assert flops == pytest.approx(activated_flops(), rel=1e-6)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     for line in lines:
         assert line["tokens"] == line["step"] * 8 * 32

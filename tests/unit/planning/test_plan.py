@@ -198,6 +198,11 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         (["--scale-batch"], "--scale-batch is for --sweep"),
         (["--sweep", "--gpus", "16"], "leave --gpus 16 out"),
         (["--sweep", "--gpus-per-node", "3"], "--gpus-per-node 3: the sweep's 8 to 4096 devices"),
+        (["--vocab-size", "32001"], "--vocab-size 32001 is not model.vocab_size, which is 32000"),
+        (
+            ["parallel.tensor=8", "model.vocab_size=3"],
+            "a vocabulary of 3 leaves the last of 8 tensor-parallel ranks without a token",
+        ),
         (["deepspeed.zero_optimization.stage=0"], "stage 0 with training.precision bf16"),
     ],
 )

@@ -8,7 +8,7 @@ from matformer_dist.errors import UserError
 from matformer_dist.training.profiling import Wanted
 
 
-def parse(steps: str | None, ranks: str = "0") -> Wanted:
+def parse(steps: str | None, ranks: str | None = None) -> Wanted:
     return Wanted.parse(steps, ranks, total_steps=100, world_size=4)
 
 
@@ -29,6 +29,9 @@ def test_steps_are_joined_to_ranges(text: str, ranges: list[tuple[int, int]]) ->
 def test_nothing_is_traced_unless_asked_for() -> None:
     assert parse(None) == Wanted()
     assert parse("1", "0,2-3").ranks == (0, 2, 3)
+    assert parse("1").ranks == (0,)
+    with pytest.raises(UserError, match="--profile-ranks 1 traces nothing without --profile"):
+        parse(None, "1")
 
 
 @pytest.mark.parametrize(
