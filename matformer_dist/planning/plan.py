@@ -22,6 +22,7 @@ from matformer_dist.planning.proposal import (
     evaluate,
     least_need,
     reasons,
+    stages,
 )
 from matformer_dist.planning.timing import collective_seconds
 from matformer_dist.units import short_bytes, short_count, short_number, short_time
@@ -186,9 +187,30 @@ def _memory(candidate: Candidate, machine: Machine) -> Iterator[RenderableType]:
         f"most is needed {memory.moment}: {short_bytes(memory.total_bytes)} of "
         f"{short_bytes(machine.memory_bytes)}, {share:.0%}: {verdict}"
     )
+    if candidate.run.data_size > 1:
+        yield _by_stage(candidate.run)
     if memory.offloaded_bytes:
         yield f"on the host, for each rank: {short_bytes(memory.offloaded_bytes)}"
     yield f"a checkpoint, of all ranks: {short_bytes(checkpoint_bytes(candidate.run))}"
+
+
+def _by_stage(run: PlannedRun) -> Table:
+    """What each ZeRO stage would leave on a rank, the largest of each part over a step."""
+    table = Table("at ZeRO", "weights", "gradients", "optimizer", "most together")
+    for column in table.columns:
+        column.justify = "right"
+    for stage in stages(run.config, run.data_size):
+        other = changed(run.config, run.world_size, stage=stage)
+        if other is None:
+            continue
+        moments = memory_by_moment(PlannedRun(other, run.vocab_size, run.data_size))
+        parts = [max(one.parts()[part] for one in moments) for part in _OF_ZERO]
+        most = max(one.total_bytes for one in moments)
+        table.add_row(str(stage), *(short_bytes(size) for size in [*parts, most]))
+    return table
+
+
+_OF_ZERO = ("weights", "gradients", "optimizer")
 
 
 def checkpoint_bytes(run: PlannedRun) -> int:

@@ -54,7 +54,7 @@ def candidates(config: Config, vocab_size: int, devices: int, machine: Machine) 
     """
     found = []
     for tensor in _tensor_sizes(devices, machine):
-        for stage in _stages(config, devices // tensor):
+        for stage in stages(config, devices // tensor):
             every = _layouts(config, vocab_size, devices, machine, tensor, stage)
             if best := _best(every, machine):
                 found.append(best)
@@ -66,7 +66,7 @@ def least_need(config: Config, vocab_size: int, devices: int, machine: Machine) 
     every = [
         candidate
         for tensor in _tensor_sizes(devices, machine)
-        for stage in _stages(config, devices // tensor)
+        for stage in stages(config, devices // tensor)
         for candidate in _layouts(config, vocab_size, devices, machine, tensor, stage)
     ]
     return min(every, key=lambda candidate: candidate.memory.total_bytes, default=None)
@@ -82,7 +82,7 @@ def reasons(chosen: Candidate, machine: Machine) -> Iterator[str]:
         *((f"parallel.tensor {n}", n, stage) for n in smaller),
         (f"ZeRO {stage - 1}", tensor, stage - 1),
     ):
-        if other_stage in _stages(run.config, run.world_size // other_tensor):
+        if other_stage in stages(run.config, run.world_size // other_tensor):
             yield _against(chosen, machine, what, list(_layouts(
                 run.config, run.vocab_size, run.world_size, machine, other_tensor, other_stage
             )))  # fmt: skip
@@ -184,7 +184,7 @@ def _tensor_sizes(devices: int, machine: Machine) -> list[int]:
     return [n for n in range(1, node + 1) if devices % n == 0 and node % n == 0]
 
 
-def _stages(config: Config, data_size: int) -> tuple[int, ...]:
+def stages(config: Config, data_size: int) -> tuple[int, ...]:
     """Those that cut something; bf16 has none below 1 (see check_deepspeed_section)."""
     lowest = 1 if config.training.precision == "bf16" else 0
     return tuple(range(lowest, 4)) if data_size > 1 else (lowest,)

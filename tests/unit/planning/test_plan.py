@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ from matformer_dist.models.matlm import MatLM
 from matformer_dist.parallel.layers import Initializer
 from matformer_dist.parallel.topology import TensorParallel
 from matformer_dist.planning import machines, plan
+from matformer_dist.planning.communication import traffic
 from matformer_dist.planning.layout import PlannedRun
 from matformer_dist.planning.machines import DEVICES, Machine, device_called, find_device
 from matformer_dist.planning.memory import estimate_memory, memory_by_moment
@@ -249,6 +251,35 @@ def test_each_part_of_memory_is_told_at_each_moment() -> None:
         for size in [*one.parts().values(), one.total_bytes]:
             assert short_bytes(size) in line
     assert any(one.workspace_bytes for one in moments if "loss" in one.moment)
+
+
+def test_each_zero_stage_each_collective_and_the_checkpoint_are_told() -> None:
+    asked = order("llama/2.6b-8gpu.yaml", 8)
+    own = changed(asked.config, 8, tensor=2)
+    assert own is not None
+    shown = text_of(plan.show_plan(replace(asked, config=own)))
+    run = PlannedRun(own, asked.vocab_size, 4)
+    for one in traffic(run):
+        line = next(line for line in shown.splitlines() if f"│ {one.what} " in line)
+        assert one.operation.replace("_", "-") in line and f" {one.count:,} " in line
+        assert short_bytes(one.bytes) in line
+    assert f"a checkpoint, of all ranks: {short_bytes(plan.checkpoint_bytes(run))}" in shown
+    parameters = run.parameters
+    optimizer = short_bytes(12 * parameters / 4)  # fp32 weights and both moments, cut by four
+    for stage in (1, 2, 3):
+        line = next(line for line in shown.splitlines() if re.match(rf"│ +{stage} │", line))
+        assert optimizer in line, stage
+        assert (short_bytes(2 * parameters) in line) == (stage < 3)
+
+
+def test_scaling_is_the_rate_of_a_device_against_that_of_the_first_row() -> None:
+    shown = text_of(plan.show_sweep(order("llama/2.6b-64gpu.yaml", 64)))
+    rows = [line.split("│")[1:-1] for line in shown.splitlines() if line.startswith("│")]
+    units = {"k": 1e3, "M": 1e6, "G": 1e9}
+    rates = [float(row[7].strip()[:-1]) * units[row[7].strip()[-1]] / int(row[0]) for row in rows]
+    scaling = [float(row[8].strip().rstrip("%")) / 100 for row in rows]
+    assert scaling[0] == 1 and scaling[-1] < 0.7
+    assert scaling == pytest.approx([rate / rates[0] for rate in rates], abs=0.01)
 
 
 def test_a_neighbour_is_told_at_its_best() -> None:
