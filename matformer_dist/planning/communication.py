@@ -120,8 +120,9 @@ def _of_cut_rows(run: PlannedRun) -> Iterator[Collective]:
     yield of("all_gather", "head", 1, whole)
     yield of("reduce_scatter", "head, backward", 1, whole)
     attention = first + (layers - 1) * whole
-    yield of("all_gather", "inputs, for their weights' gradients", 2 * layers,
-             attention + layers * whole)  # fmt: skip
+    if not run.compiles_blocks:  # the compiler keeps what was gathered
+        yield of("all_gather", "inputs, for their weights' gradients", 2 * layers,
+                 attention + layers * whole)  # fmt: skip
     if run.config.training.activation_checkpointing == "full":
         # The FFN runs again up to its pre-activations.
         yield of("all_gather", "FFN, again", layers, layers * whole)

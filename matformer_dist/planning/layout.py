@@ -121,6 +121,14 @@ class PlannedRun:
         return bool(section.get("device", "none") != "none")
 
     @property
+    def compiles_blocks(self) -> bool:
+        """Whole ones, for which the compiler chooses what is kept; with selective checkpointing
+        it has norms and rotations alone.
+        """
+        training = self.config.training
+        return training.compile and training.activation_checkpointing != "selective"
+
+    @property
     def sums_in_fp32(self) -> bool:
         """Whether DeepSpeed's bf16 optimizer is at work: gradients go into whole fp32 sums."""
         bf16 = self.config.training.precision == "bf16"

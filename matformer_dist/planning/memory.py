@@ -152,14 +152,16 @@ def _saved_by_layer(run: PlannedRun, index: int) -> int:
     statistics; queries and keys turned.
     """
     model, rows = run.config.model, _attention_rows(run, index)
-    norms = _norm_input(run, rows) + _norm_input(run, run.rows) + 4 * (rows + run.rows)
+    norms = 4 * (rows + run.rows) + sum(
+        _norm_input(run, of_norm, run.compiles_blocks) for of_norm in (rows, run.rows)
+    )
     turned = rows * (model.attention_width + model.kv_heads * model.head_dim) // run.tensor
     return _products_of_layer(run, index) + norms + run.element_bytes * turned
 
 
-def _norm_input(run: PlannedRun, rows: int) -> int:
-    """What a norm saves of its input; on a CPU, torch has RMSNorm keep it twice, in fp32."""
-    twice = run.config.model.norm == "rmsnorm" and run.device == "cpu"
+def _norm_input(run: PlannedRun, rows: int, is_compiled: bool = False) -> int:
+    """What a norm saves of its input; on a CPU, torch's own RMSNorm keeps it twice, in fp32."""
+    twice = run.config.model.norm == "rmsnorm" and run.device == "cpu" and not is_compiled
     width = run.config.model.d_model * (8 if twice else run.element_bytes)
     return run.own_rows(rows) * width
 

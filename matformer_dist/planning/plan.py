@@ -164,8 +164,8 @@ def _as_configured(candidate: Candidate, order: Order) -> Iterator[RenderableTyp
     yield _time_table(candidate, order)
     if training.compile:
         yield (
-            "training.compile is not in the plan: blocks may take less memory and time; with "
-            "parallel.sequence they send less and keep more"
+            "training.compile: what a compiler keeps, and gathers again, is its own choice; the "
+            "time that it saves is not in the plan"
         )
     if run.offloads("optimizer") or run.offloads("param"):
         yield "the time that offloading takes, to the host and there, is not in the plan"

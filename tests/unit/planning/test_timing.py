@@ -100,7 +100,7 @@ def test_what_is_printed_follows_from_the_options(tmp_path: Path) -> None:
 
 def test_what_is_not_planned_is_said() -> None:
     asked = order("llama/2.6b-8gpu.yaml", 8)
-    said = "training.compile is not in the plan"
+    said = "time that it saves is not in the plan"
     assert said not in text_of(plan.show_plan(asked))
     compiled = asked.config.training.model_copy(update={"compile": True})
     config = asked.config.model_copy(update={"training": compiled})
