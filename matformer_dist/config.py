@@ -313,6 +313,11 @@ class Config(Section):
         """
         return int(self.zero_optimization.get("stage", 1))
 
+    def offloads(self, what: Literal["optimizer", "param"]) -> bool:
+        """Whether DeepSpeed keeps optimizer states, or weights, on the host."""
+        section = self.zero_optimization.get(f"offload_{what}") or {}
+        return bool(section.get("device", "none") != "none")
+
     @model_validator(mode="after")
     def _check(self) -> Config:
         self._check_zero()

@@ -115,11 +115,6 @@ class PlannedRun:
         """Elements of one rank's weights, before ZeRO cuts them."""
         return sum(self.matrices.values()) + self.norms
 
-    def offloads(self, what: str) -> bool:
-        """Whether `optimizer` or `param` live on the host."""
-        section = self.config.zero_optimization.get(f"offload_{what}") or {}
-        return bool(section.get("device", "none") != "none")
-
     @property
     def compiles_blocks(self) -> bool:
         """Whole ones, for which the compiler chooses what is kept; with selective checkpointing
@@ -132,7 +127,7 @@ class PlannedRun:
     def sums_in_fp32(self) -> bool:
         """Whether DeepSpeed's bf16 optimizer is at work: gradients go into whole fp32 sums."""
         bf16 = self.config.training.precision == "bf16"
-        return bf16 and self.config.zero_stage == 1 and not self.offloads("optimizer")
+        return bf16 and self.config.zero_stage == 1 and not self.config.offloads("optimizer")
 
     @property
     def bucket_elements(self) -> int:

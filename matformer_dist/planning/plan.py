@@ -167,7 +167,7 @@ def _as_configured(candidate: Candidate, order: Order) -> Iterator[RenderableTyp
             "training.compile: what a compiler keeps, and gathers again, is its own choice; the "
             "time that it saves is not in the plan"
         )
-    if run.offloads("optimizer") or run.offloads("param"):
+    if run.config.offloads("optimizer") or run.config.offloads("param"):
         yield "the time that offloading takes, to the host and there, is not in the plan"
 
 

@@ -185,8 +185,10 @@ def _tensor_sizes(devices: int, machine: Machine) -> list[int]:
 
 
 def stages(config: Config, data_size: int) -> tuple[int, ...]:
-    """Those that cut something; bf16 has none below 1 (see check_deepspeed_section)."""
-    lowest = 1 if config.training.precision == "bf16" else 0
+    """Those that cut something, of those that a run may have (see deepspeed_section.py)."""
+    if config.offloads("param"):
+        return (3,)
+    lowest = 1 if config.training.precision == "bf16" or config.offloads("optimizer") else 0
     return tuple(range(lowest, 4)) if data_size > 1 else (lowest,)
 
 

@@ -104,10 +104,10 @@ def _stage_3(run: PlannedRun) -> States:
 
 def _to_host(states: States, run: PlannedRun) -> States:
     moved = 0
-    if run.offloads("optimizer"):
+    if run.config.offloads("optimizer"):
         moved += states.optimizer
         states = replace(states, optimizer=0)
-    if run.offloads("param"):
+    if run.config.offloads("param"):
         moved += states.weights
         states = replace(states, weights=0)
     return replace(states, offloaded=moved)

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from matformer_dist.config import Config
 from matformer_dist.config_file import load_config
+from matformer_dist.deepspeed_section import check_deepspeed_section
 from matformer_dist.errors import UserError
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.parallel.layers import Initializer
@@ -113,6 +114,24 @@ def test_a_model_too_large_for_one_device_is_cut() -> None:
     assert "no layout fits" in text_of(
         plan.show_plan(order("llama/2.6b-8gpu.yaml", 8, replace(H100, memory_bytes=2**30)))
     )
+
+
+def test_what_is_proposed_a_run_would_take() -> None:
+    asked = order("llama/2.6b-8gpu.yaml", 8)
+    fp32 = asked.config.training.model_copy(update={"precision": "fp32"})
+    for training, section, wanted in (
+        (asked.config.training, {}, {1, 2, 3}),
+        (fp32, {}, {0, 1, 2, 3}),
+        (fp32, {"offload_optimizer": {"device": "cpu"}}, {1, 2, 3}),
+        (fp32, {"stage": 3, "offload_param": {"device": "cpu"}}, {3}),
+    ):
+        deepspeed = {"zero_optimization": section}
+        update = {"training": training, "deepspeed": deepspeed}
+        found = candidates(asked.config.model_copy(update=update), asked.vocab_size, 8, H100)
+        for one in found:
+            check_deepspeed_section(one.run.config, one.run.data_size)
+        # Of layouts that deal weights to several data-parallel ranks.
+        assert {one.run.config.zero_stage for one in found if one.run.data_size > 1} == wanted
 
 
 @pytest.mark.parametrize(
