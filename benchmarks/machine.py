@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -25,6 +28,14 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, in bytes
             libc.mallopt(option, 2**31 - 1)
+
+
+def wait(device: torch.device) -> None:
+    """For all work that a GPU was given."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
 
 
 def device_name(device: str) -> str:

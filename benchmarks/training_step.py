@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.machine import RESULTS, keep_freed_memory, write_result
+from benchmarks.machine import RESULTS, keep_freed_memory, wait, write_result
 from matformer_dist.config import ModelConfig, ObjectiveConfig
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.models.matlm import MatLM
@@ -78,11 +78,11 @@ class Stepper:
         self.passes = {
             "joint": [joint.plan(0, 0, 1, case.sequences)],
             "loop": [
-                _alone(Segment(submodel, case.sequences), 1 / len(nesting))
+                alone(Segment(submodel, case.sequences), 1 / len(nesting))
                 for submodel in nesting.uniforms(case.n_layers)
             ],
             "per_sequence": [dealt.plan(0, 0, 1, case.sequences)],
-            "xl": [_alone(Segment(nesting.uniforms(case.n_layers)[0], case.sequences), 1.0)],
+            "xl": [alone(Segment(nesting.uniforms(case.n_layers)[0], case.sequences), 1.0)],
         }
 
     def step(self, kind: str) -> Tensor:
@@ -118,20 +118,16 @@ class Stepper:
                 raise RuntimeError(f"joint and loop: {name} differ by {error:.1e}")
 
     def seconds(self, kind: str) -> float:
-        _wait(self.tokens.device)
+        wait(self.tokens.device)
         begun = time.perf_counter()
         self.step(kind)
-        _wait(self.tokens.device)
+        wait(self.tokens.device)
         return time.perf_counter() - begun
 
 
-def _alone(segment: Segment, weight: float) -> Pass:
+def alone(segment: Segment, weight: float) -> Pass:
+    """One granularity's sequences, as a pass of the authors' loop."""
     return Pass((segment,), False, (weight,), (0.0,), (0.0,))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def measure(case: Case, device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, Any]:

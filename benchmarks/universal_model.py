@@ -36,7 +36,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.machine import RESULTS, device_name, write_result
+from benchmarks.machine import RESULTS, device_name, wait, write_result
+from benchmarks.training_step import alone
 from matformer_dist.config import Config
 from matformer_dist.config_file import load_config
 from matformer_dist.counting import flops_per_token
@@ -47,7 +48,7 @@ from matformer_dist.nesting import Segment
 from matformer_dist.parallel.layers import Initializer
 from matformer_dist.parallel.topology import Topology, initialize
 from matformer_dist.planning.layout import PlannedRun
-from matformer_dist.planning.machines import device_called
+from matformer_dist.planning.machines import USABLE_SHARE, device_called
 from matformer_dist.planning.memory import estimate_memory
 from matformer_dist.planning.plan import IF_OPEN
 from matformer_dist.training.engine import Engine
@@ -56,7 +57,6 @@ from matformer_dist.training.setup import choose_operators
 
 CONFIGS = Path(__file__).parents[1] / "launch" / "configs"
 DEFAULT = (CONFIGS / "paper/2.6b.yaml", CONFIGS / "llama/2.6b-1gpu.yaml")
-_USABLE = 0.92  # of a device's memory, see planning/machines.py
 
 
 @dataclass(frozen=True)
@@ -147,15 +147,11 @@ class Bench:
             batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
             if way.name == "loop":
                 for submodel in self.submodels:
-                    yield batch, _alone(Segment(submodel, len(ids)))
+                    yield batch, alone(Segment(submodel, len(ids)), 1.0)
             elif way.name == "xl":
-                yield batch, _alone(Segment(self.submodels[0], len(ids)))
+                yield batch, alone(Segment(self.submodels[0], len(ids)), 1.0)
             else:
                 yield batch, objective.plan(0, i, len(parts), len(ids))
-
-
-def _alone(segment: Segment) -> Pass:
-    return Pass((segment,), False, (1.0,), (0.0,), (0.0,))
 
 
 class MaskedFFN:
@@ -239,16 +235,11 @@ def _memory(device: torch.device) -> Iterator[Any]:
 
 
 def _timed(bench: Bench, way: Way) -> float:
-    _wait(bench.topology.device)
+    wait(bench.topology.device)
     begun = time.perf_counter()
     bench.step(way)
-    _wait(bench.topology.device)
+    wait(bench.topology.device)
     return time.perf_counter() - begun
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _row(
@@ -285,7 +276,7 @@ def ways_of(bench: Bench, micro_batch: int | None) -> list[Way]:
     usable = 0.0
     if bench.topology.device.type == "cuda":
         memory = torch.cuda.get_device_properties(bench.topology.device).total_memory
-        usable = _USABLE * memory
+        usable = USABLE_SHARE * memory
     joint = micro_batch or bench.largest_micro_batch("joint", usable)
     dealt = micro_batch or bench.largest_micro_batch("per_sequence", usable)
     ways = [Way(name, joint) for name in ("joint", "loop", "masks")]

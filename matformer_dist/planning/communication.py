@@ -153,12 +153,12 @@ def _of_gradients(run: PlannedRun) -> Iterator[Collective]:
 def _buckets(run: PlannedRun) -> list[int]:
     """Elements of the pieces in which all gradients are sent once."""
     stage = run.config.zero_stage
-    weights = [size for module in run.modules for size in module.values()]
     if run.sums_in_fp32:
         # Flat, those with and those without weight decay.
         return _joined([sum(run.matrices.values()), run.norms], _TOGETHER)
     if stage == 0:
-        return _joined(weights, _TOGETHER)
+        sizes = [size for module in run.modules for size in module.weights.values()]
+        return _joined(sizes, _TOGETHER)
     found: list[int] = []
     for size in _as_they_come(run):
         if found and found[-1] + size <= run.bucket_elements:
@@ -171,14 +171,13 @@ def _buckets(run: PlannedRun) -> list[int]:
 def _as_they_come(run: PlannedRun) -> list[int]:
     """Elements of weights in the order in which DeepSpeed puts gradients into buckets."""
     if run.config.zero_stage == 1:  # behind the last micro-batch; without weight decay last
-        norms = [n for module in run.modules for name, n in module.items() if "norm" in name]
-        others = [n for module in run.modules for name, n in module.items() if "norm" not in name]
-        return others + norms
+        modules = sorted(run.modules, key=lambda module: module.kind == "norm")
+        return [size for module in modules for size in module.weights.values()]
     found: list[int] = []
     for module in reversed(run.modules):
-        sizes = list(module.values())
+        sizes = list(module.weights.values())
         # Attention's output comes first; both weights of an FFN come together.
-        found += sizes[::-1] if any("w_qkv" in name for name in module) else sizes
+        found += sizes[::-1] if module.kind == "attention" else sizes
     return found
 
 

@@ -56,7 +56,7 @@ def _trace(run: PlannedRun) -> list[Weights]:
     """Weights of the modules in turn, forward and backward: the model, which has a tied weight for
     its own, and blocks before what they hold.
     """
-    embedding, *in_layers, norm, head = run.modules
+    embedding, *in_layers, norm, head = (module.weights for module in run.modules)
     tied = embedding if run.config.model.tied_embeddings else {}
     head = head or tied
     layers = [in_layers[i : i + 4] for i in range(0, len(in_layers), 4)]

@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal, NamedTuple
 
 from matformer_dist.chunks import default_chunk_tokens, even_chunk_tokens
 from matformer_dist.config import Config
 from matformer_dist.counting import (
     Flops,
-    ParameterCount,
     attention_weights,
-    count_parameters,
     ffn_matrices,
     forward_flops,
 )
@@ -26,6 +25,13 @@ from matformer_dist.nesting import Segment
 def reduce_bucket(parameters: int) -> int:
     """Elements of DeepSpeed's buffer for gradients of a rank's weights: its default, or all."""
     return min(500_000_000, parameters)
+
+
+class Module(NamedTuple):
+    """Weights that are used together: their elements by name."""
+
+    kind: Literal["embedding", "norm", "attention", "ffn", "head"]
+    weights: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -67,23 +73,9 @@ class PlannedRun:
         return -(-self.vocab_size // self.tensor)
 
     @cached_property
-    def matrices(self) -> dict[str, int]:
-        """Elements of one rank's matrices; those of layers once for each of their kinds."""
-        model, tensor = self.config.model, self.tensor
-        layer = attention_weights(model) // tensor
-        ffn = ffn_matrices(model) * model.d_model * model.d_ff // tensor
-        table = self.local_vocab * model.d_model
-        return {
-            "attention": model.n_layers * layer,
-            "ffn": model.n_layers * ffn,
-            "embedding": table,
-            "head": 0 if model.tied_embeddings else table,
-        }
-
-    @cached_property
-    def modules(self) -> list[dict[str, int]]:
-        """Elements of one rank's weights by name, module by module as the forward pass meets them:
-        embedding; norm, attention, norm and FFN of each layer; norm; head, empty where tied.
+    def modules(self) -> list[Module]:
+        """Of one rank, as the forward pass meets them: embedding; norm, attention, norm and FFN of
+        each layer; norm; head, empty where tied.
         """
         model, tensor = self.config.model, self.tensor
         norms = 2 if model.norm == "layernorm" else 1
@@ -92,23 +84,33 @@ class PlannedRun:
         neurons = model.d_ff // tensor * model.d_model
         table = self.local_vocab * model.d_model
 
-        def norm(name: str) -> dict[str, int]:
-            return {f"{name} {k}": model.d_model for k in range(norms)}
+        def norm(name: str) -> Module:
+            return Module("norm", {f"{name} {k}": model.d_model for k in range(norms)})
 
-        found = [{"embedding": table}]
+        w_in = (ffn_matrices(model) - 1) * neurons
+        found = [Module("embedding", {"embedding": table})]
         for i in range(model.n_layers):
             found += [
                 norm(f"{i} attention norm"),
-                {f"{i} w_qkv": qkv, f"{i} w_out": out},
+                Module("attention", {f"{i} w_qkv": qkv, f"{i} w_out": out}),
                 norm(f"{i} ffn norm"),
-                {f"{i} w_in": (ffn_matrices(model) - 1) * neurons, f"{i} w_down": neurons},
+                Module("ffn", {f"{i} w_in": w_in, f"{i} w_down": neurons}),
             ]
-        return [*found, norm("norm"), {} if model.tied_embeddings else {"head": table}]
+        head = {} if model.tied_embeddings else {"head": table}
+        return [*found, norm("norm"), Module("head", head)]
 
-    @property
+    @cached_property
+    def matrices(self) -> dict[str, int]:
+        """Elements of one rank's matrices; those of layers once for each of their kinds."""
+        return {kind: self._elements(kind) for kind in ("attention", "ffn", "embedding", "head")}
+
+    @cached_property
     def norms(self) -> int:
         """Elements of all norms, which every rank has whole."""
-        return self._whole.norms
+        return self._elements("norm")
+
+    def _elements(self, kind: str) -> int:
+        return sum(sum(module.weights.values()) for module in self.modules if module.kind == kind)
 
     @property
     def parameters(self) -> int:
@@ -134,12 +136,6 @@ class PlannedRun:
         """Of the gradients that DeepSpeed sends at once; it keeps a buffer of that size."""
         given = self.config.zero_optimization.get("reduce_bucket_size")
         return reduce_bucket(self.parameters) if given is None else int(given)
-
-    @cached_property
-    def _whole(self) -> ParameterCount:
-        nesting, layers = self.config.granularities, self.config.model.n_layers
-        widest = nesting.uniform(nesting.largest, layers)
-        return count_parameters(self.config.model, self.vocab_size, widest)
 
     # Rows
 

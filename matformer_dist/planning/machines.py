@@ -61,6 +61,11 @@ def find_device(name: str) -> Device:
         ) from None
 
 
+# Of a device's memory: the driver's context, the libraries' buffers and what the allocator cannot
+# join are left the rest.
+USABLE_SHARE = 0.92
+
+
 @dataclass(frozen=True)
 class Machine:
     """A cluster of equal nodes. Speeds are of one direction and one device."""
@@ -77,7 +82,5 @@ class Machine:
 
     @property
     def usable_bytes(self) -> int:
-        """What a run may plan with: the driver's context, the libraries' buffers and what the
-        allocator cannot join are left 8%.
-        """
-        return round(0.92 * self.memory_bytes)
+        """What a run may plan with."""
+        return round(USABLE_SHARE * self.memory_bytes)
