@@ -1,9 +1,10 @@
-"""Extracted models back in memory, for one process."""
+"""Models in memory, for one process: a run's universal model, or an extracted one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,19 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from matformer_dist.checkpoints.universal import load_universal
+from matformer_dist.checkpoints.verify import BackgroundCheck
+from matformer_dist.data.tokenizer import Tokenizer
+from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.errors import UserError
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.nesting import Submodel
 from matformer_dist.parallel.layers import Initializer
+from matformer_dist.run_directory import find_checkpoint
+from matformer_dist.submodels.entry import is_extracted
 from matformer_dist.submodels.native import read_native_config
 from matformer_dist.submodels.safetensors_files import read_weights
+from matformer_dist.submodels.slices import find_submodel
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,49 @@ class LoadedModel:
 
     model: MatLM
     submodel: Submodel
-    eod: int
+    directory: Path  # of the run or the extracted model
+    step: int | None = None  # of the run
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """UserError where its files are gone."""
+        return load_tokenizer(self.directory)
+
+    def parse(self, notation: str) -> Submodel:
+        """The submodel of that notation, or of that name in the run's slices.json.
+
+        UserError where there is none, or the model does not hold it.
+        """
+        submodel = find_submodel(
+            notation, self.submodel.nesting, self.model.model.n_layers, self.directory
+        )
+        held = self.submodel.granularities
+        if any(wanted > own for wanted, own in zip(submodel.granularities, held, strict=True)):
+            raise UserError(
+                f"submodel {notation!r} is wider than {self.directory}, which holds "
+                f"{self.submodel}; choose one that is nowhere wider, or load the run"
+            )
+        return submodel
+
+
+def load_model(
+    source: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> LoadedModel:
+    """RUN[@STEP] or a checkpoint, all of it; or a directory that `extract` wrote as `native`.
+
+    `dtype` None keeps the stored one, which is fp32 for runs. UserError for anything else, and
+    where files are damaged: all of a checkpoint is compared with its SHA-256.
+    """
+    if is_extracted(Path(source)):
+        return load_native(Path(source), dtype, device)
+    checkpoint = find_checkpoint(source)
+    universal = load_universal(checkpoint)
+    with BackgroundCheck(checkpoint):
+        model = universal.build()
+    largest = universal.nesting.uniform(universal.nesting.largest, universal.model.n_layers)
+    directory = checkpoint.path.parent.parent
+    model.to(device=device, dtype=dtype or torch.float32)
+    return LoadedModel(model.eval(), largest, directory, checkpoint.step)
 
 
 def load_native(
@@ -50,7 +100,7 @@ def load_native(
         raise UserError(
             f"{directory} lacks the weights {', '.join(sorted(missing))}; extract the model again"
         )
-    return LoadedModel(model.eval(), described.submodel, described.eod)
+    return LoadedModel(model.eval(), described.submodel, directory)
 
 
 def load_transformers(

@@ -68,6 +68,11 @@ def _measured_loss(run_dir: Path, step: int, submodel: str) -> float | None:
         ) from None
 
 
+def is_extracted(directory: Path) -> bool:
+    """Whether `extract` wrote the directory, as far as its files tell."""
+    return (directory / ENTRY).exists()
+
+
 def read_entry(directory: Path) -> dict[str, Any]:
     """submodel.json of an extracted model; UserError where the directory is none."""
     try:

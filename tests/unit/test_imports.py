@@ -15,7 +15,16 @@ BOTTOM = (
     "errors", "units", "nesting", "config", "config_file", "counting", "chunks", "planning",
     "deepspeed_section", "run_directory",
 )  # fmt: skip
-COMMANDS = ("checkpoints", "data", "submodels", "importing", "inference", "evaluation", "report")
+COMMANDS = (
+    "checkpoints",
+    "data",
+    "submodels",
+    "importing",
+    "inference",
+    "evaluation",
+    "search",
+    "report",
+)
 MAY_IMPORT: dict[str, set[str]] = {  # a part of the package: the other parts that it may import
     "__init__": set(),
     **{part: set(BOTTOM[:i]) for i, part in enumerate(BOTTOM)},  # each those before it
@@ -26,8 +35,9 @@ MAY_IMPORT: dict[str, set[str]] = {  # a part of the package: the other parts th
     "checkpoints": {*BOTTOM, "parallel", "models"},
     "submodels": {*BOTTOM, "parallel", "data", "models", "checkpoints"},
     "importing": {*BOTTOM, "parallel", "data", "models", "checkpoints"},
-    "inference": {*BOTTOM, "parallel", "data", "models", "submodels"},
-    "evaluation": {*BOTTOM, "data", "models", "checkpoints", "submodels"},
+    "inference": {*BOTTOM, "parallel", "data", "models", "checkpoints", "submodels"},
+    "evaluation": {*BOTTOM, "data", "models", "checkpoints", "submodels", "inference"},
+    "search": {*BOTTOM, "data", "models", "checkpoints", "submodels", "inference", "evaluation"},
     "report": {*BOTTOM, "submodels"},
     "training": {*BOTTOM, "ops", "parallel", "data", "models", "checkpoints", "evaluation"},
     "doctor": {*BOTTOM, "ops", "parallel"},

@@ -1,0 +1,113 @@
+"""RUN/slices.json: submodels that `matformer search` measured, and the best of them by name.
+
+Without torch: reports and commands read it. Losses and KL are nats per token, on `tokens`
+validation tokens; intervals hold 95%, by bootstrap over sequences.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from matformer_dist.errors import UserError
+from matformer_dist.nesting import Nesting, Submodel
+
+SLICES = "slices.json"
+FORMAT = 1
+Cost: TypeAlias = Literal["params", "flops", "memory", "latency"]
+Interval: TypeAlias = tuple[float, float]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class MeasuredSubmodel(_Entry):
+    """What a submodel costs, and how good it is."""
+
+    submodel: str  # as Nesting.parse reads it
+    widths: list[int]  # FFN neurons of each layer
+    parameters: int
+    non_embedding_parameters: int
+    flops_per_token: int  # forward, head included
+    memory_bytes: int  # weights and the key-value cache of one sequence
+    latency_ms: float | None = None  # of a token, by the latency table
+    loss: float
+    loss_interval: Interval
+    agreement: float  # share of tokens where its first choice is XL's, given the same prefix
+    kl: float  # KL(XL || submodel)
+
+    def cost(self, kind: Cost) -> float | None:
+        """In parameters, FLOPs a token, bytes or ms; None where latency was not measured."""
+        return {
+            "params": self.parameters,
+            "flops": self.flops_per_token,
+            "memory": self.memory_bytes,
+            "latency": self.latency_ms,
+        }[kind]
+
+
+class Slice(MeasuredSubmodel):
+    """The best submodel found within a budget."""
+
+    name: str  # to select it by: 1.31M, 2.4GFLOP, 5.3MB, 12.5ms, or a granularity's
+    kind: Cost  # of the budget
+    budget: float
+    found_by: Literal["uniform", "heuristic", "search"]
+    heuristic: str  # the best of the paper's heuristic within the same budget
+    gain: float  # loss of the heuristic's minus its own
+    gain_interval: Interval
+
+
+class Slices(_Entry):
+    """slices.json."""
+
+    format: int = FORMAT
+    step: int
+    checkpoint_sha256: str  # of the manifest
+    seq_len: int
+    tokens: int
+    dtype: str  # that memory_bytes are in: fp32, bf16, fp16
+    latency_on: str = ""  # the machine and settings of latency_ms, in words
+    slices: list[Slice]  # by kind, then budget
+    measured: list[MeasuredSubmodel]  # all of them, the smallest first
+
+    def named(self, name: str) -> Slice | None:
+        return next((one for one in self.slices if one.name == name), None)
+
+
+def read_slices(run_dir: Path) -> Slices | None:
+    """None where the run has not been searched; UserError where the file is broken."""
+    path = run_dir / SLICES
+    try:
+        return Slices.model_validate(json.loads(path.read_bytes()))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        else:
+            said = str(error)
+        raise UserError(
+            f"cannot read {path} ({said}); run `matformer search` again, or delete the file"
+        ) from None
+
+
+def find_submodel(notation: str, nesting: Nesting, n_layers: int, run_dir: Path) -> Submodel:
+    """The submodel of a notation (see Nesting.parse), or of a slice's name in `run_dir`."""
+    text = notation.strip()
+    if text and not text[0].isdigit():  # as names of granularities never begin
+        return nesting.parse(text, n_layers)
+    found = read_slices(run_dir)
+    if found and (chosen := found.named(text)):
+        return nesting.parse(chosen.submodel, n_layers)
+    names = ", ".join(one.name for one in found.slices) if found else ""
+    raise UserError(
+        f"there is no slice {notation!r} in {run_dir / SLICES}; "
+        + (f"its slices are {names}" if names else "`matformer search` makes them")
+        + f"; or write a submodel as S:8,M:8, of {', '.join(nesting.names)}"
+    )
