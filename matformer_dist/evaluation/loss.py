@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,12 @@ class SubmodelLoss:
     kl: float  # KL(XL || submodel)
     tokens: int
 
+    @classmethod
+    def of(cls, nll: float, agreed: float, kl: float, count: float) -> SubmodelLoss:
+        """Of sums over tokens and their number."""
+        tokens = max(count, 1.0)
+        return cls(nll / tokens, agreed / tokens, kl / tokens, int(count))
+
 
 def evaluate_submodels(
     run_pass: RunPass,
@@ -32,34 +38,44 @@ def evaluate_submodels(
     largest: Submodel,
     *,
     per_pass: int,
-    device: torch.device,
     group: dist.ProcessGroup | None = None,
 ) -> dict[str, SubmodelLoss]:
     """Losses of `submodels` on the same (tokens, targets) [b, s] batches, keyed by notation.
 
-    `run_pass` returns a pass' statistics [n, 4] (see MatLM.forward). At most `per_pass` submodels
-    run at once, XL always among them, as what agreement and KL refer to. `group` holds the ranks
-    whose batches differ.
+    As `measure_sequences`; `group` holds the ranks whose batches differ.
     """
-    others = [submodel for submodel in dict.fromkeys(submodels) if submodel != largest]
-    groups = [[largest, *part] for part in _parts(others, max(1, per_pass - 1))] or [[largest]]
-    sums = [torch.zeros(len(part), 4, dtype=torch.float64, device=device) for part in groups]
-    for tokens, targets in batches:
-        for part, total in zip(groups, sums, strict=True):
-            plan = Pass.evaluation(part, tokens.shape[0])
-            total += run_pass(tokens, targets, plan).to(total.dtype)
+    measured = measure_sequences(run_pass, batches, submodels, largest, per_pass=per_pass)
     results: dict[str, SubmodelLoss] = {}
-    for part, total in zip(groups, sums, strict=True):
+    for submodel, sequences in measured.items():
+        total = sequences.sum(dim=0)
         if group is not None:
             dist.all_reduce(total, group=group)
-        for submodel, (nll, agreed, kl, count) in zip(part, total.tolist(), strict=True):
-            tokens_seen = max(count, 1.0)
-            results[str(submodel)] = SubmodelLoss(
-                nll / tokens_seen, agreed / tokens_seen, kl / tokens_seen, int(count)
-            )
-    return {str(submodel): results[str(submodel)] for submodel in dict.fromkeys(submodels)}
+        results[str(submodel)] = SubmodelLoss.of(*total.tolist())
+    return results
 
 
-def _parts(items: list[Submodel], size: int) -> Iterator[list[Submodel]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def measure_sequences(
+    run_pass: RunPass,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    submodels: Sequence[Submodel],
+    largest: Submodel,
+    *,
+    per_pass: int,
+) -> dict[Submodel, Tensor]:
+    """Sums over each sequence's tokens [sequences, 4], fp64, of every submodel on all batches.
+
+    What is summed, and what `run_pass` returns of one pass: see MatLM.forward. At most `per_pass`
+    submodels run at once, XL always among them, as what agreement and KL refer to.
+    """
+    wanted = list(dict.fromkeys(submodels))
+    others = [submodel for submodel in wanted if submodel != largest]
+    size = max(1, per_pass - 1)
+    groups = [[largest, *others[i : i + size]] for i in range(0, len(others), size)] or [[largest]]
+    found: dict[Submodel, list[Tensor]] = {submodel: [] for submodel in (largest, *others)}
+    for tokens, targets in batches:
+        b = tokens.shape[0]
+        for i, group in enumerate(groups):
+            statistics = run_pass(tokens, targets, Pass.evaluation(group, b)).double()
+            for submodel, sequences in list(zip(group, statistics.split(b), strict=True))[i > 0 :]:
+                found[submodel].append(sequences)
+    return {submodel: torch.cat(found[submodel]) for submodel in wanted}

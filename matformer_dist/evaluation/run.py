@@ -119,7 +119,6 @@ def _measure(
         submodels,
         largest,
         per_pass=per_pass,
-        device=torch.device("cpu"),
     )
 
 

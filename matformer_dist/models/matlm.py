@@ -143,7 +143,7 @@ class Head(nn.Module):
     def forward(
         self, hidden: Tensor, tied: Tensor | None, targets: Tensor, plan: Pass
     ) -> tuple[Tensor, Tensor]:
-        """hidden [N, D], targets [b, s] -> total loss and statistics [n, 4]; see MatLM.forward."""
+        """hidden [N, D], targets [b, s] -> total loss and statistics [B, 4]; see MatLM.forward."""
         weight = self.weight if tied is None else tied
         s = targets.shape[1]
         rows = [segment.sequences * s for segment in plan.segments]
@@ -168,8 +168,7 @@ class Head(nn.Module):
         counted = (flat != IGNORED_TARGET).to(out.nll.dtype)
         agrees = counted.new_zeros(flat.shape) if out.agrees is None else out.agrees * counted
         columns = torch.stack([out.nll, agrees, out.kl, counted], dim=1)
-        sums = [part.sum(dim=0) for part in columns.split(rows)]
-        return out.total, torch.stack(sums)
+        return out.total, columns.view(-1, s, 4).sum(dim=1)
 
     def logits(self, hidden: Tensor, tied: Tensor | None) -> Tensor:
         """hidden [N, D] -> logits [R, V] of all rows and the whole vocabulary, on every rank."""
@@ -260,9 +259,9 @@ class MatLM(nn.Module):
         """One pass over all segments.
 
         tokens, targets [b, s]; b is the sum of the segments' sequences, or, with shared tokens,
-        each segment's own. Returns the total loss (0-d) and, per segment, sums over its tokens
-        [n, 4]: negative log-likelihood in nats, agreements with the first segment's top-1,
-        KL from the first segment in nats, and the number of tokens.
+        each segment's own. Returns the total loss (0-d) and, per sequence, segment by segment, sums
+        over its tokens [B, 4]: negative log-likelihood in nats, agreements with the first segment's
+        top-1, KL from the first segment in nats, and the number of tokens.
         """
         hidden = self.hidden(tokens, plan.segments, plan.shared_tokens)
         return self.head(hidden, self.tied_weight, targets, plan)

@@ -317,7 +317,6 @@ class Run:
                 [*uniform, *mixed],
                 uniform[0],
                 per_pass=len(self.nesting),
-                device=self.topology.device,
                 group=self.topology.data_group,
             )
 

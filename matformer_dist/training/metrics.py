@@ -36,7 +36,11 @@ class LossSums:
         """Take in one step's statistics; one small all-reduce over data-parallel ranks."""
         step = torch.zeros_like(self._sums)
         for plan, statistics in results:
-            granularities = [segment.submodel.granularities[0] for segment in plan.segments]
+            granularities = [
+                segment.submodel.granularities[0]
+                for segment in plan.segments
+                for _ in range(segment.sequences)
+            ]
             index = torch.tensor(granularities, device=step.device)
             step.index_add_(0, index, statistics[:, [0, 3]].to(step.dtype))
         if self.topology.data_size > 1:
