@@ -90,11 +90,11 @@ def extract(
     That is `output`, or for several `output/NAME`; the parent's weights are read once for all, one
     at a time. fp32 is the default because it is what training kept: nothing is lost, and any other
     dtype can be made from it. `sparse` is for format hf: exact widths, for engines that read them;
-    `nested` too: every submodel of what is written runs in transformers. `force` replaces a model that was extracted before, where nothing else is beside it. `tokenizer`
-    stands in where the run's copy is gone. UserError for input that does not fit and for a full
-    disk, before anything is written; for weights that overflow in fp16 before any model is in
-    place, and for a damaged checkpoint: `verify` reads all of it meanwhile, the optimizer's moments
-    too.
+    `nested` too: every submodel of what is written runs in transformers. `force` replaces a model
+    that was extracted before, where nothing else is beside it. `tokenizer` stands in where the
+    run's copy is gone. UserError for input that does not fit and for a full disk, before anything
+    is written; for weights that overflow in fp16 before any model is in place, and for a damaged
+    checkpoint: `verify` reads all of it meanwhile, the optimizer's moments too.
     """
     _check_format(format, sparse, nested, dtype)
     universal = load_universal(find_checkpoint(run))

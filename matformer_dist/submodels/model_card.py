@@ -126,8 +126,8 @@ def _widths_note(entry: Mapping[str, Any]) -> str:
         )
     if entry["nested"]:
         return (
-            "\nThe weights hold every submodel that is nowhere wider. The two Python files run them "
-            "in transformers, where code is trusted: `submodel=` as the model loads, "
+            "\nThe weights hold every submodel that is nowhere wider. The two Python files run "
+            "them in transformers, where code is trusted: `submodel=` as the model loads, "
             "`set_submodel` and `at` later. A narrower one takes less time, not less memory; "
             f"the names are {', '.join(_held_names(entry))}.\n"
         )

@@ -72,6 +72,7 @@ class NestedModel(nn.Module):
 
     config: Any
     model: Any
+    post_init: Any
 
     def _nest(self, mlp: type[nn.Module]) -> None:
         """Give every layer an FFN of the width that it holds."""
