@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,9 @@ def test_directory_says_what_it_holds(built: Built, tmp_path: Path) -> None:
     assert config["nesting"] == {"widths": [8, 16], "names": ["S", "M"]}
     assert (config["granularities"], config["submodel"]) == (["M", "M", "S"], "M:2,S:1")
     assert config["intermediate_size"] == 16
+    for code in one.path.glob("*.py"):
+        needed = {*transformers.dynamic_module_utils.get_imports(code)} - {*sys.stdlib_module_names}
+        assert needed <= {"torch", "transformers"}
     card = (one.path / "README.md").read_text()
     assert 'submodel="S"' in card and "the names are S, M." in card
     model = load(one.path)
