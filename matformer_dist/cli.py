@@ -134,13 +134,21 @@ def import_command(
 def extract_command(
     run: RunArgument,
     submodel: Annotated[
-        list[str], typer.Option(help='S, M, L, XL or layers such as "S:8,M:8"; may be repeated.')
+        list[str],
+        typer.Option(
+            help='S, M, L, XL, layers such as "S:8,M:8", or a slice of `matformer search`; '
+            "may be repeated."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="Directory; one below it for each of several.")],
     format: Annotated[str, typer.Option(help="native, hf or gguf.")] = "native",
     sparse: Annotated[
         bool,
         typer.Option(help="Format hf: exact widths in every layer, for vLLM and its like."),
+    ] = False,
+    nested: Annotated[
+        bool,
+        typer.Option(help="Format hf: transformers runs any submodel of it, chosen as it loads."),
     ] = False,
     dtype: Annotated[
         str, typer.Option(help="fp32, bf16 or fp16; in format gguf also q8_0.")
@@ -162,6 +170,7 @@ def extract_command(
         output=output,
         format=format,
         sparse=sparse,
+        nested=nested,
         dtype=dtype,
         force=force,
         verify=verify,

@@ -155,7 +155,7 @@ def sample(
     tokenizer = load_tokenizer(directory)
     ids = tokenizer.encode_prompt(prompt)
     if entry["format"] == "hf":
-        context, step = load_transformers(directory, dtype, where, entry.get("sparse", False))
+        context, step = load_transformers(directory, dtype, where)
         _check_context(len(ids), max_new_tokens, context)
     else:
         loaded = load_native(directory, dtype, where)

@@ -104,30 +104,41 @@ def load_native(
 
 
 def load_transformers(
-    directory: Path, dtype: torch.dtype | None, device: torch.device, sparse: bool = False
+    directory: Path, dtype: torch.dtype | None, device: torch.device
 ) -> tuple[int, Callable[[Tensor], Tensor]]:
-    """Load an `hf` directory by transformers. A `sparse` one is loaded by the code of this package,
-    of which it carries a copy: no code of the directory runs.
+    """Load an `hf` directory by transformers. One that carries code is loaded by the code of this
+    package, of which that is a copy: no code of the directory runs.
 
     Returns its context in tokens, and a function that takes ids [1, n], which follow those of
     earlier calls, to the logits [1, V] of the token behind the last. UserError where transformers
     is not installed, or cannot load the directory.
     """
     try:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, PreTrainedConfig
         from transformers.utils import logging
 
+        from matformer_dist.submodels.shipped_code.modeling_matformer import (
+            MatformerLlamaForCausalLM,
+            MatformerStarcoder2ForCausalLM,
+        )
         from matformer_dist.submodels.shipped_code.modeling_nemotron_nas import DeciLMForCausalLM
     except ImportError:
         raise UserError(
             f"{directory} is in format hf, which needs transformers; install it by "
             "`pip install matformer-dist[export]`, or extract with --format native"
         ) from None
+    ours = {
+        loader.config_class.model_type: loader
+        for loader in (DeciLMForCausalLM, MatformerLlamaForCausalLM, MatformerStarcoder2ForCausalLM)
+    }
     has_bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # the text is what a user wants to see
     try:
-        loader = DeciLMForCausalLM if sparse else AutoModelForCausalLM
-        model = loader.from_pretrained(directory, dtype=dtype or "auto", local_files_only=True)
+        config, _ = PreTrainedConfig.get_config_dict(directory, local_files_only=True)
+        loader = ours.get(config.get("model_type"), AutoModelForCausalLM)
+        model = loader.from_pretrained(
+            directory, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"transformers cannot load {directory} ({error}); extract the model again"

@@ -31,6 +31,7 @@ def describe(source: Source, export: Export, run_dir: Path, format: str) -> dict
         "non_embedding_parameters": count.non_embedding,
         "format": format,
         "sparse": export.sparse,
+        "nested": export.nested,
         "dtype": source.dtype,
         "step": universal.checkpoint.step,
         "run": str(run_dir),

@@ -7,6 +7,7 @@ model.gguf                  weights, settings and vocabulary            gguf
 tokenizer.model             the SentencePiece tokenizer
 tokenizer.json, tokenizer_config.json, generation_config.json           hf
 configuration_nemotron_nas.py, modeling_nemotron_nas.py                 hf, sparse
+configuration_matformer.py, modeling_matformer.py                       hf, nested
 submodel.json, README.md    see entry.py; the model card
 ```
 """
@@ -35,8 +36,10 @@ from matformer_dist.submodels.gguf_format import gguf_export
 from matformer_dist.submodels.model_card import model_card
 from matformer_dist.submodels.native import native_export
 from matformer_dist.submodels.nemotron_nas import nemotron_nas_export
+from matformer_dist.submodels.nested_transformers import nested_transformers_export
 from matformer_dist.submodels.parts import Export, Source, WeightFiles, write_weights
 from matformer_dist.submodels.safetensors_files import SHARD_BYTES
+from matformer_dist.submodels.slices import find_submodel
 from matformer_dist.submodels.transformers_format import transformers_export
 
 _EXPORTS = {"native": native_export, "hf": transformers_export, "gguf": gguf_export}
@@ -44,7 +47,7 @@ _EXPORTS = {"native": native_export, "hf": transformers_export, "gguf": gguf_exp
 
 _OURS = re.compile(  # names that any format writes
     r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.gguf"
-    r"|model\.safetensors\.index\.json|(configuration|modeling)_nemotron_nas\.py"
+    r"|model\.safetensors\.index\.json|(configuration|modeling)_(nemotron_nas|matformer)\.py"
     rf"|README\.md|{re.escape(ENTRY)}|{'|'.join(map(re.escape, TOKENIZER_FILES))}"
 )
 
@@ -75,33 +78,37 @@ def extract(
     output: Path,
     format: str = "native",
     sparse: bool = False,
+    nested: bool = False,
     dtype: str = "fp32",
     force: bool = False,
     verify: bool = True,
     tokenizer: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[ExtractedModel]:
-    """Write each of `submodels` (see Nesting.parse) of RUN[@STEP] into a directory of its own.
+    """Write each of `submodels` (see find_submodel) of RUN[@STEP] into a directory of its own.
 
     That is `output`, or for several `output/NAME`; the parent's weights are read once for all, one
     at a time. fp32 is the default because it is what training kept: nothing is lost, and any other
-    dtype can be made from it. `sparse` is for format hf: exact widths, for engines that read them.
-    `force` replaces a model that was extracted before, where nothing else is beside it. `tokenizer`
-    stands in where the run's copy is gone. UserError for input that does not fit and for a full
-    disk, before anything is written; for weights that overflow in fp16 before any model is in
-    place, and for a damaged checkpoint: `verify` reads all of it meanwhile, the optimizer's moments
-    too.
+    dtype can be made from it. `sparse` is for format hf: exact widths, for engines that read them;
+    `nested` too: every submodel of what is written runs in transformers. `force` replaces a model
+    that was extracted before, where nothing else is beside it. `tokenizer` stands in where the
+    run's copy is gone. UserError for input that does not fit and for a full disk, before anything
+    is written; for weights that overflow in fp16 before any model is in place, and for a damaged
+    checkpoint: `verify` reads all of it meanwhile, the optimizer's moments too.
     """
-    _check_format(format, sparse, dtype)
+    _check_format(format, sparse, nested, dtype)
     universal = load_universal(find_checkpoint(run))
     run_dir = universal.checkpoint.path.parent.parent
     text = _tokenizer(universal, run_dir, tokenizer)
     chosen = list(
         dict.fromkeys(
-            universal.nesting.parse(notation, universal.model.n_layers) for notation in submodels
+            find_submodel(notation, universal.nesting, universal.model.n_layers, run_dir)
+            for notation in submodels
         )
     )
-    export = nemotron_nas_export if sparse else _EXPORTS[format]
+    export = _EXPORTS[format]
+    if sparse or nested:
+        export = nemotron_nas_export if sparse else nested_transformers_export
     models = []
     for submodel in chosen:
         target = output if len(chosen) == 1 else output / directory_name(submodel)
@@ -130,12 +137,20 @@ def extract(
     ]
 
 
-def _check_format(format: str, sparse: bool, dtype: str) -> None:
+def _check_format(format: str, sparse: bool, nested: bool, dtype: str) -> None:
     if format not in FORMATS:
         raise UserError(f"there is no format {format!r}; choose one of {', '.join(FORMATS)}")
     if sparse and format != "hf":
         raise UserError(
             f"--sparse is for format hf, not {format}, which always has exact widths; leave it out"
+        )
+    if nested and format != "hf":
+        still = ", which is nested as it is" if format == "native" else ""
+        raise UserError(f"--nested is for format hf, not {format}{still}; leave it out")
+    if sparse and nested:
+        raise UserError(
+            "--sparse, for engines that run one submodel, and --nested, for transformers to run "
+            "any, exclude each other; choose one"
         )
     if dtype not in DTYPES[format]:
         raise UserError(

@@ -59,6 +59,21 @@ model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
 prompt = tokenizer("def ", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))"""
 
+_NESTED_LOADING = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(
+    "PATH", trust_remote_code=True, submodel="{smallest}"
+)
+prompt = tokenizer("def ", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
+
+model.set_submodel("{submodel}")  # of the same weights; or a list of one name a layer
+draft = model.at("{smallest}")  # a model of its own over these weights: no second copy
+text = model.generate(**prompt, max_new_tokens=50, do_sample=False, assistant_model=draft)
+print(tokenizer.decode(text[0]))"""
+
 _GGUF_LOADING = """\
 from llama_cpp import Llama
 
@@ -77,6 +92,11 @@ def model_card(entry: Mapping[str, Any], model: ModelConfig, vocab_size: int) ->
     if kind == "gguf":
         front_matter.append("- gguf")
     loading = {"native": _NATIVE_LOADING, "hf": _HF_LOADING, "gguf": _GGUF_LOADING}[kind]
+    if entry["sparse"]:
+        loading = _SPARSE_LOADING
+    if entry["nested"]:
+        smallest = entry["nesting"]["names"][0]
+        loading = _NESTED_LOADING.format(smallest=smallest, submodel=entry["submodel"])
     loss = "not measured" if entry["loss"] is None else f"{entry['loss']:.4f} nats per token"
     return _CARD.format(
         **{key: entry[key] for key in _COPIED},
@@ -91,7 +111,7 @@ def model_card(entry: Mapping[str, Any], model: ModelConfig, vocab_size: int) ->
         vocab_size=vocab_size,
         loss=loss,
         widths_note=_widths_note(entry),
-        loading=_SPARSE_LOADING if entry["sparse"] else loading,
+        loading=loading,
     )
 
 
@@ -101,8 +121,15 @@ def _widths_note(entry: Mapping[str, Any]) -> str:
         return (
             "\nThe architecture has one FFN width, so narrower layers are padded to "
             f"{entry['padded_width']} neurons with zeros: the result is exactly the same, memory "
-            "and time are those of the padded width. The formats `native`, `hf --sparse` and "
-            "`gguf` have the exact widths.\n"
+            "and time are those of the padded width. The formats `native`, `hf --sparse`, "
+            "`hf --nested` and `gguf` have the exact widths.\n"
+        )
+    if entry["nested"]:
+        return (
+            "\nThe weights hold every submodel that is nowhere wider. The two Python files run "
+            "them in transformers, where code is trusted: `submodel=` as the model loads, "
+            "`set_submodel` and `at` later. A narrower one takes less time, not less memory; "
+            f"the names are {', '.join(_held_names(entry))}.\n"
         )
     if not entry["sparse"]:
         return ""
@@ -118,6 +145,12 @@ def _widths_note(entry: Mapping[str, Any]) -> str:
             "TensorRT-LLM do not.\n"
         )
     return note
+
+
+def _held_names(entry: Mapping[str, Any]) -> list[str]:
+    """Granularities that the widest layer holds."""
+    nesting = entry["nesting"]
+    return nesting["names"][: nesting["widths"].index(max(entry["widths"])) + 1]
 
 
 def _runs(widths: list[int]) -> str:

@@ -110,6 +110,7 @@ class Export:
     files: Mapping[str, str | bytes]  # the others by name: config, tokenizer, code
     padded_width: int | None = None  # where narrower layers are filled with zeros
     sparse: bool = False  # of format hf: loaded by the code beside it
+    nested: bool = False  # of format hf: the same, and every submodel runs
 
 
 def write_weights(

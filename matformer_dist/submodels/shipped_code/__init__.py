@@ -1,1 +1,3 @@
-"""Code that `hf --sparse` exports carry: transformers runs it where it is told to trust it."""
+"""Code that `hf --sparse` and `hf --nested` carry: transformers runs it where it is told to trust
+it.
+"""

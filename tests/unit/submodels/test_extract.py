@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -20,6 +21,7 @@ from matformer_dist.submodels.entry import read_entry
 from matformer_dist.submodels.extract import extract
 from matformer_dist.submodels.formats import FORMATS, directory_name
 from matformer_dist.submodels.safetensors_files import read_weights
+from matformer_dist.submodels.slices import SLICES, Slices
 from tests.unit.submodels.synthetic_run import (
     NESTING,
     TEXT,
@@ -34,12 +36,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("runs") / "run", random_model(model_config()))
 
 
-@pytest.mark.parametrize("format", ["native", "hf"])
-def test_directory_holds_what_is_promised(run: Path, tmp_path: Path, format: str) -> None:
-    (one,) = extract(f"{run}@5", ["S:2,M:1"], output=tmp_path / "a" / "out", format=format)
+@pytest.mark.parametrize(("format", "nested"), [("native", False), ("hf", False), ("hf", True)])
+def test_directory_holds_what_is_promised(
+    run: Path, tmp_path: Path, format: str, nested: bool
+) -> None:
+    output = tmp_path / "a" / "out"
+    (one,) = extract(f"{run}@5", ["S:2,M:1"], output=output, format=format, nested=nested)
     expected = {"config.json", "model.safetensors", "submodel.json", "README.md", "tokenizer.model"}
     if format == "hf":
         expected |= {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    if nested:
+        expected |= {"configuration_matformer.py", "modeling_matformer.py"}
     assert {file.name for file in one.path.iterdir()} == expected
     entry = Extracted.model_validate(read_entry(one.path))  # what the report reads
     count = count_parameters(model_config(), 307, NESTING.parse("S:2,M:1", 3))
@@ -57,20 +64,25 @@ def test_directory_holds_what_is_promised(run: Path, tmp_path: Path, format: str
 
 
 @pytest.mark.parametrize(
-    ("format", "sparse", "needs"),
+    ("format", "kind", "needs"),
     [
-        ("native", False, "torch"),
-        ("hf", False, "transformers"),
-        ("hf", True, "transformers"),
-        ("gguf", False, "llama_cpp"),
+        ("native", {}, "torch"),
+        ("hf", {}, "transformers"),
+        ("hf", {"sparse": True}, "transformers"),
+        ("hf", {"nested": True}, "transformers"),
+        ("gguf", {}, "llama_cpp"),
     ],
 )
 def test_the_model_cards_code_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str, sparse: bool, needs: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    format: str,
+    kind: dict[str, Any],
+    needs: str,
 ) -> None:
     pytest.importorskip(needs)
     run = write_run(tmp_path / "run", random_model(model_config(max_seq_len=96)))
-    (one,) = extract(str(run), ["S:2,M:1"], output=tmp_path / "out", format=format, sparse=sparse)
+    (one,) = extract(str(run), ["S:2,M:1"], output=tmp_path / "out", format=format, **kind)
     card = (one.path / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0]
     exec(code.replace("PATH", str(one.path)), {})
@@ -102,6 +114,33 @@ def test_several_submodels_go_into_one_directory_each(run: Path, tmp_path: Path)
     assert [one.submodel for one in found] == ["S", "S:2,M:1", "M"]
     assert [one.path.name for one in found] == ["S", "Sx2-Mx1", "M"]
     assert all(read_entry(one.path)["submodel"] == one.submodel for one in found)
+
+
+def test_the_name_of_a_slice_is_its_submodel(run: Path, tmp_path: Path) -> None:
+    measured = {
+        "submodel": "S:2,M:1", "widths": [8, 8, 16], "parameters": 1_310_000,
+        "non_embedding_parameters": 5, "flops_per_token": 7, "memory_bytes": 9, "loss": 2.5,
+        "loss_interval": [2.4, 2.6], "agreement": 0.5, "kl": 0.1,
+    }  # fmt: skip
+    named = {
+        **measured, "name": "1.31M", "kind": "params", "budget": 1.4e6, "found_by": "search",
+        "heuristic": "S", "gain": 0.1, "gain_interval": [0.0, 0.2],
+    }  # fmt: skip
+    slices = Slices.model_validate(
+        {
+            "step": 5, "checkpoint_sha256": "", "seq_len": 8, "tokens": 8, "dtype": "fp32",
+            "slices": [named], "measured": [measured],
+        }
+    )  # fmt: skip
+    path = run / SLICES
+    try:
+        path.write_text(slices.model_dump_json())
+        found = extract(str(run), ["1.31M", "M", "S:2,M"], output=tmp_path / "out")
+    finally:
+        path.unlink()
+    assert [one.submodel for one in found] == ["S:2,M:1", "M"]
+    assert [one.path.name for one in found] == ["Sx2-Mx1", "M"]
+    assert read_entry(found[0].path)["widths"] == [8, 8, 16]
 
 
 def test_measured_loss_comes_from_the_evaluation_of_the_same_step(
@@ -164,13 +203,16 @@ def test_no_model_is_written_among_checkpoints(run: Path) -> None:
 
 @pytest.mark.parametrize("format", list(FORMATS))
 def test_every_format_can_be_replaced(run: Path, tmp_path: Path, format: str) -> None:
-    for sparse in (False, True) if format == "hf" else (False,):
+    kinds: list[dict[str, Any]] = [{}]
+    if format == "hf":
+        kinds += [{"sparse": True}, {"nested": True}]
+    for kind in kinds:
         if format == "gguf":
             pytest.importorskip("gguf")
         for submodel in ("S", "M"):
             extract(
-                str(run), [submodel], output=tmp_path / "out", format=format, sparse=sparse,
-                shard_bytes=30_000, force=True,
+                str(run), [submodel], output=tmp_path / "out", format=format, shard_bytes=30_000,
+                force=True, **kind,
             )  # fmt: skip
         assert read_entry(tmp_path / "out")["submodel"] == "M"
 
@@ -224,6 +266,16 @@ def test_bad_requests_are_named_before_anything_is_written(run: Path, tmp_path: 
             "no dtype 'q8_0' in format hf; choose one of fp32, bf16, fp16$",
         ),
         ({"submodels": ["S"], "sparse": True}, "--sparse is for format hf, not native"),
+        ({"submodels": ["S"], "nested": True}, "not native, which is nested as it is; leave it"),
+        (
+            {"submodels": ["S"], "format": "gguf", "nested": True},
+            "--nested is for format hf, not gguf; leave it out",
+        ),
+        (
+            {"submodels": ["S"], "format": "hf", "sparse": True, "nested": True},
+            "exclude each other; choose one$",
+        ),
+        ({"submodels": ["1.31M"]}, r"no slice '1.31M' in .*slices.json; `matformer search` makes"),
     ]:
         with pytest.raises(UserError, match=message):
             extract(str(run), output=output, **arguments)  # type: ignore[arg-type]

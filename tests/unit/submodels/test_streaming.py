@@ -98,10 +98,12 @@ print(peak() - before, sum(model.bytes for model in models))
 
 
 @pytest.mark.parametrize(
-    "options", [{"format": "native"}, {"format": "hf", "dtype": "bf16"}], ids=["native", "hf"]
+    "options",
+    [{"format": "native"}, {"format": "hf", "dtype": "bf16"}, {"format": "hf", "nested": True}],
+    ids=["native", "hf", "nested"],
 )
 def test_memory_does_not_grow_with_the_model(
-    run: Path, tmp_path: Path, options: dict[str, str]
+    run: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     shape = model_config(d_model=768, n_layers=20, max_seq_len=48)
     large = write_run(tmp_path / "run", random_model(shape), tensor=2)
