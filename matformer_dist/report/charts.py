@@ -26,14 +26,17 @@ class Axis:
     low: float
     high: float
     ticks: int = 5
+    billion: str = "B"  # "G" for units of physics
 
     @classmethod
-    def around(cls, values: Iterable[float], pad: float = 0.06, ticks: int = 5) -> Axis:
+    def around(
+        cls, values: Iterable[float], pad: float = 0.06, ticks: int = 5, billion: str = "B"
+    ) -> Axis:
         """An axis that holds all finite values, with `pad` of its length free at both ends."""
         finite = [value for value in values if isfinite(value)] or [0.0, 1.0]
         low, high = min(finite), max(finite)
         room = pad * (high - low) or 0.05 * abs(high) or 1.0
-        return cls(low - room, high + room, ticks)
+        return cls(low - room, high + room, ticks, billion)
 
     @classmethod
     def from_zero(cls, values: Iterable[float], pad: float = 0.06, ticks: int = 4) -> Axis:
@@ -53,14 +56,17 @@ class Axis:
         )
         first, last = ceil(self.low / step - 1e-9), floor(self.high / step + 1e-9)
         values = [i * step for i in range(first, last + 1)]
-        return [(self.share(value), tick_text(value, step, values[-1])) for value in values]
+        return [
+            (self.share(value), tick_text(value, step, values[-1], self.billion))
+            for value in values
+        ]
 
 
-def tick_text(value: float, step: float, largest: float) -> str:
+def tick_text(value: float, step: float, largest: float, billion: str = "B") -> str:
     """The value with as many digits as its step needs: 0.025, 2.5, 1,500, 20 k, 1.5 M."""
     if abs(value) < step / 2:
         return "0"
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    for size, letter in ((1e12, "T"), (1e9, billion), (1e6, "M"), (1e3, "k")):
         if largest >= max(size, 1e4):
             return f"{value / size:.{_digits(step / size)}f} {letter}"
     if step < 1e-5:
@@ -99,6 +105,7 @@ class Key:
 
     style: str
     name: str
+    color: str = "var(--muted)"
 
 
 @dataclass
@@ -116,7 +123,7 @@ class Chart:
     marks: list[Mark] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)
     keys: list[Key] = field(default_factory=list)
-    hover: Hover | None = None
+    hover: Hover | PointHover | None = None
 
     @property
     def left_ch(self) -> int:
@@ -141,8 +148,8 @@ class Chart:
         finite = (point for point in points if isfinite(point[1]))
         path = "".join(f"M{self._pair(point)}h0" for point in finite)
         self._add(path, style, color)
-        if style == "ring":
-            self._add(path, "hole", "var(--card)")
+        if style.startswith("ring"):
+            self._add(path, style.replace("ring", "hole"), "var(--card)")
 
     def band(self, low: Sequence[Point], high: Sequence[Point], color: str) -> None:
         if len(low) > 1:
@@ -201,10 +208,26 @@ class Hover:
         self.positions.append((round(left, 4), None if top is None else round(top, 4), title, rows))
 
     def json(self) -> Markup:
-        """JSON that cannot end the script element it stands in."""
-        shape = {"head": self.head, "colors": self.colors, "at": self.positions}
-        dumped = json.dumps(shape, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-        return Markup(dumped.replace("<", "\\u003c"))
+        return script_json({"head": self.head, "colors": self.colors, "at": self.positions})
+
+
+@dataclass
+class PointHover:
+    """Where points lie, by their numbers in the page's list of submodels (`Points.page_list`)."""
+
+    positions: list[tuple[float, float, int]] = field(default_factory=list)
+
+    def add(self, left: float, top: float, number: int) -> None:
+        self.positions.append((round(left, 4), round(top, 4), number))
+
+    def json(self) -> Markup:
+        return script_json({"points": self.positions})
+
+
+def script_json(content: object) -> Markup:
+    """JSON that cannot end the script element it stands in."""
+    dumped = json.dumps(content, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return Markup(dumped.replace("<", "\\u003c"))
 
 
 def _short(name: str) -> str:

@@ -1,18 +1,16 @@
-"""The charts over training steps: losses, what separates granularities, speed and gradients."""
+"""The charts over training steps: losses, and what separates granularities."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import inf, isfinite, nan
 
 from matformer_dist.report import series, text
 from matformer_dist.report.charts import Axis, Chart, Hover, Key
-from matformer_dist.report.inputs import MetricsLine, Run
+from matformer_dist.report.inputs import Run
 from matformer_dist.report.series import Series
 
 DRAWN_POINTS = 400  # of a curve; more would not be seen
 TOOLTIPS = 240
-BUCKETS = 160
 NEUTRAL = "var(--muted)"
 
 
@@ -39,7 +37,7 @@ def loss_chart(run: Run) -> Chart:
     chart = Chart(
         title="Training and validation loss" if validated else "Training loss",
         unit="nats per token",
-        x=_steps(run),
+        x=steps_axis(run),
         y=Axis.around(
             (
                 value
@@ -136,7 +134,7 @@ def _evaluated_chart(
     run: Run, lines: dict[str, Series], title: str, unit: str, digits: int
 ) -> Chart:
     values = [value for points in lines.values() for _, value in points]
-    chart = Chart(title, unit, _steps(run), Axis.around(values, ticks=4), height_px=220)
+    chart = Chart(title, unit, steps_axis(run), Axis.around(values, ticks=4), height_px=220)
     for name, points in lines.items():
         kept = series.thin(points, DRAWN_POINTS)
         chart.line(kept, color(run, name))
@@ -147,47 +145,7 @@ def _evaluated_chart(
     return chart
 
 
-def small_charts(run: Run) -> list[Chart]:
-    """Throughput, step time, gradient norm and learning rate, where they were logged."""
-    wanted: list[tuple[str, str, Callable[[MetricsLine], float]]] = [
-        ("Throughput", "tokens per second", lambda line: line.tokens_per_second),
-        ("Step time", "ms", lambda line: line.step_ms),
-        ("Gradient norm", "before clipping", lambda line: line.grad_norm),
-        ("Learning rate", f"{run.config.schedule.kind} schedule", lambda line: line.learning_rate),
-    ]
-    charts = []
-    for title, unit, value_of in wanted:
-        values = [(line.step, value_of(line)) for line in run.metrics]
-        if any(isfinite(value) for _, value in values):
-            charts.append(_banded_chart(run, title, unit, values))
-    return charts
-
-
-def _banded_chart(run: Run, title: str, unit: str, values: Series) -> Chart:
-    found = series.buckets(values, BUCKETS)
-    y = Axis.from_zero(bucket.high for bucket in found)
-    chart = Chart(title, unit, _steps(run), y, height_px=160)
-    lows = [(float(bucket.step), bucket.low) for bucket in found]
-    highs = [(float(bucket.step), bucket.high) for bucket in found]
-    if len(found) < len(values):
-        chart.band(lows, highs, "var(--accent)")
-        chart.notes = [f"Means of about {-(-len(values) // BUCKETS)} lines; band: lowest, highest."]
-    chart.line([(bucket.step, bucket.mean) for bucket in found], "var(--accent)")
-    last = text.compact(found[-1].mean)
-    chart.summary = (
-        f"{title} over steps: lowest {text.compact(min(low for _, low in lows))}, highest "
-        f"{text.compact(max(high for _, high in highs))}, last {last} {unit}"
-    )
-    chart.hover = Hover(head=[])
-    for bucket in found:
-        rows = [["mean" if bucket.low < bucket.high else "value", text.compact(bucket.mean)]]
-        if bucket.low < bucket.high:
-            rows += [["lowest", text.compact(bucket.low)], ["highest", text.compact(bucket.high)]]
-        chart.hover.add(chart.x.share(bucket.step), None, f"step {bucket.step:,}", rows)
-    return chart
-
-
-def _steps(run: Run) -> Axis:
+def steps_axis(run: Run) -> Axis:
     return Axis(0.0, float(max(run.last.step, 1)), ticks=4)
 
 

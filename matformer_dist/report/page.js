@@ -1,6 +1,10 @@
 // Tooltips of the charts and the copy buttons. The page is complete without this.
 "use strict";
 const tooltip = document.getElementById("tooltip");
+const listed = document.getElementById("submodel-list");
+const submodelList = listed ? JSON.parse(listed.textContent) : { cells: [], items: [] };
+const marks = []; // of every chart of submodels: shows where the one of a number lies
+const markSubmodel = (number) => marks.forEach((mark) => mark(number));
 
 function element(tag, text, parent) {
   const made = document.createElement(tag);
@@ -26,6 +30,25 @@ function fillTooltip(data, [, , title, rows]) {
   });
 }
 
+// Charts of submodels carry places and numbers; the words are in the page's list of submodels.
+function read(data) {
+  if (!data.points) return data;
+  const at = data.points.map(([left, top, number]) => {
+    const [name, cells] = submodelList.items[number];
+    const rows = submodelList.cells.map((title, i) => [title, cells[i]]);
+    return [left, top, name, rows.filter(([, cell]) => cell !== "–")];
+  });
+  return { head: [], colors: [], at, numbers: data.points.map(([, , number]) => number) };
+}
+
+function mark(ring, data, number) {
+  const place = data.at[data.numbers.indexOf(number)];
+  ring.hidden = !place;
+  if (!place) return;
+  ring.style.left = `${100 * place[0]}%`;
+  ring.style.top = `${100 * place[1]}%`;
+}
+
 function placeTooltip(x, y) {
   tooltip.hidden = false;
   const { width, height } = tooltip.getBoundingClientRect();
@@ -37,10 +60,11 @@ function placeTooltip(x, y) {
 function watch(figure) {
   const source = figure.querySelector("script[type='application/json']");
   if (!source) return;
-  const data = JSON.parse(source.textContent);
+  const data = read(JSON.parse(source.textContent));
   const plot = figure.querySelector(".plot");
   const cursor = figure.querySelector(".cursor");
   if (!data.at.length) return;
+  if (data.numbers) marks.push((number) => mark(figure.querySelector(".chosen"), data, number));
   let shown = data.at.length - 1;
 
   function show(index) {

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import shlex
 import statistics
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
-from itertools import pairwise
 from math import exp, isfinite, nan
 from pathlib import Path
 from typing import Any
@@ -17,14 +15,18 @@ import jinja2
 
 from matformer_dist.counting import count_parameters
 from matformer_dist.errors import UserError
-from matformer_dist.report import curves, series, text
-from matformer_dist.report.charts import palette
-from matformer_dist.report.inputs import Run, Sample, read_run
-from matformer_dist.report.tradeoff import tradeoff_charts
-from matformer_dist.submodels.formats import directory_name, has_transformers_architecture
+from matformer_dist.report import curves, machine, series, tables, text
+from matformer_dist.report.charts import palette, script_json
+from matformer_dist.report.commands import commands
+from matformer_dist.report.explorer import explorer_data
+from matformer_dist.report.inputs import Run, read_run
+from matformer_dist.report.points import join_points
+from matformer_dist.report.shapes import Sample
+from matformer_dist.report.tradeoff import consistency_charts, loss_charts
 
 SAMPLE_CHARACTERS = 4000  # of one text; the rest stays in samples.json
 TABLED_EVALUATIONS = 40
+_SCRIPTS = ("page.js", "explorer.js")
 _VERSIONS = ("matformer_dist", "torch", "deepspeed", "megatron-core", "transformers")
 
 
@@ -32,7 +34,7 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
     """Write the report of a run to `output` (default RUN/report.html) and return its path.
 
     The page is one file that loads nothing. A run that is still training, was never evaluated or
-    has no extracted models gives a page that says which command fills the gap. Raises UserError
+    has not been searched gives a page that says which command fills the gap. Raises UserError
     where config.yaml or metrics.jsonl is missing or any input is broken.
     """
     run_dir = Path(run_dir)
@@ -44,7 +46,8 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
         )
     unfinished = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        unfinished.write_text(page, encoding="utf-8")
+        # A path of undecodable bytes is no UTF-8: it is shown with question marks.
+        unfinished.write_text(page, encoding="utf-8", errors="replace")
         os.replace(unfinished, output)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
@@ -67,13 +70,16 @@ def render(run: Run) -> str:
         "fixed": text.fixed,
         "percent": text.percent,
         "file_size": text.file_size,
+        "interval": text.interval,
+        "milliseconds": text.milliseconds,
+        "script_json": script_json,
     }
-    evaluation = run.evaluation
+    points = join_points(run)
     return environment.get_template("page.html").render(
         run=run,
         name=run.directory.resolve().name,
         css=(here / "page.css").read_text(encoding="utf-8"),
-        javascript=(here / "page.js").read_text(encoding="utf-8"),
+        javascript=[(here / name).read_text(encoding="utf-8") for name in _SCRIPTS],
         palette=palette(len(run.nesting)),
         state=_state(run),
         figures=_headline_figures(run),
@@ -82,11 +88,19 @@ def render(run: Run) -> str:
         loss=curves.loss_chart(run),
         separations=[c for c in (curves.gap_chart(run), curves.agreement_chart(run)) if c],
         validations=_validations(run),
-        tradeoffs=tradeoff_charts(run, evaluation) if evaluation else [],
-        submodels=_submodel_rows(run),
-        small_charts=curves.small_charts(run),
+        points=points,
+        losses=loss_charts(run, points),
+        consistency=consistency_charts(run, points),
+        explorer=explorer_data(run, points),
+        slices=tables.slice_rows(run),
+        submodels=tables.submodel_table(run),
+        speculative=tables.speculative_rows(run),
+        downstream=tables.downstream_table(run),
+        machine_charts=machine.machine_charts(run),
+        time_parts=machine.time_parts(run),
+        slowest=machine.slowest_rank(run),
         prompts=_prompts(run),
-        commands=_commands(run),
+        commands=commands(run),
         config=run.config.to_yaml(),
         versions=_versions(),
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -153,7 +167,7 @@ def _state(run: Run) -> dict[str, Any]:
 def _headline_figures(run: Run) -> list[tuple[str, str, str]]:
     """(name, value, remark) of the figures at the top; only what was logged."""
     last = run.last
-    training_s = training_seconds(run)
+    training_s = machine.training_seconds(run)
     per_step = last.tokens / max(last.step, 1)
     per_second = statistics.median(
         [line.tokens_per_second for line in run.metrics if isfinite(line.tokens_per_second)]
@@ -184,16 +198,6 @@ def _flops_per_second(tflops: float) -> str:
     return text.compact(1e12 * tflops, "FLOP/s", billion="G")
 
 
-def training_seconds(run: Run) -> float:
-    """Time spent in steps: every stretch between two lines at the speed logged at its end."""
-    total = 0.0
-    starts = [0, *(line.step for line in run.metrics)]
-    for (before, step), line in zip(pairwise(starts), run.metrics, strict=True):
-        if isfinite(line.step_ms):
-            total += (step - before) * line.step_ms / 1000
-    return total or nan
-
-
 def _validations(run: Run) -> dict[str, Any]:
     """Validation losses as a table, at most TABLED_EVALUATIONS evenly chosen rows."""
     found = curves.curves(run, "val_loss")
@@ -204,51 +208,6 @@ def _validations(run: Run) -> dict[str, Any]:
         for step, _ in series.thin(steps, TABLED_EVALUATIONS)
     ]
     return {"names": list(found), "rows": rows, "of": len(steps)}
-
-
-def _submodel_rows(run: Run) -> list[dict[str, Any]]:
-    """Evaluated submodels by size, with their loss above XL's and the command that takes them."""
-    if run.evaluation is None:
-        return []
-    widest = run.evaluation.uniform(run.nesting.names[-1])
-    reference = widest.loss if widest else nan
-    rows = []
-    for item in sorted(run.evaluation.submodels, key=lambda item: item.parameters):
-        color = curves.color(run, item.submodel) if item.kind == "uniform" else "var(--mix)"
-        rows.append(
-            {
-                "item": item,
-                "difference": nan if item is widest else item.loss - reference,
-                "color": color,
-                "command": extract_command(run, item.submodel),
-            }
-        )
-    return rows
-
-
-def extract_command(run: Run, submodel: str) -> str:
-    """The command that writes this submodel as a model of its own, quoted for a shell."""
-    kind = "hf" if has_transformers_architecture(run.config.model) else "native"
-    words = ["matformer", "extract", str(run.directory), "--submodel", submodel]
-    words += ["--format", kind, "--output", str(_extracted_to(run, submodel))]
-    return shlex.join(words)
-
-
-def _extracted_to(run: Run, submodel: str) -> Path:
-    return run.directory / "submodels" / directory_name(submodel)
-
-
-def _commands(run: Run) -> dict[str, str]:
-    """What to run where a section has nothing to show."""
-    directory = shlex.quote(str(run.directory))
-    one = run.nesting.names[max(0, len(run.nesting) - 2)]
-    model = run.extracted[0][0] if run.extracted else _extracted_to(run, one)
-    return {
-        "evaluation": f"matformer evaluate {directory}",
-        "extracted": extract_command(run, one),
-        "samples": shlex.join(["matformer", "generate", str(model)]),
-        "report": f"matformer report {directory}",
-    }
 
 
 def _prompts(run: Run) -> list[dict[str, Any]]:

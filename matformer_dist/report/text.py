@@ -35,6 +35,20 @@ def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %" if isfinite(share) else _NOTHING
 
 
+def interval(ends: tuple[float, float], digits: int = 4) -> str:
+    """ "2.310 to 2.334"; "–" where there is none."""
+    if not all(map(isfinite, ends)):
+        return _NOTHING
+    return " to ".join(fixed(end, digits) for end in ends)
+
+
+def milliseconds(time_ms: float) -> str:
+    """Three digits: 0.482 ms, 12.3 ms, 1,240 ms."""
+    if not isfinite(time_ms):
+        return _NOTHING
+    return f"{time_ms:,.0f} ms" if abs(time_ms) >= 99.95 else f"{time_ms:.3g} ms"
+
+
 def duration(seconds: float) -> str:
     """Two units: 2 d 3 h, 1 h 05 min, 4 min 10 s, 12.3 s."""
     if not isfinite(seconds):

@@ -4,109 +4,179 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import isfinite, nan
 
 from matformer_dist.report import text
-from matformer_dist.report.charts import Axis, Chart, Hover, Key
+from matformer_dist.report.charts import Axis, Chart, Key, PointHover
 from matformer_dist.report.curves import NEUTRAL, color
-from matformer_dist.report.inputs import Evaluated, Evaluation, Run
+from matformer_dist.report.inputs import Run
+from matformer_dist.report.points import Point, Points, best_within, frontier
 
-_STYLES = {"uniform": "dot", "heuristic": "ring", "mix": "square"}
-_NAMES = {"uniform": "trained granularity", "heuristic": "Mix'n'Match", "mix": "other mix"}
+_BIG_RINGS = 60  # of more, they would hide what is near
+Value = Callable[[Point], float]
+_KEYS = {
+    "uniform": Key("dot", "trained granularity"),
+    "heuristic": Key("ring", "Mix'n'Match by the paper's heuristic", "var(--heuristic)"),
+    "mix": Key("faint", "other mixes, measured"),
+}
 
 
-def tradeoff_charts(run: Run, evaluation: Evaluation) -> list[Chart]:
-    """Loss and agreement against parameters, on one and the same parameter axis.
+def loss_charts(run: Run, points: Points) -> list[Chart]:
+    """Loss against parameters and against FLOPs, on one and the same axis of losses.
 
-    Nothing where fewer than two submodels were evaluated: a point shows no trade-off.
+    Nothing where fewer than two submodels were measured: a point shows no trade-off.
     """
-    found = sorted(evaluation.submodels, key=lambda item: item.parameters)
-    if len(found) < 2:
+    if len(points.shown) < 2:
         return []
-    x = Axis.around((item.parameters for item in found), pad=0.05, ticks=4)
-    widest = run.nesting.names[-1]
-    charts = [_scatter(run, found, x, "Loss against size", "nats per token", lambda s: s.loss, -10)]
-    if len(run.nesting) > 1:
-        title = f"Agreement with {widest} against size"
-        charts.append(_scatter(run, found, x, title, "% of tokens", _agreement_percent, 10))
-    note = _against_line(found)
-    charts[0].notes = [note] if note else []
+    charts = [
+        _scatter(run, points, _Look(title, "nats per token", _loss, -10, x_title, cost, billion))
+        for title, x_title, cost, billion in (
+            ("Loss against parameters", "parameters", _parameters, "B"),
+            ("Loss against FLOPs", "FLOPs a token", _flops, "G"),
+        )
+    ]
+    charts[0].notes = [
+        note for note in (_against_line(points.shown), _against_search(points)) if note
+    ]
     return charts
 
 
-def _agreement_percent(item: Evaluated) -> float:
-    return 100 * item.agreement
+def consistency_charts(run: Run, points: Points) -> list[Chart]:
+    """Agreement with XL, and the KL from it, against parameters; nothing for one granularity."""
+    if len(points.shown) < 2 or len(run.nesting) < 2:
+        return []
+    widest = run.nesting.names[-1]
+    looks = [
+        _Look(f"Agreement with {widest} against size", "% of tokens", _agreement_percent, 10),
+        _Look(f"KL from {widest} against size", "nats per token", _kl, -10),
+    ]
+    return [
+        _scatter(run, points, look)
+        for look in looks
+        if any(isfinite(look.value(point)) for point in points.shown)
+    ]
 
 
-def _scatter(
-    run: Run,
-    found: Sequence[Evaluated],
-    x: Axis,
-    title: str,
-    unit: str,
-    value_of: Callable[[Evaluated], float],
-    label_shift_px: int,
-) -> Chart:
-    y = Axis.around((value_of(item) for item in found), pad=0.1)
-    chart = Chart(title, unit, x, y, x_title="parameters", height_px=320)
-    uniform = [item for item in found if item.kind == "uniform"]
-    chart.line([(item.parameters, value_of(item)) for item in uniform], NEUTRAL, "dashed")
-    for kind in ("mix", "heuristic"):
-        points = [(item.parameters, value_of(item)) for item in found if item.kind == kind]
-        chart.dots(points, "var(--mix)", _STYLES[kind])
-    for item in uniform:
-        chart.dots([(item.parameters, value_of(item))], color(run, item.submodel), "dot big")
+@dataclass(frozen=True)
+class _Look:
+    """What a scatter shows, and how."""
+
+    title: str
+    unit: str
+    value: Value
+    label_shift_px: int
+    x_title: str = "parameters"
+    cost: Value = lambda point: point.parameters
+    billion: str = "B"
+
+
+def _loss(point: Point) -> float:
+    return point.loss
+
+
+def _kl(point: Point) -> float:
+    return point.kl
+
+
+def _parameters(point: Point) -> float:
+    return point.parameters
+
+
+def _flops(point: Point) -> float:
+    return point.flops_per_token
+
+
+def _agreement_percent(point: Point) -> float:
+    return 100 * point.agreement
+
+
+def _scatter(run: Run, points: Points, look: _Look) -> Chart:
+    shown = sorted(points.shown, key=look.cost)
+    x = Axis.around(map(look.cost, shown), pad=0.05, ticks=4, billion=look.billion)
+    y = Axis.around(map(look.value, shown), pad=0.1)
+    chart = Chart(look.title, look.unit, x, y, x_title=look.x_title, height_px=320)
+    of_kind = {kind: [point for point in shown if point.kind == kind] for kind in _KEYS}
+
+    def placed(some: Sequence[Point]) -> list[tuple[float, float]]:
+        return [(look.cost(point), look.value(point)) for point in some]
+
+    uniform = of_kind["uniform"]
+    chart.dots(placed(of_kind["mix"]), NEUTRAL, "faint")
+    chart.line(placed(uniform), NEUTRAL, "dashed")
+    chart.keys = [key for kind, key in _KEYS.items() if of_kind[kind]]
+    rings = of_kind["heuristic"]
+    style = "ring" if len(rings) <= _BIG_RINGS else "ring small"
+    chart.dots(placed(rings), "var(--heuristic)", style)
+    if points.searched and look.value is _loss:
+        best = frontier(shown, look.cost)
+        chart.line(placed(best), "var(--mix)", "line")
+        chart.dots(placed([point for point in best if point.kind == "mix"]), "var(--mix)")
+        chart.keys.append(Key("line", "frontier of all measured", "var(--mix)"))
+    for point in uniform:
+        chart.dots(placed([point]), color(run, point.submodel), "dot big")
     chart.label_points(
-        [(i.submodel, (i.parameters, value_of(i)), color(run, i.submodel)) for i in uniform],
-        label_shift_px,
+        [(p.submodel, (look.cost(p), look.value(p)), color(run, p.submodel)) for p in uniform],
+        look.label_shift_px,
     )
-    kinds = {item.kind for item in found}
-    chart.keys = [Key(_STYLES[kind], _NAMES[kind]) for kind in _NAMES if kind in kinds]
     if len(uniform) > 1:
         chart.keys.append(Key("dashed", "line between granularities"))
-    said = ", ".join(f"{i.submodel} {text.fixed(value_of(i))}" for i in uniform)
-    chart.summary = f"{title}, {unit}: {len(found)} submodels; {said}"
-    chart.hover = _hover(chart, found, value_of)
+    said = ", ".join(f"{p.submodel} {text.fixed(look.value(p))}" for p in uniform)
+    chart.summary = f"{look.title}, {look.unit}: {len(shown)} submodels; {said}"
+    chart.hover = _hover(chart, points, shown, look)
     return chart
 
 
-def _hover(
-    chart: Chart, found: Sequence[Evaluated], value_of: Callable[[Evaluated], float]
-) -> Hover:
-    hover = Hover(head=[])
-    for item in found:
-        if isfinite(value_of(item)):
-            rows = [
-                ["parameters", text.compact(item.parameters)],
-                ["loss", text.fixed(item.loss)],
-                ["agreement", text.percent(item.agreement)],
-            ]
-            hover.add(*chart.place((item.parameters, value_of(item))), item.submodel, rows)
+def _hover(chart: Chart, points: Points, shown: Sequence[Point], look: _Look) -> PointHover:
+    numbers, hover = points.numbered(), PointHover()
+    for point in shown:
+        if isfinite(look.value(point)):
+            hover.add(*chart.place((look.cost(point), look.value(point))), numbers[point])
     return hover
 
 
-def _against_line(found: Sequence[Evaluated]) -> str:
+def _against_line(shown: Sequence[Point]) -> str:
     """How many submodels beat the straight line between the granularities around them."""
-    uniform = [item for item in found if item.kind == "uniform"]
-    others = [item for item in found if item.kind != "uniform"]
-    gains = [_line_loss(uniform, item.parameters) - item.loss for item in others]
+    uniform = [point for point in shown if point.kind == "uniform"]
+    others = [point for point in shown if point.kind != "uniform"]
+    gains = [_line_loss(uniform, point.parameters) - point.loss for point in others]
     gains = [gain for gain in gains if isfinite(gain)]
     if not gains:
         return ""
     below = sum(gain > 0 for gain in gains)
     mean = sum(gains) / len(gains)
     return (
-        f"{below} of {len(gains)} submodels that were never trained lie below the line between "
+        f"{below:,} of {len(gains):,} submodels that were never trained lie below the line between "
         f"granularities; on average such a submodel is {abs(mean):.4f} nats "
         f"{'below' if mean >= 0 else 'above'} it."
     )
 
 
-def _line_loss(uniform: Sequence[Evaluated], parameters: int) -> float:
+def _line_loss(uniform: Sequence[Point], parameters: int) -> float:
     """The loss at this size on the line between uniform submodels (by size); NaN outside."""
-    right = bisect_right(uniform, parameters, key=lambda item: item.parameters)
+    right = bisect_right(uniform, parameters, key=lambda point: point.parameters)
     if not 0 < right < len(uniform):
         return nan
     low, high = uniform[right - 1], uniform[right]
     share = (parameters - low.parameters) / (high.parameters - low.parameters)
     return low.loss + share * (high.loss - low.loss)
+
+
+def _against_search(points: Points) -> str:
+    """What the search found within the parameters of each submodel of the heuristic."""
+    if not points.searched:
+        return ""
+    best = frontier(points.shown, _parameters)
+    gains = []
+    for point in points.shown:
+        if point.kind == "heuristic" and isfinite(point.loss):
+            within = best_within(best, _parameters, point.parameters)
+            assert within is not None  # it is itself within
+            gains.append(point.loss - within.loss)
+    if not gains:
+        return ""
+    better = sum(gain > 0 for gain in gains)
+    return (
+        f"Within the parameters of each of the heuristic's {len(gains)} mixes, another measured "
+        f"submodel is better for {better}, by up to {max(gains):.4f} nats."
+    )

@@ -20,12 +20,14 @@ from matformer_dist.nesting import Submodel, mix_n_match
 MakeRun = Callable[..., Path]
 
 
-def write_config(directory: Path, fractions: Sequence[float | str], steps: int) -> Config:
+def write_config(
+    directory: Path, fractions: Sequence[float | str], steps: int, layers: int = 4
+) -> Config:
     tree = {
         "run": {"dir": str(directory)},
         "model": {
             "d_model": 128,
-            "n_layers": 4,
+            "n_layers": layers,
             "n_heads": 4,
             "d_ff": 1024,
             "vocab_size": 4096,
@@ -107,7 +109,7 @@ def write_evaluation(directory: Path, config: Config, steps: int) -> None:
         evaluated_submodel(config, s, "uniform" if s.is_uniform else "heuristic", steps * 4096)
         for s in mix_n_match(nesting, layers)
     ]
-    if len(nesting) > 1:
+    if len(nesting) > 1 and layers > 1:
         names = nesting.names
         odd = nesting.parse(f"{names[-1]}:1,{names[0]}:{layers - 1}", layers)
         found.append(evaluated_submodel(config, odd, "mix", steps * 4096))
@@ -162,10 +164,11 @@ def write_run(
     every: int = 10,
     evaluate_every: int = 50,
     fractions: Sequence[float | str] = ("1/8", "1/4", "1/2", 1),
+    layers: int = 4,
     complete: bool = True,
 ) -> Path:
     """A run directory; `complete` adds evaluation, extracted models and samples."""
-    config = write_config(directory, fractions, steps)
+    config = write_config(directory, fractions, steps, layers)
     noise = random.Random(5)
     with (directory / "metrics.jsonl").open("w") as file:
         for step in range(every, steps + 1, every):

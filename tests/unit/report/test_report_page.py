@@ -17,11 +17,12 @@ from matformer_dist import cli
 from matformer_dist.errors import UserError
 from matformer_dist.report import write_report
 from matformer_dist.report.inputs import read_run
-from matformer_dist.report.page import SAMPLE_CHARACTERS, training_seconds
+from matformer_dist.report.machine import training_seconds
+from matformer_dist.report.page import SAMPLE_CHARACTERS
 from matformer_dist.submodels.formats import FORMATS
 from matformer_dist.submodels.transformers_format import check_architecture
 
-VOID = {"meta", "link", "br", "path"}
+VOID = {"meta", "link", "br", "path", "input"}
 
 
 class Page(HTMLParser):
@@ -59,8 +60,13 @@ class Page(HTMLParser):
             if name == tag and all(attrs.get(key) == value for key, value in attributes.items())
         ]
 
+    def data(self, key: str) -> list[Any]:
+        """The JSON in the page that has this key."""
+        found = [json.loads(t) for t in self.texts("script", type="application/json")]
+        return [content for content in found if key in content]
+
     def hovers(self) -> list[Any]:
-        return [json.loads(t) for t in self.texts("script", type="application/json")]
+        return self.data("at")
 
 
 def page_of(run: Path) -> Page:
@@ -159,7 +165,11 @@ def test_every_command_matches_what_the_cli_takes(
     if lacks == "samples":
         (run / "samples.json").unlink()
     model = read_run(run).config.model
-    calls = [parsed(code) for code in page_of(run).texts("code") if code.startswith("matformer ")]
+    lines = [code for code in page_of(run).texts("code") if code.startswith("matformer ")]
+    for line in filter(PENDING.search, lines):
+        with pytest.raises(Exception, match=r"search|speculate|--tasks"):  # else it is not pending
+            parsed(line)
+    calls = [parsed(line) for line in lines if not PENDING.search(line)]
     models = {path.parent for path in run.rglob("submodel.json")}
     expected = {"report"}
     expected |= {"evaluate"} if lacks == "all but training" else set()
@@ -177,6 +187,9 @@ def test_every_command_matches_what_the_cli_takes(
             assert options["format"] in FORMATS
             if options["format"] == "hf":
                 check_architecture(model)
+
+
+PENDING = re.compile("^matformer (search|speculate) | --tasks ")  # commands that are yet to come
 
 
 def parsed(line: str) -> tuple[str, dict[str, Any]]:
@@ -215,7 +228,7 @@ def test_hostile_text_stays_text(make_run: Any) -> None:
     assert not [tag for tag, _, _ in page.elements if tag == "img"]
     shown = HOSTILE.replace("\x00", "␀").replace("\x1b", "␛").replace("\u202e", "\ufffd")
     assert shown in page.texts("pre") and shown in page.texts("code")
-    assert any(HOSTILE in [at[2] for at in hover["at"]] for hover in page.hovers())
+    assert HOSTILE in [name for name, _ in page.data("items")[0]["items"]]
 
 
 def test_long_sample_is_cut_and_says_so(make_run: Any) -> None:
@@ -264,7 +277,7 @@ def test_every_number_of_granularities_has_its_labels(make_run: Any, count: int)
     for name in names:
         assert f"{name} {losses[name]:.3f}" in labels
     headings = page.texts("h3")
-    assert ("Loss against size" in headings) == (count > 1)
+    assert ("Loss against parameters" in headings) == (count > 1)
     assert (f"Agreement with {names[-1]}" in headings) == (count > 1)
 
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from matformer_dist.counting import count_parameters
 from matformer_dist.data.sentencepiece_tokenizer import train_tokenizer
 from matformer_dist.errors import UserError
-from matformer_dist.report.inputs import Extracted
+from matformer_dist.report.shapes import Extracted
 from matformer_dist.run_directory import DamagedError
 from matformer_dist.submodels import extract as extract_module
 from matformer_dist.submodels.entry import read_entry

@@ -1,0 +1,137 @@
+"""The shapes of the files that a report reads; slices.json has its own in submodels/slices.py.
+
+Keys that older commands did not write are optional: NaN, None or empty then. Losses and KL are
+nats per token, intervals hold 95%.
+"""
+
+from __future__ import annotations
+
+import re
+from math import nan
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _finite_or_nan(value: Any) -> Any:
+    return nan if value is None else value
+
+
+def _two_numbers(value: Any) -> Any:
+    return (nan, nan) if value is None else value
+
+
+def _whole_characters(value: Any) -> Any:
+    return re.sub("[\ud800-\udfff]", "\ufffd", value) if isinstance(value, str) else value
+
+
+# JSON has no NaN: a writer may leave the bare word or null where a number was not finite.
+Number = Annotated[float, BeforeValidator(_finite_or_nan)]
+Interval = Annotated[tuple[Number, Number], BeforeValidator(_two_numbers)]
+# JSON can spell half a surrogate pair (a prompt of undecodable bytes), which no file can hold.
+Text = Annotated[str, BeforeValidator(_whole_characters)]
+PerName = Annotated[dict[Text, Number], Field(default_factory=dict)]
+
+
+class Entry(BaseModel):
+    # pydantic reserves model_*, which is how a metric of ours begins
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+
+class SlowestRank(Entry):
+    rank: int
+    host: Text
+    ratio: Number  # of its own work to the median rank's
+
+
+class MetricsLine(Entry):
+    step: int
+    tokens: int
+    train_loss: PerName  # by submodel; objective sampled: only what ran in this step
+    val_loss: PerName
+    val_agreement: PerName
+    grad_norm: Number = nan
+    learning_rate: Number = nan
+    tokens_per_second: Number = nan
+    model_tflops_per_second: Number = nan
+    mfu: Number = nan
+    step_ms: Number = nan
+    time_ms: PerName  # by part of a step
+    slowest_rank: SlowestRank | None = None
+    peak_memory_bytes: Number = nan
+    memory: PerName  # allocated_bytes, reserved_bytes, resident_bytes; and a rank
+
+
+class Evaluated(Entry):
+    submodel: Text
+    kind: Literal["uniform", "heuristic", "mix"]
+    parameters: int
+    non_embedding_parameters: int
+    flops_per_token: int  # forward
+    loss: Number
+    loss_interval: Interval = (nan, nan)
+    agreement: Number  # share of tokens where its first choice is XL's, given the same prefix
+    agreement_interval: Interval = (nan, nan)
+    kl: Number = nan  # KL(XL || submodel)
+    kl_interval: Interval = (nan, nan)
+    bits_per_byte: Number = nan
+
+
+class Evaluation(Entry):
+    step: int
+    tokens: int  # of validation
+    submodels: list[Evaluated]
+
+    def uniform(self, name: str) -> Evaluated | None:
+        return next((item for item in self.submodels if item.submodel == name), None)
+
+
+class Draft(Entry):
+    """Speculative decoding with one draft."""
+
+    draft: Text
+    cache: Text  # own, shared
+    draft_tokens: int | Text  # between two verifications; auto
+    acceptance: Number  # share of drafted tokens
+    tokens_per_verify: Number
+    tokens_per_second: Number
+    speedup: Number  # over the verifier alone; below 1 where it is slower
+
+
+class Speculative(Entry):
+    step: int
+    verifier: Text
+    prompts: int
+    new_tokens: int  # of each prompt
+    temperature: Number = nan
+    plain_tokens_per_second: Number  # of the verifier alone
+    drafts: list[Draft]
+
+
+class Downstream(Entry):
+    """Results by submodel, task and metric; a metric's standard error has its name + _stderr."""
+
+    step: int | None = None
+    limit: Number = nan  # examples of a task; NaN: all
+    num_fewshot: int | None = None
+    results: dict[Text, dict[Text, dict[Text, Any]]]
+
+
+class Extracted(Entry):
+    submodel: Text
+    widths: list[int]
+    parameters: int
+    non_embedding_parameters: int
+    format: Text
+    step: int
+    run: Text
+    bytes: int  # of the weight files
+    loss: Number = nan
+
+
+class Sample(Entry):
+    submodel: Text
+    prompt: Text
+    text: Text
+    seconds: Number = nan
+    tokens_per_second: Number = nan
