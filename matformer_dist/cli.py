@@ -181,7 +181,9 @@ def extract_command(
 
 @app.command("evaluate")
 def evaluate_command(
-    run: RunArgument,
+    model: Annotated[
+        str, typer.Argument(metavar="RUN[@STEP]|MODEL", help="Run, or an extracted model.")
+    ],
     submodel: Annotated[
         list[str] | None, typer.Option(help="A Mix'n'Match submodel; may be repeated.")
     ] = None,
@@ -199,6 +201,15 @@ def evaluate_command(
             "end writes RUN/evaluation.json.",
         ),
     ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Prefix of token files; else the run's validation data.")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Where an extracted model's run is, if it was moved.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1; else the GPU, if there is one.")
+    ] = None,
 ) -> None:
     """Validation loss and consistency with XL of every granularity, into RUN/evaluation.json."""
     from rich.progress import Progress
@@ -210,28 +221,123 @@ def evaluate_command(
     with Progress(console=_out, transient=True) as progress:
         task = progress.add_task("evaluating", total=None)
         evaluation = evaluate_run(
-            run,
+            model,
             submodel or (),
             heuristic=heuristic,
             batches=batches,
+            data=data,
+            run=run,
             part=chosen_part,
+            device=device,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    table = Table("submodel", "parameters", "loss", "agrees with XL")
+    names = ("submodel", "parameters", "loss", "95%", "perplexity", "bits/byte", "agrees", "KL")
+    table = Table(*names)
     for column in table.columns[1:]:
         column.justify = "right"
     for entry in evaluation.results:
-        agreement = f"{entry['agreement']:.1%}"
+        low, high = entry["loss_interval"]
         table.add_row(
-            entry["submodel"], f"{entry['parameters']:,}", f"{entry['loss']:.4f}", agreement
-        )
+            entry["submodel"], f"{entry['parameters']:,}", f"{entry['loss']:.4f}",
+            f"{low:.4f} to {high:.4f}", f"{entry['perplexity']:.2f}",
+            f"{entry['bits_per_byte']:.4f}", f"{entry['agreement']:.1%}", f"{entry['kl']:.4f}",
+        )  # fmt: skip
     _out.print(table)
-    file = evaluation.run / "evaluation.json"
+    file = evaluation.directory / "evaluation.json"
     where = f"written to {file}" if evaluation.is_whole else f"other parts are to come for {file}"
     _out.print(
-        f"step {evaluation.step}, {evaluation.tokens:,} validation tokens, losses in nats per "
-        f"token; {where}"
+        f"step {evaluation.step}, {evaluation.tokens:,} validation tokens; loss and KL in nats per "
+        f"token, agreement and KL with the largest submodel; {where}"
     )
+
+
+@app.command("search")
+def search_command(
+    run: RunArgument,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="params=1.5B, flops=3G (a token), memory=4GiB or latency=12ms (a token); may be "
+            "repeated. Without: the frontier from S to XL."
+        ),
+    ] = None,
+    frontier: Annotated[
+        str, typer.Option(help="What a whole frontier is over: params, flops, memory, latency.")
+    ] = "params",
+    points: Annotated[int, typer.Option(help="Budgets of a whole frontier, at most.")] = 24,
+    candidates: Annotated[int, typer.Option(help="Measured of each budget and round.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Of candidates; 0: the heuristic alone.")] = 2,
+    batches: Annotated[
+        int | None, typer.Option(min=1, help="Global batches; else the run's evaluation.batches.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Prefix of token files; else the run's validation data.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="That memory is of: fp32, bf16 or fp16.")] = "bf16",
+    latency_table: Annotated[
+        Path | None,
+        typer.Option(help="Times a width, measured where it is not there; RUN/latency.json."),
+    ] = None,
+    latency_sequences: Annotated[int, typer.Option(help="Decoded together.")] = 1,
+    latency_context: Annotated[
+        int | None, typer.Option(help="Tokens before the timed one; half of the context.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1; else the GPU, if there is one.")
+    ] = None,
+) -> None:
+    """Find the best submodels within a budget, on validation data, into RUN/slices.json."""
+    from rich.progress import Progress
+
+    from matformer_dist.search.budget import KINDS, Budget, short_cost
+    from matformer_dist.search.picture import draw_frontier
+    from matformer_dist.search.search import Options, search
+
+    kind = next((kind for kind in KINDS if kind == frontier), None)
+    if kind is None:
+        raise UserError(f"--frontier {frontier!r} must be one of {', '.join(KINDS)}")
+    options = Options(
+        points=points,
+        candidates=candidates,
+        rounds=rounds,
+        batches=batches,
+        data=data,
+        dtype=dtype,
+        table=latency_table,
+        sequences=latency_sequences,
+        context=latency_context,
+        device=device,
+    )
+    with Progress(console=_out, transient=True) as progress:
+        task = progress.add_task("measuring submodels", total=None)
+        found = search(
+            run,
+            [Budget.parse(text) for text in budget or ()],
+            kind=kind,
+            options=options,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    table = Table("slice", "submodel", "budget", "loss", "agrees with XL", "heuristic", "gain")
+    for one in found.slices:
+        table.add_row(
+            one.name, one.submodel, short_cost(one.kind, one.budget, 4), f"{one.loss:.4f}",
+            f"{one.agreement:.1%}", one.heuristic, f"{one.gain:.4f}",
+        )  # fmt: skip
+    _out.print(table)
+    _out.print(
+        f"step {found.all.step}, {len(found.all.measured)} submodels measured "
+        f"({found.measured_now} of them now) on {found.all.tokens:,} tokens; gain: nats a token "
+        f"below the heuristic; written to {found.run / 'slices.json'} and slices.csv"
+    )
+    if found.all.latency_on:
+        _out.print(f"latency on {found.all.latency_on}")
+    try:
+        draw_frontier(found.all, found.slices[0].kind, found.nesting, found.run / "frontier.png")
+        _out.print(f"picture: {found.run / 'frontier.png'}")
+    except UserError as error:
+        _out.print(f"no picture: {error}")
+    example = found.slices[len(found.slices) // 2].name
+    _out.print(f"to take one out: matformer extract {run} --submodel {example} --output DIR")
 
 
 @app.command("convert")

@@ -6,6 +6,7 @@ Which token ends a document is not in it: tokenizer_config.json beside it names 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from matformer_dist.errors import UserError
 
 FILE = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _MORE = ("chat_template.jinja",)  # goes with it where it is there
 
 
@@ -92,6 +94,25 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_prompt(self, text: str) -> list[int]:
         return self._encode(text, around=True) or [self.eod]
+
+    def _token_bytes(self) -> list[int]:
+        """In a byte-level vocabulary a character stands for a byte; in others U+2581 for a space,
+        and <0x0A> for a byte.
+        """
+        described = json.loads(self.files[FILE])
+        added = {token["id"]: token for token in described["added_tokens"]}
+        is_byte_level = '"ByteLevel"' in json.dumps(described.get("decoder"))
+        counts = [0] * self.vocab_size
+        for piece, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if i in added:
+                counts[i] = 0 if added[i]["special"] else len(piece.encode())
+            elif is_byte_level:
+                counts[i] = len(piece)
+            elif not _BYTE.fullmatch(piece):
+                counts[i] = len(piece.replace("\u2581", " ").encode())
+            else:
+                counts[i] = 1
+        return counts
 
     def decode(self, ids: Iterable[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -97,6 +97,15 @@ class SentencePieceTokenizer(Tokenizer):
             arrays.extend(map(self._encode_part, self._parts(between)))
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
+    def _token_bytes(self) -> list[int]:
+        of = self._processor
+        return [
+            0 if of.is_control(i) or of.is_unknown(i) or of.is_unused(i)
+            else 1 if of.is_byte(i)
+            else len(of.id_to_piece(i).replace(_SPACE, " ").encode())
+            for i in range(self.vocab_size)
+        ]  # fmt: skip
+
     def decode(self, ids: Iterable[int]) -> str:
         return str(self._processor.decode(list(ids)))
 

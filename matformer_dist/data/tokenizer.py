@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from matformer_dist.errors import UserError
@@ -73,6 +74,18 @@ class Tokenizer(ABC):
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text that a model is to go on from; never none."""
         return self.encode(text) or [self.eod]
+
+    @cached_property
+    def token_bytes(self) -> NDArray[Any]:
+        """UTF-8 bytes of text that each id stands for, int64 [vocab_size]; special tokens have 0.
+
+        Of a text's ids they sum to its length, but for what a tokenizer changes (a space put
+        before it, characters it makes others).
+        """
+        return np.array(self._token_bytes(), np.int64)
+
+    @abstractmethod
+    def _token_bytes(self) -> list[int]: ...
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:

@@ -41,6 +41,11 @@ class LoadedModel:
         """UserError where its files are gone."""
         return load_tokenizer(self.directory)
 
+    def holds(self, submodel: Submodel) -> bool:
+        """Whether it is nowhere wider than this model."""
+        pairs = zip(submodel.granularities, self.submodel.granularities, strict=True)
+        return all(wanted <= own for wanted, own in pairs)
+
     def parse(self, notation: str) -> Submodel:
         """The submodel of that notation, or of that name in the run's slices.json.
 
@@ -49,8 +54,7 @@ class LoadedModel:
         submodel = find_submodel(
             notation, self.submodel.nesting, self.model.model.n_layers, self.directory
         )
-        held = self.submodel.granularities
-        if any(wanted > own for wanted, own in zip(submodel.granularities, held, strict=True)):
+        if not self.holds(submodel):
             raise UserError(
                 f"submodel {notation!r} is wider than {self.directory}, which holds "
                 f"{self.submodel}; choose one that is nowhere wider, or load the run"

@@ -1,0 +1,32 @@
+"""Bootstrap intervals of means over validation data (Efron 1979), whole sequences drawn.
+
+Tokens of a sequence depend on each other, so that drawing tokens would make intervals too narrow.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+RESAMPLES = 2000
+SHARE = 0.95
+_SEED = 0  # all submodels are resampled alike: so their differences are those of pairs
+
+
+def resampled_means(values: Tensor, counts: Tensor) -> Tensor:
+    """Sums and tokens of each sequence [sequences] -> a mean a token of each resample [RESAMPLES].
+
+    Computed as sum / tokens of the drawn sequences. Differences of two results of the same
+    sequences are resampled differences.
+    """
+    n = len(values)
+    draws = torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(_SEED))
+    taken = torch.zeros(RESAMPLES, n, dtype=torch.float64)
+    taken.scatter_add_(1, draws, torch.ones_like(draws, dtype=torch.float64))
+    return (taken @ values) / (taken @ counts)
+
+
+def interval(means: Tensor) -> tuple[float, float]:
+    """The middle 95% of resampled values; nan where they are not finite."""
+    low, high = means.quantile(torch.tensor([(1 - SHARE) / 2, (1 + SHARE) / 2]).to(means)).tolist()
+    return low, high

@@ -1,0 +1,1 @@
+"""Choosing submodels: which layers to narrow, for a budget of parameters, FLOPs, memory or time."""

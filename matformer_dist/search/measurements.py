@@ -1,0 +1,97 @@
+"""Submodels measured on validation data, each once: what is known lies in RUN/measurements/.
+
+A file there is of one checkpoint and one set of sequences, which its name is a digest of. A line is
+a submodel's sums over each sequence. It is written as soon as it is known, so a search that was
+broken off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+
+from matformer_dist.evaluation.loss import measure_sequences
+from matformer_dist.evaluation.measured import Measured
+from matformer_dist.evaluation.validation import Validation
+from matformer_dist.inference.loading import LoadedModel
+from matformer_dist.nesting import Submodel
+
+FOLDER = "measurements"
+_AT_ONCE = 8  # submodels of a pass beside XL, and of what a kill loses
+_COLUMNS = ("nll", "agreed", "kl", "tokens")
+
+
+class Measurements(Mapping[Submodel, Measured]):
+    """Of one model on one set of sequences; `measure` adds to them."""
+
+    def __init__(self, loaded: LoadedModel, validation: Validation, checkpoint_sha256: str) -> None:
+        self.loaded = loaded
+        self.validation = validation
+        decides = f"{checkpoint_sha256} {validation.digest}"
+        name = hashlib.sha256(decides.encode()).hexdigest()[:16]
+        self.path = loaded.directory / FOLDER / f"{name}.jsonl"
+        self._found = dict(self._read())
+        self.new = 0  # measured here, not read
+
+    def __getitem__(self, submodel: Submodel) -> Measured:
+        return self._found[submodel]
+
+    def __iter__(self) -> Iterator[Submodel]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    @property
+    def losses(self) -> dict[Submodel, float]:
+        return {submodel: measured.loss for submodel, measured in self._found.items()}
+
+    def missing(self, wanted: Iterable[Submodel]) -> list[Submodel]:
+        return [one for one in dict.fromkeys(wanted) if one not in self._found]
+
+    def measure(self, wanted: Iterable[Submodel], advance: Callable[[int], object]) -> None:
+        """Measure those that are not known yet; `advance` is told how many became known."""
+        wanted = list(dict.fromkeys(wanted))
+        missing = self.missing(wanted)
+        advance(len(wanted) - len(missing))
+        for start in range(0, len(missing), _AT_ONCE):
+            part = missing[start : start + _AT_ONCE]
+            self._add(part)
+            advance(len(part))
+
+    @torch.no_grad()
+    def _add(self, submodels: list[Submodel]) -> None:
+        model = self.loaded.model
+        found = measure_sequences(
+            lambda tokens, targets, plan: model(tokens, targets, plan)[1],
+            self.validation.micro_batches(model.embedding.weight.device),
+            submodels,
+            self.loaded.submodel,
+            per_pass=_AT_ONCE + 1,
+        )
+        self.path.parent.mkdir(exist_ok=True)
+        with self.path.open("a") as file:
+            for submodel, sequences in found.items():
+                columns = sequences.cpu().T.tolist()
+                line = {"submodel": str(submodel), **dict(zip(_COLUMNS, columns, strict=True))}
+                file.write(json.dumps(line) + "\n")
+                self._found[submodel] = Measured(sequences.cpu(), self.validation.text_bytes)
+        self.new += len(submodels)
+
+    def _read(self) -> Iterator[tuple[Submodel, Measured]]:
+        """A line that a kill cut short is passed over, and measured again."""
+        if not self.path.exists():
+            return
+        nesting, layers = self.loaded.submodel.nesting, self.loaded.model.model.n_layers
+        for text in self.path.read_text().splitlines():
+            try:
+                line = json.loads(text)
+                submodel = nesting.parse(line["submodel"], layers)
+                sums = torch.tensor([line[name] for name in _COLUMNS], dtype=torch.float64).T
+            except (ValueError, KeyError, TypeError):
+                continue
+            if sums.shape == (len(self.validation.tokens), len(_COLUMNS)):
+                yield submodel, Measured(sums.contiguous(), self.validation.text_bytes)
