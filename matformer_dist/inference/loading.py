@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +17,11 @@ from matformer_dist.checkpoints.verify import BackgroundCheck
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.errors import UserError
+from matformer_dist.inference.batch import New, Request, Rows
+from matformer_dist.inference.decoding import decode, one_by_one
+from matformer_dist.inference.sampling import Sampling
+from matformer_dist.inference.speculative import Drafting, Statistics
+from matformer_dist.inference.texts import Piece, as_text
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.nesting import Submodel
 from matformer_dist.parallel.layers import Initializer
@@ -56,6 +61,83 @@ class LoadedModel:
                 f"{self.submodel}; choose one that is nowhere wider, or load the run"
             )
         return submodel
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        submodels: Sequence[str] = (),
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 0.95,
+        seed: int = 0,
+        draft: str | None = None,
+        draft_tokens: int | Literal["auto"] = 4,
+        draft_cache: Literal["own", "shared"] = "shared",
+        statistics: Statistics | None = None,
+    ) -> list[str]:
+        """The texts that follow the prompts, without them, each up to the end of its document.
+
+        All in one batch. submodels: none (the largest), one for all prompts, or one for each; as
+        `parse` reads them. draft: a smaller one that drafts for all of them, exactly
+        (speculative.py). UserError for what does not fit.
+        """
+        texts = [""] * len(prompts)
+        pieces = self.stream(
+            prompts,
+            submodels,
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_k, top_p),
+            seed=seed,
+            drafting=self.drafting(draft, draft_tokens, draft_cache) if draft else None,
+            statistics=statistics,
+        )
+        for piece in pieces:
+            texts[piece.prompt] += piece.text
+        return texts
+
+    def drafting(
+        self,
+        draft: str,
+        tokens: int | Literal["auto"] = 4,
+        cache: Literal["own", "shared"] = "shared",
+    ) -> Drafting:
+        return Drafting(self.parse(draft), tokens, cache)
+
+    def stream(
+        self,
+        prompts: Sequence[str],
+        submodels: Sequence[str] = (),
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int = 0,
+        drafting: Drafting | None = None,
+        statistics: Statistics | None = None,
+    ) -> Iterator[Piece]:
+        """The same in pieces, as they come; what does not fit is said at once."""
+        ids = _encode(self.tokenizer, prompts)
+        chosen = [self.parse(notation) for notation in submodels] or [self.submodel]
+        passes = decode(
+            self.model,
+            chosen[0] if len(chosen) == 1 else chosen,
+            ids,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            eod=self.tokenizer.eod,
+            drafting=drafting,
+            statistics=statistics,
+        )
+        return as_text(passes, ids, self.tokenizer)
+
+
+def _encode(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """An empty prompt begins a document."""
+    if isinstance(prompts, str):
+        raise UserError(f"prompts must be a list of texts, such as [{prompts[:40]!r}]")
+    return [tokenizer.encode_prompt(prompt) for prompt in prompts]
 
 
 def load_model(
@@ -103,16 +185,58 @@ def load_native(
     return LoadedModel(model.eval(), described.submodel, directory)
 
 
-def load_transformers(
-    directory: Path, dtype: torch.dtype | None, device: torch.device, sparse: bool = False
-) -> tuple[int, Callable[[Tensor], Tensor]]:
-    """Load an `hf` directory by transformers. A `sparse` one is loaded by the code of this package,
-    of which it carries a copy: no code of the directory runs.
+class TransformersModel:
+    """An `hf` directory, run by transformers: one submodel, one prompt at a time.
 
-    Returns its context in tokens, and a function that takes ids [1, n], which follow those of
-    earlier calls, to the logits [1, V] of the token behind the last. UserError where transformers
-    is not installed, or cannot load the directory.
+    A `sparse` one is loaded by the code of this package, of which it carries a copy: no code of the
+    directory runs. UserError where transformers is not installed, or cannot load the directory.
     """
+
+    def __init__(
+        self, directory: Path, dtype: torch.dtype | None, device: torch.device, sparse: bool = False
+    ) -> None:
+        self.directory = directory
+        self._device = device
+        self._tokenizer = load_tokenizer(directory)
+        self._model = _load_transformers(directory, dtype, sparse).to(device).eval()
+
+    def stream(
+        self,
+        prompts: Sequence[str],
+        submodels: Sequence[str] = (),
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int = 0,
+    ) -> Iterator[Piece]:
+        """As that of LoadedModel; UserError for submodels, too."""
+        if submodels:
+            raise UserError(
+                f"{self.directory} is in format hf, which holds one submodel here; leave the "
+                f"submodel {submodels[0]!r} out, or give the run or a native model"
+            )
+        ids = _encode(self._tokenizer, prompts)
+        context = self._model.config.max_position_embeddings
+        request = Request(ids, max_new_tokens, sampling, seed, self._tokenizer.eod, context)
+        return as_text(self._passes(request), ids, self._tokenizer)
+
+    def _passes(self, request: Request) -> Iterator[list[New]]:
+        for i in range(len(request.prompts)):
+            rows = Rows(request, [i], self._device)
+            cache: Any = None
+            read = 0
+
+            def next_logits(rows: Rows = rows) -> Tensor:
+                nonlocal cache, read
+                new = torch.tensor([rows.tokens[0][read:]], device=self._device)
+                out = self._model(new, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cache, read = out.past_key_values, len(rows.tokens[0])
+                return out.logits[:, -1]
+
+            yield from one_by_one(rows, next_logits, lambda _: None)
+
+
+def _load_transformers(directory: Path, dtype: torch.dtype | None, sparse: bool) -> Any:
     try:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
@@ -127,7 +251,7 @@ def load_transformers(
     logging.disable_progress_bar()  # the text is what a user wants to see
     try:
         loader = DeciLMForCausalLM if sparse else AutoModelForCausalLM
-        model = loader.from_pretrained(directory, dtype=dtype or "auto", local_files_only=True)
+        return loader.from_pretrained(directory, dtype=dtype or "auto", local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"transformers cannot load {directory} ({error}); extract the model again"
@@ -135,13 +259,3 @@ def load_transformers(
     finally:
         if has_bar:
             logging.enable_progress_bar()
-    model.to(device).eval()
-    cache: Any = None
-
-    def step(tokens: Tensor) -> Tensor:
-        nonlocal cache
-        out = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
-        return out.logits[:, -1]
-
-    return model.config.max_position_embeddings, step
