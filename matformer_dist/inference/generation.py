@@ -6,20 +6,23 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from matformer_dist.errors import UserError
 from matformer_dist.inference.decoding import decode
-from matformer_dist.inference.loading import LoadedModel, TransformersModel, load_model
+from matformer_dist.inference.loading import LoadedModel, load_model
 from matformer_dist.inference.sampling import Sampling
 from matformer_dist.inference.speculative import Drafting, Statistics
+from matformer_dist.inference.texts import in_order
+from matformer_dist.inference.transformers_model import TransformersModel
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.nesting import Submodel
 from matformer_dist.run_directory import MANIFEST
 from matformer_dist.submodels.entry import ENTRY, is_extracted, read_entry
 
-__all__ = ["Drafting", "GeneratedText", "Sampling", "generate", "load_speaker", "sample"]
+__all__ = ["Drafting", "GeneratedText", "Sampling", "generate", "sample", "speak"]
 
 
 def generate(
@@ -95,6 +98,59 @@ def sample(
             parts.append(piece.text)
             on_text(piece.text)
     return GeneratedText("".join(parts), tokens, time.monotonic() - begun)
+
+
+def speak(
+    source: Path | str,
+    prompts: Sequence[str],
+    submodels: Sequence[str] = (),
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int = 0,
+    draft: str | None = None,
+    draft_tokens: int | Literal["auto"] = 4,
+    draft_cache: Literal["own", "shared"] = "shared",
+    device: str | None = None,
+    on_text: Callable[[str], None],
+) -> Statistics | None:
+    """Go on from all prompts in one batch; `on_text` gets their texts, one after another.
+
+    Above each of several stands the submodel that speaks. submodels and draft: as LoadedModel's
+    `generate` takes them. What the drafts were worth, if there were any. UserError for what does
+    not fit, before any text.
+    """
+    model = load_speaker(source, device)
+    statistics = None
+    if isinstance(model, LoadedModel):
+        drafting = None
+        if draft is not None:
+            drafting, statistics = model.drafting(draft, draft_tokens, draft_cache), Statistics()
+        pieces = model.stream(
+            prompts, submodels, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
+            drafting=drafting, statistics=statistics,
+        )  # fmt: skip
+        names = [str(model.parse(notation)) for notation in submodels] or [str(model.submodel)]
+    elif submodels or draft:
+        raise UserError(
+            f"{source} is in format hf, which is run as one submodel; leave {submodels or draft} "
+            "out, or give the run or a native model"
+        )
+    else:
+        pieces = model.stream(prompts, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed)
+        names = [str(source)]
+    names = names * len(prompts) if len(names) == 1 else names
+    begun = -1
+    for piece in in_order(pieces):
+        if piece.prompt > begun:
+            begun = piece.prompt
+            if len(prompts) > 1:
+                on_text(f"--- {names[begun]}\n")
+            on_text(prompts[begun])
+        on_text(piece.text)
+        if piece.done and len(prompts) > 1:
+            on_text("\n")
+    return statistics
 
 
 def load_speaker(source: Path | str, device: str | None = None) -> LoadedModel | TransformersModel:

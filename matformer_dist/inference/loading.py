@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +17,10 @@ from matformer_dist.checkpoints.verify import BackgroundCheck
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.errors import UserError
-from matformer_dist.inference.batch import New, Request, Rows
-from matformer_dist.inference.decoding import decode, one_by_one
+from matformer_dist.inference.decoding import decode
 from matformer_dist.inference.sampling import Sampling
 from matformer_dist.inference.speculative import Drafting, Statistics
-from matformer_dist.inference.texts import Piece, as_text
+from matformer_dist.inference.texts import Piece, as_text, encode_prompts
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.nesting import Submodel
 from matformer_dist.parallel.layers import Initializer
@@ -65,7 +64,7 @@ class LoadedModel:
     def generate(
         self,
         prompts: Sequence[str],
-        submodels: Sequence[str] = (),
+        submodels: Sequence[str] | str = (),
         *,
         max_new_tokens: int = 128,
         temperature: float = 0.8,
@@ -103,12 +102,13 @@ class LoadedModel:
         tokens: int | Literal["auto"] = 4,
         cache: Literal["own", "shared"] = "shared",
     ) -> Drafting:
+        """Of the submodel that `parse` reads."""
         return Drafting(self.parse(draft), tokens, cache)
 
     def stream(
         self,
         prompts: Sequence[str],
-        submodels: Sequence[str] = (),
+        submodels: Sequence[str] | str = (),
         *,
         max_new_tokens: int,
         sampling: Sampling,
@@ -117,8 +117,14 @@ class LoadedModel:
         statistics: Statistics | None = None,
     ) -> Iterator[Piece]:
         """The same in pieces, as they come; what does not fit is said at once."""
-        ids = _encode(self.tokenizer, prompts)
-        chosen = [self.parse(notation) for notation in submodels] or [self.submodel]
+        ids = encode_prompts(self.tokenizer, prompts)
+        notations = [submodels] if isinstance(submodels, str) else submodels
+        chosen = [self.parse(notation) for notation in notations] or [self.submodel]
+        if drafting is not None and drafting.submodel in chosen:
+            raise UserError(
+                f"submodel {drafting.submodel} cannot draft for itself; choose a draft that is "
+                "narrower somewhere, and nowhere wider"
+            )
         passes = decode(
             self.model,
             chosen[0] if len(chosen) == 1 else chosen,
@@ -131,13 +137,6 @@ class LoadedModel:
             statistics=statistics,
         )
         return as_text(passes, ids, self.tokenizer)
-
-
-def _encode(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    """An empty prompt begins a document."""
-    if isinstance(prompts, str):
-        raise UserError(f"prompts must be a list of texts, such as [{prompts[:40]!r}]")
-    return [tokenizer.encode_prompt(prompt) for prompt in prompts]
 
 
 def load_model(
@@ -185,58 +184,17 @@ def load_native(
     return LoadedModel(model.eval(), described.submodel, directory)
 
 
-class TransformersModel:
-    """An `hf` directory, run by transformers: one submodel, one prompt at a time.
+def load_transformers(
+    directory: Path, dtype: torch.dtype | None, device: torch.device, sparse: bool = False
+) -> tuple[int, Callable[[Tensor], Tensor]]:
+    """Load an `hf` directory by transformers. A `sparse` one is loaded by the code of this package,
+    of which it carries a copy: no code of the directory runs.
 
-    A `sparse` one is loaded by the code of this package, of which it carries a copy: no code of the
-    directory runs. UserError where transformers is not installed, or cannot load the directory.
+    Returns its context in tokens, and a function that takes the ids [1, n] of a text, from its
+    beginning, to the logits [1, V] of the token behind the last; what the text of the call before
+    had is not run again. UserError where transformers is not installed, or cannot load the
+    directory.
     """
-
-    def __init__(
-        self, directory: Path, dtype: torch.dtype | None, device: torch.device, sparse: bool = False
-    ) -> None:
-        self.directory = directory
-        self._device = device
-        self._tokenizer = load_tokenizer(directory)
-        self._model = _load_transformers(directory, dtype, sparse).to(device).eval()
-
-    def stream(
-        self,
-        prompts: Sequence[str],
-        submodels: Sequence[str] = (),
-        *,
-        max_new_tokens: int,
-        sampling: Sampling,
-        seed: int = 0,
-    ) -> Iterator[Piece]:
-        """As that of LoadedModel; UserError for submodels, too."""
-        if submodels:
-            raise UserError(
-                f"{self.directory} is in format hf, which holds one submodel here; leave the "
-                f"submodel {submodels[0]!r} out, or give the run or a native model"
-            )
-        ids = _encode(self._tokenizer, prompts)
-        context = self._model.config.max_position_embeddings
-        request = Request(ids, max_new_tokens, sampling, seed, self._tokenizer.eod, context)
-        return as_text(self._passes(request), ids, self._tokenizer)
-
-    def _passes(self, request: Request) -> Iterator[list[New]]:
-        for i in range(len(request.prompts)):
-            rows = Rows(request, [i], self._device)
-            cache: Any = None
-            read = 0
-
-            def next_logits(rows: Rows = rows) -> Tensor:
-                nonlocal cache, read
-                new = torch.tensor([rows.tokens[0][read:]], device=self._device)
-                out = self._model(new, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                cache, read = out.past_key_values, len(rows.tokens[0])
-                return out.logits[:, -1]
-
-            yield from one_by_one(rows, next_logits, lambda _: None)
-
-
-def _load_transformers(directory: Path, dtype: torch.dtype | None, sparse: bool) -> Any:
     try:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
@@ -251,7 +209,7 @@ def _load_transformers(directory: Path, dtype: torch.dtype | None, sparse: bool)
     logging.disable_progress_bar()  # the text is what a user wants to see
     try:
         loader = DeciLMForCausalLM if sparse else AutoModelForCausalLM
-        return loader.from_pretrained(directory, dtype=dtype or "auto", local_files_only=True)
+        model = loader.from_pretrained(directory, dtype=dtype or "auto", local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"transformers cannot load {directory} ({error}); extract the model again"
@@ -259,3 +217,18 @@ def _load_transformers(directory: Path, dtype: torch.dtype | None, sparse: bool)
     finally:
         if has_bar:
             logging.enable_progress_bar()
+    model.to(device).eval()
+    cache: Any = None
+    read = torch.empty(1, 0, dtype=torch.long, device=device)
+
+    def step(tokens: Tensor) -> Tensor:
+        nonlocal cache, read
+        held = read.shape[1]
+        if held >= tokens.shape[1] or not torch.equal(read, tokens[:, :held]):
+            cache, held = None, 0  # another text
+        new = tokens[:, held:]
+        out = model(new, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, read = out.past_key_values, tokens
+        return out.logits[:, -1]
+
+    return model.config.max_position_embeddings, step

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from matformer_dist.data.tokenizer import Tokenizer
+from matformer_dist.errors import UserError
 from matformer_dist.inference.batch import New
 
 
@@ -16,6 +17,13 @@ class Piece(NamedTuple):
     text: str
     tokens: int  # that it took, the end of the document included
     done: bool  # the last of this prompt
+
+
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """Ids of each; an empty prompt begins a document. UserError for one text in place of a list."""
+    if isinstance(prompts, str):
+        raise UserError(f"prompts must be a list of texts, such as [{prompts[:40]!r}]")
+    return [tokenizer.encode_prompt(prompt) for prompt in prompts]
 
 
 def as_text(
