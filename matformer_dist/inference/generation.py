@@ -144,12 +144,11 @@ def speak(
     for piece in in_order(pieces):
         if piece.prompt > begun:
             begun = piece.prompt
+            newline = "\n" if begun else ""
             if len(prompts) > 1:
-                on_text(f"--- {names[begun]}\n")
+                on_text(f"{newline}--- {names[begun]}\n")
             on_text(prompts[begun])
         on_text(piece.text)
-        if piece.done and len(prompts) > 1:
-            on_text("\n")
     return statistics
 
 
