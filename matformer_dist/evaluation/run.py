@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from matformer_dist.checkpoints.files import replace_file
-from matformer_dist.config import Config
-from matformer_dist.config_file import load_config
 from matformer_dist.counting import count_parameters, flops_per_token
-from matformer_dist.errors import UserError
 from matformer_dist.evaluation.loss import measure_sequences
 from matformer_dist.evaluation.measured import Measured
 from matformer_dist.evaluation.parts import Part, join
+from matformer_dist.evaluation.sources import Source, open_source
 from matformer_dist.evaluation.validation import Validation
-from matformer_dist.inference.loading import LoadedModel, load_model
-from matformer_dist.nesting import Submodel, mix_n_match
-from matformer_dist.submodels.entry import is_extracted, read_entry
+from matformer_dist.nesting import Submodel
 
 EVALUATION = "evaluation.json"
 _AT_ONCE = 4  # submodels of a pass, XL among them
@@ -61,86 +58,44 @@ def evaluate_run(
     micro-batches done and in all. UserError for what is not there, a submodel that does not fit, or
     more parts than submodels.
     """
-    loaded = load_model(source, device=_device(device))
-    config, step = _origin(loaded, run)
-    chosen = _chosen(loaded, notations, heuristic)
-    mine = part.take(chosen) if part else chosen
-    validation = Validation.of(config, loaded.tokenizer, batches, data)
-    measured = _measure(loaded, validation, list(mine), progress)
-    results = [
-        _entry(loaded, submodel, kind, measured[submodel], config.training.seq_len)
-        for submodel, kind in mine.items()
-    ]
+    device_ = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = open_source(source, notations, heuristic, run, device_)
+    mine = part.take(model.chosen) if part else model.chosen
+    validation = Validation.of(model.config, model.tokenizer, batches, data)
+    measured = _measure(model, validation, list(mine), progress)
+    results = [_entry(model, submodel, kind, measured[submodel]) for submodel, kind in mine.items()]
     tokens = next(iter(measured.values())).tokens
-    written = {"step": step, "tokens": tokens, "bytes": validation.text_bytes}
+    written = {"step": model.step, "tokens": tokens, "bytes": validation.text_bytes}
     joined: list[dict[str, Any]] | None = results
     if part:
-        seal = {"source": str(source), "data": validation.digest, "submodels": [*map(str, chosen)]}
-        joined = join(loaded.directory, part, {**written, **seal}, results)
+        seal = {
+            "source": model.identity,
+            "data": validation.digest,
+            "submodels": [*map(str, model.chosen)],
+        }
+        joined = join(model.directory, part, {**written, **seal}, results)
     results = sorted(joined or results, key=lambda entry: entry["parameters"])
     if joined:
         content = json.dumps({**written, "submodels": results}, indent=1)
-        replace_file(loaded.directory / EVALUATION, content.encode())
-    return RunEvaluation(loaded.directory, step, tokens, results, bool(joined))
-
-
-def _device(name: str | None) -> torch.device:
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _origin(loaded: LoadedModel, run: Path | None) -> tuple[Config, int]:
-    """The configuration that says what is validated on, and the step of the weights."""
-    if not is_extracted(loaded.directory):
-        if run is not None:
-            raise UserError(
-                f"--run {run} is for extracted models; {loaded.directory} is a run: leave it out"
-            )
-        assert loaded.step is not None
-        return load_config(loaded.directory / "config.yaml"), loaded.step
-    entry = read_entry(loaded.directory)
-    home = run or Path(entry["run"])
-    if not (home / "config.yaml").exists():
-        raise UserError(
-            f"{loaded.directory} was extracted from {entry['run']}, and {home} holds no "
-            "config.yaml, which says what to validate on; name the run by --run DIR"
-        )
-    return load_config(home / "config.yaml"), int(entry["step"])
-
-
-def _chosen(loaded: LoadedModel, notations: Sequence[str], heuristic: bool) -> dict[Submodel, str]:
-    """Submodels that the model holds, with their kind; the whole of it among them."""
-    nesting, layers = loaded.submodel.nesting, loaded.model.model.n_layers
-    chosen = {one: "uniform" for one in nesting.uniforms(layers) if loaded.holds(one)}
-    chosen.setdefault(loaded.submodel, "mix")
-    for notation in notations:
-        chosen.setdefault(loaded.parse(notation), "mix")
-    if heuristic:
-        for submodel in filter(loaded.holds, mix_n_match(nesting, layers)):
-            chosen.setdefault(submodel, "heuristic")
-    return chosen
+        replace_file(model.directory / EVALUATION, content.encode())
+    return RunEvaluation(model.directory, model.step, tokens, results, bool(joined))
 
 
 @torch.no_grad()
 def _measure(
-    loaded: LoadedModel,
+    model: Source,
     validation: Validation,
     submodels: list[Submodel],
     progress: Callable[[int, int], None],
 ) -> Mapping[Submodel, Measured]:
-    model = loaded.model
-
-    def counted() -> Any:
-        for done, batch in enumerate(validation.micro_batches(model.embedding.weight.device)):
+    def counted() -> Iterator[tuple[Tensor, Tensor]]:
+        for done, batch in enumerate(validation.micro_batches(model.device)):
             progress(done, len(validation))
             yield batch
         progress(len(validation), len(validation))
 
     found = measure_sequences(
-        lambda tokens, targets, plan: model(tokens, targets, plan)[1],
-        counted(),
-        submodels,
-        loaded.submodel,
-        per_pass=_AT_ONCE,
+        model.run_pass, counted(), submodels, model.largest, per_pass=_AT_ONCE
     )
     return {
         submodel: Measured(sequences.cpu(), validation.text_bytes)
@@ -148,16 +103,15 @@ def _measure(
     }
 
 
-def _entry(
-    loaded: LoadedModel, submodel: Submodel, kind: str, measured: Measured, seq_len: int
-) -> dict[str, Any]:
-    model, vocab_size = loaded.model.model, loaded.model.vocab_size
-    count = count_parameters(model, vocab_size, submodel)
+def _entry(model: Source, submodel: Submodel, kind: str, measured: Measured) -> dict[str, Any]:
+    of, vocab_size = model.config.model, model.vocab_size
+    count = count_parameters(of, vocab_size, submodel)
+    seq_len = model.config.training.seq_len
     return {
         "submodel": str(submodel),
         "kind": kind,
         "parameters": count.total,
         "non_embedding_parameters": count.non_embedding,
-        "flops_per_token": flops_per_token(model, vocab_size, submodel, seq_len),
+        "flops_per_token": flops_per_token(of, vocab_size, submodel, seq_len),
         **measured.described(),
     }

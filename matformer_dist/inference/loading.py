@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
 
 from matformer_dist.checkpoints.universal import load_universal
 from matformer_dist.checkpoints.verify import BackgroundCheck
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.errors import UserError
+from matformer_dist.inference.decoding import decode
+from matformer_dist.inference.sampling import Sampling
+from matformer_dist.inference.speculative import Drafting, Statistics
+from matformer_dist.inference.texts import Piece, as_text, encode_prompts
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.nesting import Submodel
 from matformer_dist.parallel.layers import Initializer
@@ -60,6 +62,83 @@ class LoadedModel:
                 f"{self.submodel}; choose one that is nowhere wider, or load the run"
             )
         return submodel
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        submodels: Sequence[str] | str = (),
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 0.95,
+        seed: int = 0,
+        draft: str | None = None,
+        draft_tokens: int | Literal["auto"] = 4,
+        draft_cache: Literal["own", "shared"] = "shared",
+        statistics: Statistics | None = None,
+    ) -> list[str]:
+        """The texts that follow the prompts, without them, each up to the end of its document.
+
+        All in one batch. submodels: none (the largest), one for all prompts, or one for each; as
+        `parse` reads them. draft: a smaller one that drafts for all of them, exactly
+        (speculative.py). UserError for what does not fit.
+        """
+        texts = [""] * len(prompts)
+        pieces = self.stream(
+            prompts,
+            submodels,
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_k, top_p),
+            seed=seed,
+            drafting=self.drafting(draft, draft_tokens, draft_cache) if draft else None,
+            statistics=statistics,
+        )
+        for piece in pieces:
+            texts[piece.prompt] += piece.text
+        return texts
+
+    def drafting(
+        self,
+        draft: str,
+        tokens: int | Literal["auto"] = 4,
+        cache: Literal["own", "shared"] = "shared",
+    ) -> Drafting:
+        """Of the submodel that `parse` reads."""
+        return Drafting(self.parse(draft), tokens, cache)
+
+    def stream(
+        self,
+        prompts: Sequence[str],
+        submodels: Sequence[str] | str = (),
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int = 0,
+        drafting: Drafting | None = None,
+        statistics: Statistics | None = None,
+    ) -> Iterator[Piece]:
+        """The same in pieces, as they come; what does not fit is said at once."""
+        ids = encode_prompts(self.tokenizer, prompts)
+        notations = [submodels] if isinstance(submodels, str) else submodels
+        chosen = [self.parse(notation) for notation in notations] or [self.submodel]
+        if drafting is not None and drafting.submodel in chosen:
+            raise UserError(
+                f"submodel {drafting.submodel} cannot draft for itself; choose a draft that is "
+                "narrower somewhere, and nowhere wider"
+            )
+        passes = decode(
+            self.model,
+            chosen[0] if len(chosen) == 1 else chosen,
+            ids,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            eod=self.tokenizer.eod,
+            drafting=drafting,
+            statistics=statistics,
+        )
+        return as_text(passes, ids, self.tokenizer)
 
 
 def load_model(
@@ -105,58 +184,3 @@ def load_native(
             f"{directory} lacks the weights {', '.join(sorted(missing))}; extract the model again"
         )
     return LoadedModel(model.eval(), described.submodel, directory)
-
-
-def load_transformers(
-    directory: Path, dtype: torch.dtype | None, device: torch.device
-) -> tuple[int, Callable[[Tensor], Tensor]]:
-    """Load an `hf` directory by transformers. One that carries code is loaded by the code of this
-    package, of which that is a copy: no code of the directory runs.
-
-    Returns its context in tokens, and a function that takes ids [1, n], which follow those of
-    earlier calls, to the logits [1, V] of the token behind the last. UserError where transformers
-    is not installed, or cannot load the directory.
-    """
-    try:
-        from transformers import AutoModelForCausalLM, PreTrainedConfig
-        from transformers.utils import logging
-
-        from matformer_dist.submodels.shipped_code.modeling_matformer import (
-            MatformerLlamaForCausalLM,
-            MatformerStarcoder2ForCausalLM,
-        )
-        from matformer_dist.submodels.shipped_code.modeling_nemotron_nas import DeciLMForCausalLM
-    except ImportError:
-        raise UserError(
-            f"{directory} is in format hf, which needs transformers; install it by "
-            "`pip install matformer-dist[export]`, or extract with --format native"
-        ) from None
-    ours = {
-        loader.config_class.model_type: loader
-        for loader in (DeciLMForCausalLM, MatformerLlamaForCausalLM, MatformerStarcoder2ForCausalLM)
-    }
-    has_bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # the text is what a user wants to see
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(directory, local_files_only=True)
-        loader = ours.get(config.get("model_type"), AutoModelForCausalLM)
-        model = loader.from_pretrained(
-            directory, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"transformers cannot load {directory} ({error}); extract the model again"
-        ) from None
-    finally:
-        if has_bar:
-            logging.enable_progress_bar()
-    model.to(device).eval()
-    cache: Any = None
-
-    def step(tokens: Tensor) -> Tensor:
-        nonlocal cache
-        out = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
-        return out.logits[:, -1]
-
-    return model.config.max_position_embeddings, step

@@ -17,37 +17,18 @@ out: all are gathered for the products, and what is summed is scattered.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from matformer_dist.config import ModelConfig
+from matformer_dist.models.cache import LayerCache
 from matformer_dist.models.recomputation import Again, made_again
 from matformer_dist.models.rotation import Rotation
 from matformer_dist.parallel.layers import Initializer, column_linear, row_linear
 from matformer_dist.parallel.layout import COLUMNS, ROWS
 from matformer_dist.parallel.topology import TensorParallel
-
-
-@dataclass
-class LayerCache:
-    """Keys and values [B, K/T, capacity, h] of a layer; `length` positions are filled."""
-
-    keys: Tensor
-    values: Tensor
-    length: int = 0
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the next positions and return all positions so far, [B, K/T, length, h]."""
-        end = self.length + keys.shape[2]
-        assert end <= self.keys.shape[2], "the caller checks the context length"
-        self.keys[:, :, self.length : end] = keys
-        self.values[:, :, self.length : end] = values
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
 
 
 class Attention(nn.Module):
@@ -95,16 +76,13 @@ class Attention(nn.Module):
                 Again(q, partial(self.turned, queries.detach(), rotation)),
                 Again(k, partial(self.turned, keys.detach(), rotation)),
             )
-        mask = None
+        mask, is_causal = None, s > 1
         if cache is not None:
             k, v = cache.append(k, v)
-            if s not in (1, k.shape[2]):
-                # Queries stand at the end of the keys; SDPA's own causal mask starts at the first.
-                mask = torch.ones(s, k.shape[2], dtype=torch.bool, device=x.device)
-                mask = mask.tril(k.shape[2] - s)
+            mask, is_causal = cache.span.mask, cache.span.is_causal
         with kept:
             context = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None and s > 1,
+                q, k, v, attn_mask=mask, is_causal=is_causal,
                 enable_gqa=self.queries_per_kv > 1,
             )  # fmt: skip
         context = context.transpose(1, 2).reshape(groups.shape[0] * s, -1)

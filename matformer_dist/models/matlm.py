@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from matformer_dist.config import ModelConfig
 from matformer_dist.counting import check_vocabulary
-from matformer_dist.models.attention import Attention, LayerCache
+from matformer_dist.models.attention import Attention
+from matformer_dist.models.cache import KeyValueCache, LayerCache
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.models.nested_feed_forward import NestedFeedForward
 from matformer_dist.models.recomputation import Again, made_again
@@ -228,13 +229,18 @@ class MatLM(nn.Module):
         tokens: Tensor,
         segments: Sequence[Segment],
         shared_tokens: bool = False,
-        cache: Sequence[LayerCache] | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """tokens [b, s] -> final hidden rows [N, D], segment by segment."""
+        """tokens [b, s] -> final hidden rows [N, D], segment by segment.
+
+        With a cache, tokens follow what it holds of each sequence, and it holds them afterwards.
+        """
         s = tokens.shape[1]
-        start = cache[0].length if cache is not None else 0
-        positions = torch.arange(start, start + s, device=tokens.device)
-        rotation = Rotation.of(positions, self.model)
+        if cache is None:
+            rotation = Rotation.of(torch.arange(s, device=tokens.device), self.model)
+        else:
+            span = cache.begin(s)
+            rotation = cache.rotation.at(span.positions)
         rows = [segment.sequences * s for segment in segments]
         x = self.embedding(tokens.flatten())
         again = self.activation_checkpointing if torch.is_grad_enabled() else "none"
@@ -246,13 +252,15 @@ class MatLM(nn.Module):
                 rows,
                 widths,
                 repeat,
-                cache[i] if cache is not None else None,
+                cache.layer(i, span) if cache is not None else None,
                 again == "selective",
             )
             if again == "full":
                 x = checkpoint(layer, x, *arguments, use_reentrant=False)
             else:
                 x = layer(x, *arguments)
+        if cache is not None:
+            cache.end(s)
         return self.final_norm(x)
 
     def forward(self, tokens: Tensor, targets: Tensor, plan: Pass) -> tuple[Tensor, Tensor]:
@@ -270,15 +278,18 @@ class MatLM(nn.Module):
         self,
         tokens: Tensor,
         submodel: Submodel,
-        cache: Sequence[LayerCache] | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         """tokens [b, s] -> next-token logits [b, s, V] of one submodel."""
         hidden = self.hidden(tokens, [Segment(submodel, tokens.shape[0])], cache=cache)
         return self.head.logits(hidden, self.tied_weight).view(*tokens.shape, -1)
 
-    def new_cache(self, sequences: int, capacity: int) -> list[LayerCache]:
-        """Empty key-value caches, one a layer, for `capacity` positions of `sequences`."""
+    def new_cache(self, sequences: int, capacity: int) -> KeyValueCache:
+        """An empty key-value cache for `capacity` positions of `sequences`."""
         weight = self.embedding.weight
         kv_heads = self.model.kv_heads // self.tensor.size
         shape = (sequences, kv_heads, capacity, self.model.head_dim)
-        return [LayerCache(weight.new_empty(shape), weight.new_empty(shape)) for _ in self.layers]
+        # Zeros: whatever else lay there, not-a-numbers too, would be weighed by the mask's 0.
+        keys, values = ([weight.new_zeros(shape) for _ in self.layers] for _ in range(2))
+        rotation = Rotation.of(torch.arange(capacity, device=weight.device), self.model)
+        return KeyValueCache(keys, values, [0] * sequences, rotation)

@@ -17,27 +17,31 @@ from matformer_dist.config import ModelConfig, RopeScaling
 
 @dataclass(frozen=True)
 class Rotation:
-    """Cosines and sines [s, h], in fp32."""
+    """Cosines and sines [s, h], or [B, s, h] where sequences differ in position; in fp32."""
 
     cos: Tensor
     sin: Tensor
 
     @property
     def positions(self) -> int:
-        return self.cos.shape[0]
+        return self.cos.shape[-2]
 
     @classmethod
     def of(cls, positions: Tensor, model: ModelConfig) -> Rotation:
-        """Of `positions` [s], counted from 0."""
-        angles = positions.float()[:, None] * frequencies(model, positions.device)
+        """Of `positions` [s] or [B, s], counted from 0."""
+        angles = positions.float()[..., None] * frequencies(model, positions.device)
         angles = torch.cat([angles, angles], dim=-1)
         return cls(angles.cos(), angles.sin())
+
+    def at(self, positions: Tensor) -> Rotation:
+        """Of `positions` [s] or [B, s], where this one is of all from 0 on."""
+        return Rotation(self.cos[positions], self.sin[positions])
 
     def turn(self, x: Tensor) -> Tensor:
         """Rotate x [B, s, heads, h], in fp32, and return it in its own dtype."""
         first, second = x.float().chunk(2, dim=-1)
         turned = torch.cat([-second, first], dim=-1)
-        cos, sin = self.cos[:, None, :], self.sin[:, None, :]
+        cos, sin = self.cos.unsqueeze(-2), self.sin.unsqueeze(-2)
         return (x.float() * cos + turned * sin).to(x.dtype)
 
 

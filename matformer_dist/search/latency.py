@@ -146,8 +146,7 @@ def _decoding_step(
     token = torch.zeros(sequences, 1, dtype=torch.long, device=device)
 
     def step() -> float:
-        for layer in cache:
-            layer.length = context
+        cache.lengths = [context] * sequences
         begun = time.perf_counter()
         model.logits(token, submodel, cache)
         if device.type == "cuda":

@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # a part of the package: the other parts th
 ONLY_IN = {  # a library: the files or folders that alone may import it
     "deepspeed": ("training/engine.py", "deepspeed_section.py", "checkpoints/universal_files.py"),
     "megatron": ("parallel/", "data/"),
-    "transformers": ("submodels/shipped_code/", "inference/loading.py"),
+    "transformers": ("submodels/shipped_code/", "inference/transformers_model.py"),
     "gguf": ("submodels/gguf_files.py",),
     "tokenizers": ("data/huggingface_tokenizer.py",),
     "launch": (),

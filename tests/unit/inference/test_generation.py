@@ -68,7 +68,9 @@ def test_draws_follow_the_limited_distribution() -> None:
     logits = probabilities.log().expand(40_000, 5)
 
     def frequencies(sampling: Sampling) -> list[float]:
-        drawn = sampling.draw(logits, torch.Generator().manual_seed(0))
+        drawn = sampling.draw(
+            logits, torch.rand(40_000, generator=torch.Generator().manual_seed(0))
+        )
         return (torch.bincount(drawn, minlength=5) / len(drawn)).tolist()
 
     def close(actual: list[float], weights: list[float]) -> bool:
@@ -102,9 +104,9 @@ def test_a_seed_gives_the_same_text_again() -> None:
 @pytest.mark.parametrize(
     ("prompts", "new", "message"),
     [
-        ([[1, 2], [1, 2, 3]], 4, r"prompts of \[2, 3\] tokens .* one length"),
-        ([[]], 4, r"prompts of \[0\] tokens"),
-        ([], 4, r"prompts of \[\] tokens"),
+        ([[1, 2], []], 4, r"prompt 1 of 2 \(from 0\) is empty"),
+        ([], 4, "there is no prompt"),
+        ([[1, 2], [1] * 40], 9, "prompt of 40 tokens and 9 new tokens .* at most 48"),
         ([[1] * 40], 9, "prompt of 40 tokens and 9 new tokens .* at most 48"),
         ([[1]], 0, "at least 1 new token"),
     ],
@@ -115,11 +117,18 @@ def test_prompts_that_do_not_fit_are_named(prompts: Any, new: int, message: str)
         generate(lm, NESTING.uniform(0, 3), prompts, max_new_tokens=new, sampling=GREEDY)
 
 
+def test_submodels_are_one_or_one_each() -> None:
+    lm = random_model(model_config())
+    with pytest.raises(UserError, match="4 submodels were given for 2 prompts"):
+        generate(lm, NESTING.uniforms(3), PROMPTS, max_new_tokens=2, sampling=GREEDY)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"temperature": -1}, "temperature -1"),
         ({"temperature": float("nan")}, "temperature nan"),
+        ({"temperature": float("inf")}, "temperature inf"),
         ({"top_p": 0}, "top_p 0"),
         ({"top_p": 1.5}, r"top_p 1\.5"),
         ({"top_k": -2}, "top_k -2"),

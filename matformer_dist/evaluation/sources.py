@@ -1,0 +1,144 @@
+"""What can be evaluated: runs, and what was extracted from them, ours or transformers'."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from matformer_dist.config import Config
+from matformer_dist.config_file import load_config
+from matformer_dist.data.tokenizer import Tokenizer
+from matformer_dist.errors import UserError
+from matformer_dist.evaluation.loss import RunPass
+from matformer_dist.inference.loading import LoadedModel, load_model
+from matformer_dist.inference.transformers_model import TransformersModel
+from matformer_dist.models.forward_pass import Pass
+from matformer_dist.nesting import Submodel, mix_n_match
+from matformer_dist.run_directory import find_checkpoint
+from matformer_dist.submodels.entry import is_extracted, read_entry
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model in memory, and what of it is evaluated.
+
+    `config`: of its run; `step`: of its weights; `chosen`: submodels and their kind; `run_pass`:
+    what a pass gives, see MatLM.forward.
+    """
+
+    directory: Path
+    config: Config
+    step: int
+    tokenizer: Tokenizer
+    vocab_size: int
+    device: torch.device
+    largest: Submodel
+    chosen: dict[Submodel, str]
+    run_pass: RunPass
+    identity: str  # equal for equal weights
+
+
+def open_source(
+    name: str, notations: Sequence[str], heuristic: bool, run: Path | None, device: torch.device
+) -> Source:
+    """See evaluate_run, whose arguments these are."""
+    directory = Path(name)
+    if not is_extracted(directory):
+        if run is not None:
+            raise UserError(
+                f"--run {run} is for extracted models, and {name} is a run; leave it out"
+            )
+        checkpoint = find_checkpoint(name)
+        loaded = load_model(checkpoint.path, device=device)
+        config = load_config(loaded.directory / "config.yaml")
+        identity = checkpoint.manifest.manifest_sha256
+        return _ours(loaded, config, checkpoint.step, identity, notations, heuristic)
+    entry = read_entry(directory)
+    config, step = _config(directory, run or Path(entry["run"])), int(entry["step"])
+    if entry["format"] == "native":
+        loaded = load_model(name, device=device)
+        return _ours(loaded, config, step, str(directory), notations, heuristic)
+    if entry["format"] == "hf":
+        if notations or heuristic:
+            raise UserError(
+                f"{name} is in format hf, which is evaluated as it is; leave --submodel and "
+                "--heuristic out, or evaluate the run"
+            )
+        submodel = config.granularities.parse(entry["submodel"], config.model.n_layers)
+        return _of_transformers(directory, config, step, submodel, device)
+    raise UserError(
+        f"{name} is in format {entry['format']}, which llama.cpp runs; evaluate the run, or "
+        "extract with --format native or hf"
+    )
+
+
+def _config(directory: Path, run: Path) -> Config:
+    if (run / "config.yaml").exists():
+        return load_config(run / "config.yaml")
+    raise UserError(
+        f"{directory} was extracted from a run at {run}, which holds no config.yaml now; that says "
+        "what to validate on: name the run by --run DIR"
+    )
+
+
+def _ours(
+    loaded: LoadedModel,
+    config: Config,
+    step: int,
+    identity: str,
+    notations: Sequence[str],
+    heuristic: bool,
+) -> Source:
+    nesting, layers = loaded.submodel.nesting, loaded.model.model.n_layers
+    chosen = {one: "uniform" for one in nesting.uniforms(layers) if loaded.holds(one)}
+    chosen.setdefault(loaded.submodel, "mix")
+    for notation in notations:
+        chosen.setdefault(loaded.parse(notation), "mix")
+    if heuristic:
+        for submodel in filter(loaded.holds, mix_n_match(nesting, layers)):
+            chosen.setdefault(submodel, "heuristic")
+    return Source(
+        loaded.directory,
+        config,
+        step,
+        loaded.tokenizer,
+        loaded.model.vocab_size,
+        loaded.model.embedding.weight.device,
+        loaded.submodel,
+        chosen,
+        lambda tokens, targets, plan: loaded.model(tokens, targets, plan)[1],
+        identity,
+    )
+
+
+def _of_transformers(
+    directory: Path, config: Config, step: int, submodel: Submodel, device: torch.device
+) -> Source:
+    """One submodel alone: nothing to agree with but itself."""
+    theirs = TransformersModel(directory, torch.float32, device)
+
+    def run_pass(tokens: Tensor, targets: Tensor, plan: Pass) -> Tensor:
+        assert len(plan.segments) == 1
+        logits = theirs.model(tokens, use_cache=False).logits
+        nll = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(dim=1)
+        count = torch.full_like(nll, targets.shape[1])
+        return torch.stack([nll, count, torch.zeros_like(nll), count], dim=1)
+
+    kind = "uniform" if submodel.is_uniform else "mix"
+    return Source(
+        directory,
+        config,
+        step,
+        theirs.tokenizer,
+        theirs.model.config.vocab_size,
+        device,
+        submodel,
+        {submodel: kind},
+        run_pass,
+        str(directory),
+    )

@@ -1,0 +1,108 @@
+"""Text from an `hf` directory, by transformers: one submodel, one prompt after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from matformer_dist.data.tokenizer_files import load_tokenizer
+from matformer_dist.errors import UserError
+from matformer_dist.inference.batch import New, Request, Rows
+from matformer_dist.inference.decoding import one_by_one
+from matformer_dist.inference.sampling import Sampling
+from matformer_dist.inference.texts import Piece, as_text, encode_prompts
+
+
+class TransformersModel:
+    """One that `load_transformers` loads, and what of its last text it has read."""
+
+    def __init__(self, directory: Path, dtype: torch.dtype | None, device: torch.device) -> None:
+        self.directory = directory
+        self.device = device
+        self.tokenizer = load_tokenizer(directory)
+        self.model = load_transformers(directory, dtype, device)
+        self._cache: Any = None
+        self._read = torch.empty(1, 0, dtype=torch.long, device=device)
+
+    def stream(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int = 0,
+    ) -> Iterator[Piece]:
+        """As that of LoadedModel."""
+        ids = encode_prompts(self.tokenizer, prompts)
+        eod, context = self.tokenizer.eod, self.model.config.max_position_embeddings
+        request = Request(ids, max_new_tokens, sampling, seed, eod, context)
+        return as_text(self._passes(request), ids, self.tokenizer)
+
+    def _passes(self, request: Request) -> Iterator[list[New]]:
+        for i in range(len(request.prompts)):
+            rows = Rows(request, [i], self.device)
+
+            def next_logits(rows: Rows = rows) -> Tensor:
+                return self._next_logits(torch.tensor(rows.tokens, device=self.device))
+
+            yield from one_by_one(rows, next_logits, lambda _: None)
+
+    def _next_logits(self, tokens: Tensor) -> Tensor:
+        """The ids [1, n] of a text, from its beginning -> logits [1, V] of the token behind the
+        last; what the text of the call before had is not run again.
+        """
+        held = self._read.shape[1]
+        if held >= tokens.shape[1] or not torch.equal(self._read, tokens[:, :held]):
+            self._cache, held = None, 0  # another text
+        new = tokens[:, held:]
+        out = self.model(new, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._cache, self._read = out.past_key_values, tokens
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+
+def load_transformers(directory: Path, dtype: torch.dtype | None, device: torch.device) -> Any:
+    """Load an `hf` directory by transformers. One that carries code is loaded by the code of this
+    package, of which that is a copy: no code of the directory runs.
+
+    UserError where transformers is not installed, or cannot load the directory.
+    """
+    try:
+        from transformers import AutoModelForCausalLM, PreTrainedConfig
+        from transformers.utils import logging
+
+        from matformer_dist.submodels.shipped_code.modeling_matformer import (
+            MatformerLlamaForCausalLM,
+            MatformerStarcoder2ForCausalLM,
+        )
+        from matformer_dist.submodels.shipped_code.modeling_nemotron_nas import DeciLMForCausalLM
+    except ImportError:
+        raise UserError(
+            f"{directory} is in format hf, which needs transformers; install it by "
+            "`pip install matformer-dist[export]`, or extract with --format native"
+        ) from None
+    ours = {
+        loader.config_class.model_type: loader
+        for loader in (DeciLMForCausalLM, MatformerLlamaForCausalLM, MatformerStarcoder2ForCausalLM)
+    }
+    has_bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # the text is what a user wants to see
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(directory, local_files_only=True)
+        loader = ours.get(config.get("model_type"), AutoModelForCausalLM)
+        model = loader.from_pretrained(
+            directory, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"transformers cannot load {directory} ({error}); extract the model again"
+        ) from None
+    finally:
+        if has_bar:
+            logging.enable_progress_bar()
+    return model.to(device).eval()
