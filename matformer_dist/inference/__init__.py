@@ -1,1 +1,1 @@
-"""Text from extracted models."""
+"""Text from runs and extracted models."""

@@ -140,14 +140,15 @@ def speak(
         pieces = model.stream(prompts, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed)
         names = [str(source)]
     names = names * len(prompts) if len(names) == 1 else names
-    begun = -1
+    heads = list(prompts)
+    if len(prompts) > 1:
+        heads = [f"--- {name}\n{prompt}" for name, prompt in zip(names, prompts, strict=True)]
+    on_text(heads[0])
+    shown = 0
     for piece in in_order(pieces):
-        if piece.prompt > begun:
-            begun = piece.prompt
-            newline = "\n" if begun else ""
-            if len(prompts) > 1:
-                on_text(f"{newline}--- {names[begun]}\n")
-            on_text(prompts[begun])
+        if piece.prompt > shown:
+            shown = piece.prompt
+            on_text(f"\n{heads[shown]}")
         on_text(piece.text)
     return statistics
 

@@ -79,7 +79,7 @@ def uniforms(seed: int, prompts: Sequence[int], n: int, device: torch.device) ->
     """Numbers in [0, 1) for n tokens of the prompts with these indices, [B, n, 3] in fp64."""
     rows = []
     for prompt in prompts:
-        digest = hashlib.sha256(f"{seed}:{prompt}".encode()).digest()
+        digest = hashlib.sha256(f"seed {seed}, prompt {prompt}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         rows.append(torch.rand(n, 3, generator=generator, dtype=torch.float64))
     return torch.stack(rows).to(device)

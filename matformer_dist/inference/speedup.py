@@ -79,7 +79,7 @@ def measure_speedups(
     assert loaded.step is not None, "it is a run's"
     verifier = loaded.parse(terms.verifier) if terms.verifier else loaded.submodel
     draftings = _draftings(loaded, verifier, terms)
-    prompts = _prompts(loaded, terms)
+    prompts = find_prompts(loaded, terms)
 
     def way(drafting: Drafting | None, seen: Statistics) -> Way:
         def answer(i: int) -> None:
@@ -175,7 +175,8 @@ def _draftings(loaded: LoadedModel, verifier: Submodel, terms: Terms) -> list[Dr
     ]
 
 
-def _prompts(loaded: LoadedModel, terms: Terms) -> list[list[int]]:
+def find_prompts(loaded: LoadedModel, terms: Terms) -> list[list[int]]:
+    """Ids of the prompts; UserError where there are none, or one does not fit the context."""
     if terms.prompts is not None:
         lines = [line for line in _lines(terms.prompts) if line.strip()]
         if not lines:

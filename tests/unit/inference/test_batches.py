@@ -125,7 +125,7 @@ def test_long_ragged_generation_matches_transformers(
 ) -> None:
     """XL, 200 tokens, against transformers' greedy generation of the export, prompt by prompt."""
     transformers = pytest.importorskip("transformers")
-    lm = random_model(model_config(max_seq_len=256, **changes))
+    lm = random_model(model_config(max_seq_len=256, init_std=1.0, **changes))
     (one,) = extract(
         str(write_run(tmp_path / "run", lm)), ["XL"], output=tmp_path / "hf", format="hf"
     )
@@ -139,4 +139,4 @@ def test_long_ragged_generation_matches_transformers(
             eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
         assert row == theirs[0, len(prompt) :].tolist()
-        assert len(set(row)) > 10, "varied enough to tell"
+        assert len(set(row[100:])) > 15, "varied enough to tell"

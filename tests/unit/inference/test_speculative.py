@@ -160,8 +160,8 @@ def test_samples_follow_the_verifiers_distribution(
 
     Its mean is the degrees of freedom f, its variance 2 f; f is about 80 to 310, where it is near
     normal: 5 deviations above are met about once in a million. Drawing from p in place of the
-    residual is seen at 32 and more, a verdict without q at 57, the draft's uniform for the verdict
-    at 12.
+    residual is seen at 29 and more, a verdict without q at 60, the draft's uniform for the verdict
+    at 9.
     """
     lm, prompt = tiny_model(), [3, 1]
     seen = Statistics()
