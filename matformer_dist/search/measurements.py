@@ -77,7 +77,7 @@ class Measurements(Mapping[Submodel, Measured]):
             for submodel, sequences in found.items():
                 columns = sequences.cpu().T.tolist()
                 line = {"submodel": str(submodel), **dict(zip(_COLUMNS, columns, strict=True))}
-                file.write(json.dumps(line) + "\n")
+                file.write(f"\n{json.dumps(line)}")  # a line that a kill cut short stays alone
                 self._found[submodel] = Measured(sequences.cpu(), self.validation.text_bytes)
         self.new += len(submodels)
 

@@ -1,0 +1,153 @@
+"""Evaluation of a run and of what was extracted from it, against plain logits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from matformer_dist.config_file import load_config
+from matformer_dist.data.tokenizer_files import load_tokenizer
+from matformer_dist.errors import UserError
+from matformer_dist.evaluation.parts import Part
+from matformer_dist.evaluation.run import evaluate_run
+from matformer_dist.evaluation.validation import Validation
+from matformer_dist.models.matlm import MatLM
+from matformer_dist.submodels.extract import extract
+from tests.unit.submodels.run_with_data import SEQ_LEN, SEQUENCES, write_run_with_data
+from tests.unit.submodels.synthetic_run import NESTING, model_config, random_model
+
+MIX = "S:1,L:2"
+
+
+@pytest.fixture(scope="module", params=["llama", "paper"])
+def lm(request: pytest.FixtureRequest) -> MatLM:
+    changes: dict[str, Any] = {"n_kv_heads": 2}
+    if request.param == "paper":
+        changes = {"ffn": "gelu", "norm": "layernorm", "tied_embeddings": True}
+    return random_model(model_config(**changes))
+
+
+@pytest.fixture(scope="module")
+def run(lm: MatLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run_with_data(tmp_path_factory.mktemp("evaluate") / "run", lm)
+
+
+def validation_of(run: Path) -> Validation:
+    return Validation.of(load_config(run / "config.yaml"), load_tokenizer(run), None)
+
+
+def results(evaluation: Any) -> dict[str, dict[str, Any]]:
+    return {entry["submodel"]: entry for entry in evaluation.results}
+
+
+def test_numbers_match_plain_logits(lm: MatLM, run: Path) -> None:
+    found = results(evaluate_run(str(run), [MIX], device="cpu"))
+    assert set(found) == {"S", "M", "L", "XL", MIX}
+    data = validation_of(run)
+    assert data.tokens.shape == (SEQUENCES, SEQ_LEN)
+    text = "".join(map(load_tokenizer(run).decode, data.targets.tolist()))
+    with torch.no_grad():
+        largest = lm.logits(data.tokens, NESTING.uniform(3, 3)).double().log_softmax(-1)
+        for notation, entry in found.items():
+            logs = lm.logits(data.tokens, NESTING.parse(notation, 3)).double().log_softmax(-1)
+            nll = F.nll_loss(logs.flatten(0, 1), data.targets.flatten(), reduction="none")
+            assert entry["loss"] == pytest.approx(float(nll.mean()), rel=1e-5)
+            assert entry["perplexity"] == pytest.approx(float(nll.mean().exp()), rel=1e-4)
+            bits = float(nll.sum()) / 0.6931471805599453
+            assert entry["bits_per_byte"] == pytest.approx(bits / len(text.encode()), rel=0.02)
+            agreement = (logs.argmax(-1) == largest.argmax(-1)).double().mean()
+            assert entry["agreement"] == pytest.approx(float(agreement))
+            kl = (largest.exp() * (largest - logs)).sum(-1).mean()
+            assert entry["kl"] == pytest.approx(float(kl), abs=1e-5)
+            for name in ("loss", "agreement", "kl"):
+                low, high = entry[f"{name}_interval"]
+                assert low - 1e-9 <= entry[name] <= high + 1e-9
+            assert entry["loss_interval"][1] - entry["loss_interval"][0] > 1e-3
+
+
+@pytest.mark.parametrize("format", ["native", "hf", "hf --sparse", "hf --nested"])
+@pytest.mark.parametrize("notation", ["M", MIX])
+def test_extracted_models_match_the_run(
+    lm: MatLM, run: Path, tmp_path: Path, format: str, notation: str
+) -> None:
+    kind, _, option = format.partition(" --")
+    if kind == "hf":
+        pytest.importorskip("transformers")
+    if option == "sparse" and lm.model.ffn == "gelu":
+        pytest.skip("the paper's models have no such format")
+    options: dict[str, Any] = {option: True} if option else {}
+    (one,) = extract(str(run), [notation], output=tmp_path / "one", format=kind, **options)
+    expected = results(evaluate_run(str(run), [notation], device="cpu"))[notation]
+    evaluation = evaluate_run(str(one.path), device="cpu")
+    found = results(evaluation)[notation]
+    assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], abs=1e-5)
+    assert found["loss_interval"] == pytest.approx(expected["loss_interval"], abs=1e-5)
+    for name in ("parameters", "non_embedding_parameters", "flops_per_token"):
+        assert found[name] == expected[name]
+    assert (found["agreement"], found["kl"]) == (1.0, 0.0)  # its largest is itself
+    written = json.loads((one.path / "evaluation.json").read_text())
+    assert written["step"] == 5 and len(written["submodels"]) == len(evaluation.results)
+    if kind == "native":  # is nested still
+        assert "S" in results(evaluation)
+
+
+def test_an_extracted_model_is_replaced_with_its_evaluation(run: Path, tmp_path: Path) -> None:
+    for force in (False, True):
+        extract(str(run), ["S"], output=tmp_path / "s", force=force)
+        evaluate_run(str(tmp_path / "s"), device="cpu")
+    assert (tmp_path / "s" / "evaluation.json").exists()
+
+
+def test_parts_match_the_whole(run: Path) -> None:
+    whole = evaluate_run(str(run), heuristic=True, device="cpu")
+    parts = [
+        evaluate_run(str(run), heuristic=True, part=Part(i, 3), device="cpu") for i in (2, 1, 3)
+    ]
+    assert [part.is_whole for part in parts] == [False, False, True]
+    assert len(whole.results) == 10
+    for ours, expected in zip(parts[-1].results, whole.results, strict=True):
+        assert ours["submodel"] == expected["submodel"]
+        assert ours["loss"] == pytest.approx(expected["loss"])
+
+
+def test_other_data_are_taken_where_they_are_named(run: Path, tmp_path: Path) -> None:
+    before = results(evaluate_run(str(run), device="cpu"))
+    same = results(evaluate_run(str(run), data=run / "validation", device="cpu"))
+    assert same == before
+    one = results(evaluate_run(str(run), batches=1, device="cpu"))
+    assert one["S"]["loss"] != before["S"]["loss"]
+    with pytest.raises(UserError, match="nowhere"):
+        evaluate_run(str(run), data=tmp_path / "nowhere", device="cpu")
+
+
+def test_a_moved_run_is_to_be_named(run: Path, tmp_path: Path) -> None:
+    (one,) = extract(str(run), ["S"], output=tmp_path / "s")
+    entry = json.loads((one.path / "submodel.json").read_text())
+    (one.path / "submodel.json").write_text(json.dumps({**entry, "run": str(tmp_path / "gone")}))
+    with pytest.raises(UserError, match="name the run by --run"):
+        evaluate_run(str(one.path), device="cpu")
+    assert evaluate_run(str(one.path), run=run, device="cpu").results
+
+
+def test_what_does_not_fit_is_named(run: Path, tmp_path: Path) -> None:
+    (one,) = extract(str(run), ["M"], output=tmp_path / "m")
+    with pytest.raises(UserError, match=r"wider than|no granularity 'XL'"):
+        evaluate_run(str(one.path), ["XL"], device="cpu")
+    with pytest.raises(UserError, match="for extracted models"):
+        evaluate_run(str(run), run=run, device="cpu")
+    with pytest.raises(UserError, match="covers 2 layers"):
+        evaluate_run(str(run), ["S:2"], device="cpu")
+    with pytest.raises(UserError, match="no slice '2M'"):
+        evaluate_run(str(run), ["2M"], device="cpu")
+    shutil.copytree(one.path, tmp_path / "g")
+    entry = json.loads((one.path / "submodel.json").read_text())
+    (tmp_path / "g" / "submodel.json").write_text(json.dumps({**entry, "format": "gguf"}))
+    with pytest.raises(UserError, match="which llama"):
+        evaluate_run(str(tmp_path / "g"), device="cpu")

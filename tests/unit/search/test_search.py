@@ -1,0 +1,178 @@
+"""Searches of a run of random weights, whose submodels' losses differ by chance alone."""
+
+from __future__ import annotations
+
+import csv
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from matformer_dist.errors import UserError
+from matformer_dist.evaluation.run import evaluate_run
+from matformer_dist.nesting import Submodel, mix_n_match
+from matformer_dist.search import measurements
+from matformer_dist.search.budget import Budget
+from matformer_dist.search.picture import draw_frontier
+from matformer_dist.search.search import Options, search
+from matformer_dist.submodels.extract import extract
+from matformer_dist.submodels.slices import read_slices
+from tests.unit.submodels.run_with_data import write_run_with_data
+from tests.unit.submodels.synthetic_run import NESTING, model_config, random_model
+
+LADDER = [str(one) for one in mix_n_match(NESTING, 3)]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_run_with_data(tmp_path / "run", random_model(model_config(n_kv_heads=2)))
+
+
+def test_frontier_is_never_worse_than_the_heuristic(run: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    found = search(str(run), progress=lambda done, total: steps.append((done, total)))
+    assert steps[-1][0] == steps[-1][1] == found.measured_now
+    assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+    known = {one.submodel: one for one in found.all.measured}
+    assert set(LADDER) <= set(known)
+    for one in found.slices:
+        within = [other for other in known.values() if other.parameters <= one.budget]
+        assert one.loss == min(other.loss for other in within)
+        ladder = [other for other in within if other.submodel in LADDER]
+        assert one.heuristic == max(ladder, key=lambda other: other.parameters).submodel
+        gain = known[one.heuristic].loss - one.loss
+        assert one.gain == pytest.approx(gain, abs=1e-9) and one.gain >= 0
+        assert one.gain_interval[0] - 1e-9 <= one.gain <= one.gain_interval[1] + 1e-9
+    assert any(one.found_by == "search" and one.gain > 0 for one in found.slices)
+
+
+def test_losses_match_evaluate(run: Path) -> None:
+    found = search(str(run), [Budget.parse("params=32k")])
+    others = [one.submodel for one in found.all.measured]
+    evaluated = evaluate_run(str(run), others, device="cpu")
+    expected = {entry["submodel"]: entry for entry in evaluated.results}
+    assert found.all.tokens == evaluated.tokens
+    for one in found.all.measured:
+        entry = expected[one.submodel]
+        for name in ("loss", "agreement", "kl", "loss_interval"):
+            assert getattr(one, name) == pytest.approx(entry[name], abs=1e-6), name
+        for name in ("parameters", "non_embedding_parameters", "flops_per_token"):
+            assert getattr(one, name) == entry[name]
+
+
+def test_search_finds_what_trying_everything_finds(run: Path) -> None:
+    every = [Submodel(NESTING, chosen) for chosen in product(range(4), repeat=3)]
+    evaluated = evaluate_run(str(run), [str(one) for one in every], device="cpu")
+    losses = {entry["submodel"]: entry["loss"] for entry in evaluated.results}
+    sizes = {entry["submodel"]: entry["parameters"] for entry in evaluated.results}
+    budget = (sizes["S"] + sizes["XL"]) // 2
+    best = min(loss for name, loss in losses.items() if sizes[name] <= budget)
+    worst = max(loss for name, loss in losses.items() if sizes[name] <= budget)
+    options = Options(rounds=3, candidates=4)
+    (one,) = search(str(run), [Budget("params", budget)], options=options).slices
+    assert one.loss - best < 0.1 * (worst - best)
+
+
+def test_a_search_goes_on_where_it_was_broken_off(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, calls = measurements.measure_sequences, 0
+
+    def breaks(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr(measurements, "measure_sequences", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        search(str(run))
+    assert read_slices(run) is None
+    (file,) = (run / "measurements").iterdir()
+    known = len(file.read_text().split("\n{")) - 1
+    assert known == 2 * measurements._AT_ONCE
+    with file.open("a") as cut:
+        cut.write('\n{"submodel":"S:1,M')  # killed within a line
+    monkeypatch.setattr(measurements, "measure_sequences", measure)
+    found = search(str(run))
+    assert found.measured_now == len(found.all.measured) - known
+    # What is known counts for all budgets, and another round of candidates follows it.
+    again = search(str(run), options=Options(rounds=0))
+    assert again.measured_now == 0
+    assert again.all.measured == found.all.measured
+    assert again.all.slices == found.all.slices
+
+
+def test_slices_are_taken_by_name(run: Path, tmp_path: Path) -> None:
+    found = search(str(run), options=Options(points=6))
+    one = next(one for one in found.slices if one.found_by == "search")
+    (taken,) = extract(str(run), [one.name], output=tmp_path / "taken")
+    assert (taken.submodel, taken.parameters) == (one.submodel, one.parameters)
+    with pytest.raises(UserError, match=f"no slice '77M'.*its slices are .*{one.name}"):
+        extract(str(run), ["77M"], output=tmp_path / "other")
+    rows = list(csv.DictReader((run / "slices.csv").open()))
+    assert [row["name"] for row in rows] == [one.name for one in found.all.slices]
+    row = rows[[row["name"] for row in rows].index(one.name)]
+    assert [int(row[f"width_{i}"]) for i in range(3)] == one.widths
+    assert float(row["loss"]) == one.loss
+
+
+def test_searches_of_other_budgets_are_joined(run: Path) -> None:
+    first = search(str(run), options=Options(points=4))
+    second = search(str(run), [Budget.parse("memory=70kB")], options=Options(points=4))
+    assert {one.kind for one in second.all.slices} == {"params", "memory"}
+    assert {one.kind for one in second.slices} == {"memory"}
+    names = [one.name for one in second.all.slices if one.found_by != "uniform"]
+    assert len(set(names)) == len(names)
+    kept = {one.submodel for one in first.slices}
+    assert kept <= {one.submodel for one in second.all.slices}
+    slices = json.loads((run / "slices.json").read_text())
+    (run / "slices.json").write_text(json.dumps({**slices, "checkpoint_sha256": "of another"}))
+    third = search(str(run), [Budget.parse("memory=70kB")])
+    assert {one.kind for one in third.all.slices} == {"memory"}
+
+
+def test_latency_is_measured_once_and_read_again(run: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table.json"
+    options = Options(points=3, table=table, context=20)
+    first = search(str(run), kind="latency", options=options)
+    assert "CPU" in first.all.latency_on and "behind 20 tokens" in first.all.latency_on
+    written = json.loads(table.read_text())
+    assert written["widths"] == list(NESTING.widths) and min(written["token_ms"]) > 0
+    table.write_text(json.dumps({**written, "token_ms": [1.0, 2.0, 1.5, 4.0]}))
+    second = search(str(run), [Budget.parse("latency=3ms")], options=options)
+    of = {one.submodel: one.latency_ms for one in second.all.measured}
+    assert of["S"] == 1 and of["XL"] == 4
+    assert of["L"] == of["M"] == 2  # wider is never faster
+    assert of["S:1,M:2"] == pytest.approx(1 + 2 / 3)
+    assert all((one.latency_ms or 9) <= 3 for one in second.slices)
+    with pytest.raises(UserError, match=r"below S.*1\.0000ms \(S\) to 4\.0000ms|below S"):
+        search(str(run), [Budget.parse("latency=0.5ms")], options=options)
+    with pytest.raises(UserError, match="is of another sequences"):
+        search(str(run), kind="latency", options=Options(table=table, sequences=4))
+    table.write_text("{}")
+    with pytest.raises(UserError, match="is no latency table"):
+        search(str(run), kind="latency", options=options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "fp8"}, "--dtype 'fp8' must be one of"), ({"points": 1}, "--points 1 must be 2"),
+        ({"candidates": 0}, "--candidates 0"), ({"rounds": -1}, "--rounds -1"),
+        ({"sequences": 0}, "--sequences 0"),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_fit_are_named(options: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Options(**options)
+
+
+def test_picture_is_drawn(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = search(str(run), options=Options(points=4))
+    draw_frontier(found.all, "params", found.nesting, tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
