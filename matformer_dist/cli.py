@@ -381,7 +381,7 @@ def verify_command(
 @app.command("generate")
 def generate_command(
     model: Annotated[
-        str, typer.Argument(metavar="RUN[@STEP]|DIR", help="A run, or an extracted model.")
+        Path, typer.Argument(metavar="RUN[@STEP]|DIR", help="A run, or an extracted model.")
     ],
     prompt: Annotated[
         list[str] | None, typer.Option(help="Text to go on from; several are one batch.")

@@ -6,6 +6,7 @@ metrics.jsonl     one line of measurements a time   evaluation.json       losses
 tokenizer.*       a copy of data.tokenizer          submodels/NAME/       extracted models
 tensorboard/      the metrics, for TensorBoard      samples.json          generated text
 report.html       the report page                   .lock                 held while a run writes
+speculative.json  speeds of drafts
 evaluation-parts/ of `evaluate --part`              .evaluation.lock      held while they are joined
 ```
 A checkpoint's manifest is written last, and holds the SHA-256 of every file and of itself: a

@@ -141,7 +141,8 @@ def speculate(
     """What each round adds to the rows. submodels: of each prompt, the one to verify."""
     length = DraftLength(model, drafting, submodels)
     sampling = rows.request.sampling
-    capacity = rows.request.capacity + length.most  # rows near their end are drafted for, too
+    # Rows near their end are drafted for, too, as long as others are not.
+    capacity = rows.request.capacity + min(length.most, rows.request.max_new_tokens)
     cache = model.new_cache(len(rows), capacity)
     is_shared = drafting.cache == "shared"
     draft_cache = cache if is_shared else model.new_cache(len(rows), capacity)
