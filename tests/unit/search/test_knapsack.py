@@ -120,7 +120,7 @@ def test_one_layer_changes_are_each_step_of_each_layer_from_both_sides() -> None
 )  # fmt: skip
 def test_budgets_are_read(text: str, kind: str, limit: float) -> None:
     budget = Budget.parse(text)
-    assert (budget.kind, budget.limit) == (kind, pytest.approx(limit))
+    assert budget.kind == kind and budget.limit == pytest.approx(limit)
     assert Budget.parse(f"{kind}={short_cost(budget.kind, limit, 6)}").limit == pytest.approx(limit)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from matformer_dist.errors import UserError
+from matformer_dist.evaluation.loss import measure_sequences
 from matformer_dist.evaluation.run import evaluate_run
 from matformer_dist.nesting import Submodel, mix_n_match
 from matformer_dist.search import measurements
@@ -78,14 +79,14 @@ def test_search_finds_what_trying_everything_finds(run: Path) -> None:
 def test_a_search_goes_on_where_it_was_broken_off(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure, calls = measurements.measure_sequences, 0
+    calls = 0
 
     def breaks(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise KeyboardInterrupt
-        return measure(*arguments, **options)
+        return measure_sequences(*arguments, **options)
 
     monkeypatch.setattr(measurements, "measure_sequences", breaks)
     with pytest.raises(KeyboardInterrupt):
@@ -96,7 +97,7 @@ def test_a_search_goes_on_where_it_was_broken_off(
     assert known == 2 * measurements._AT_ONCE
     with file.open("a") as cut:
         cut.write('\n{"submodel":"S:1,M')  # killed within a line
-    monkeypatch.setattr(measurements, "measure_sequences", measure)
+    monkeypatch.undo()
     found = search(str(run))
     assert found.measured_now == len(found.all.measured) - known
     # What is known counts for all budgets, and another round of candidates follows it.
