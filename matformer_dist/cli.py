@@ -307,7 +307,8 @@ def _evaluate_tasks(
         column.justify = "right"
     for name, metric, values in evaluation.rows():
         table.add_row(name, metric, *values)
-    _out.print(table)
+    width = 60 + 24 * len(evaluation.submodels)  # a number is never cut
+    Console(highlight=False, width=max(_out.width, width)).print(table)
     for note in evaluation.notes():
         _out.print(note, markup=False)
 

@@ -86,7 +86,7 @@ class MatformerLM(TemplateLM):
         return self._tokens.begin
 
     def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **_: Any
+        self, string: str, add_special_tokens: bool | None = None, **_options: Any
     ) -> list[int]:
         """Ids of a text, with what its tokenizer puts before texts unless add_special_tokens is
         False.
@@ -122,7 +122,7 @@ class MatformerLM(TemplateLM):
         return sums
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[Request], disable_tqdm: bool = False, **_: Any
+        self, requests: Sequence[Request], disable_tqdm: bool = False, **_options: Any
     ) -> list[tuple[float, bool]]:
         """Of each continuation the log-likelihood in nats, and whether it is the greedy one."""
         for texts, context, continuation in requests:
@@ -142,12 +142,10 @@ class MatformerLM(TemplateLM):
                 sequences = [(one[1] + one[2])[-self.max_length - 1 : -1] for one in batch]
                 asked: list[tuple[Any, list[int], Tensor]] = []
                 for one, rows in zip(batch, self._hidden(sequences), strict=True):
-                    # All requests of the sequence: lm-eval passes logits here, we hidden rows.
+                    texts, context, continuation = one
+                    # All requests of the sequence: lm-eval hands logits on here, we hidden rows.
                     asked += collator.get_cache(
-                        req_str=one[0],
-                        cxt_toks=one[1],
-                        cont_toks=one[2],
-                        logits=rows[None, -len(one[2]) :],
+                        texts, context, continuation, rows[None, -len(continuation) :]
                     )
                 new = self._score([(rows[0, -len(ids) :], ids) for _, ids, rows in asked])
                 for (texts, _, _), answer in zip(asked, new, strict=True):

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from matformer_dist.errors import UserError
 
-_STORYCLOZE = {"validation": "*val*.csv", "test": "*test_ALL*.csv"}
+_STORYCLOZE = {"validation": "cloze_test_val*.csv", "test": "cloze_test_test*.csv"}
 _COLUMNS = (
     *(f"InputSentence{i}" for i in range(1, 5)),
     "RandomFifthSentenceQuiz1",
@@ -39,7 +39,7 @@ def storycloze(storycloze_dir: str = "", **_: Any) -> dict[str, Dataset]:
         if len(files) != 1:
             raise UserError(
                 "StoryCloze's data come on request from cs.rochester.edu/nlp/rocstories; give the "
-                "folder with the validation and test CSV files of 2016 by --storycloze"
+                f"folder with the files {' and '.join(_STORYCLOZE.values())} by --storycloze"
             )
         with files[0].open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))

@@ -94,6 +94,8 @@ def evaluate_tasks(
     """
     try:
         with quiet():
+            import lm_eval  # noqa: F401
+
             from matformer_dist.evaluation.downstream import adapter, task_loading
     except ImportError as error:
         raise UserError(

@@ -73,7 +73,7 @@ def load_tasks(
     if not missing:
         raise UserError(f"lm-eval cannot load {', '.join(names)} together: {whole}")
     if not found or not skip_missing:
-        raise _explain(missing, reachable, bool(found))
+        raise _explain(manager, missing, reachable, bool(found))
     return LoadedTasks(found, {}, missing)
 
 
@@ -162,11 +162,16 @@ def _reason(manager: TaskManager, name: str, error: Exception) -> str:
     return f"{path}: {first}" if path and path not in first else first
 
 
-def _explain(missing: Mapping[str, str], reachable: bool, others: bool) -> UserError:
+def _explain(
+    manager: TaskManager, missing: Mapping[str, str], reachable: bool, others: bool
+) -> UserError:
     listed = "; ".join(f"{name} ({reason})" for name, reason in missing.items())
-    hub = "" if reachable else f"{constants.ENDPOINT} does not answer, and "
-    return UserError(
-        f"{hub}the data of {len(missing)} tasks cannot be had: {listed}. Run once where there is a "
-        f"network, which fills the cache {datasets.config.HF_DATASETS_CACHE}"
-        + (", or leave these tasks out by --skip-missing" if others else "")
-    )
+    said = f"the data of these tasks cannot be had: {listed}"
+    if not reachable:
+        said = f"{constants.ENDPOINT} does not answer, and {said}"
+    if any(_needs_hub(manager, name) for name in missing):
+        said += (
+            "; run once where there is a network, which fills the cache "
+            f"{datasets.config.HF_DATASETS_CACHE}"
+        )
+    return UserError(said + ("; or leave these tasks out by --skip-missing" if others else ""))
