@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -210,9 +211,72 @@ def evaluate_command(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1; else the GPU, if there is one.")
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead: tasks or groups of lm-eval, with commas between; ours are stdlib and "
+            "matformer_paper. Of a run or an extracted native model; into RUN/downstream.json."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="With --tasks: documents of each.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="With --tasks: examples in a prompt.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="With --tasks: folder of task files of your own.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="With --tasks: sequences at once; 16 if left out.")
+    ] = None,
+    skip_missing: Annotated[
+        bool, typer.Option(help="With --tasks: leave out those whose data cannot be had.")
+    ] = False,
+    storycloze: Annotated[
+        Path | None, typer.Option(help="With --tasks: folder of the CSV files of Story Cloze 2016.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="With --tasks: file to write instead.")
+    ] = None,
 ) -> None:
     """Validation loss and consistency with XL of every granularity, into RUN/evaluation.json."""
     from rich.progress import Progress
+
+    of_losses = {
+        "--heuristic": heuristic,
+        "--batches": batches,
+        "--part": part,
+        "--data": data,
+        "--run": run,
+        "--device": device,
+    }
+    of_tasks = {
+        "--limit": limit,
+        "--num-fewshot": num_fewshot,
+        "--include-path": include_path,
+        "--batch-size": batch_size,
+        "--skip-missing": skip_missing,
+        "--storycloze": storycloze,
+        "--output": output,
+    }
+    if tasks is None:
+        _leave_out(of_tasks, "is for --tasks; name some, or leave it out")
+    else:
+        _leave_out(of_losses, "is for validation losses; leave it out, or --tasks")
+        _evaluate_tasks(
+            model,
+            _items("--tasks", tasks) or [],
+            submodel or (),
+            limit=limit,
+            num_fewshot=num_fewshot,
+            include=include_path,
+            batch_size=batch_size,
+            skip_missing=skip_missing,
+            storycloze=storycloze,
+            output=output,
+        )
+        return
 
     from matformer_dist.evaluation.parts import Part
     from matformer_dist.evaluation.run import evaluate_run
@@ -338,6 +402,44 @@ def search_command(
         _out.print(f"no picture: {error}")
     example = found.slices[len(found.slices) // 2].name
     _out.print(f"to take one out: matformer extract {run} --submodel {example} --output DIR")
+
+
+def _evaluate_tasks(
+    source: str, tasks: list[str], submodels: Sequence[str], **options: Any
+) -> None:
+    from rich.progress import Progress
+
+    from matformer_dist.evaluation.downstream.run import evaluate_tasks
+
+    # Bound to standard output as it is now: lm-eval's own prints are turned away meanwhile.
+    screen = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    with Progress(console=screen, transient=True) as progress:
+        task = progress.add_task("loading the model", total=None)
+        evaluation = evaluate_tasks(
+            source,
+            tasks,
+            submodels,
+            **options,
+            progress=lambda what, done, total: progress.update(
+                task, description=what, completed=done, total=total or None
+            ),
+        )
+    table = Table("task", "metric", *evaluation.submodels)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for name, metric, values in evaluation.rows():
+        table.add_row(name, metric, *values)
+    width = 60 + 24 * len(evaluation.submodels)  # a number is never cut
+    Console(highlight=False, width=max(_out.width, width)).print(table)
+    for note in evaluation.notes():
+        _out.print(note, markup=False)
+
+
+def _leave_out(options: Mapping[str, object], why: str) -> None:
+    """UserError for the first of them that is given."""
+    for name, value in options.items():
+        if value is not None and value is not False:
+            raise UserError(f"{name} {why}")
 
 
 @app.command("convert")

@@ -19,12 +19,14 @@ import torch
 
 from matformer_dist.config_file import load_config
 from matformer_dist.errors import EXIT_USER_ERROR, UserError
+from matformer_dist.evaluation.downstream.held_out import HELD_OUT
 from matformer_dist.inference.generation import sample
 from matformer_dist.parallel.topology import cpu_environment
 
 CONFIG = Path("launch/configs/demo.yaml")
 PROMPTS = ("def ", "class ", "import ")
 EXTRACTED = (("M", "hf", "M-hf"), ("S:2,M:2", "native", "S2-M2-native"))
+NOT_LIBRARY = ("site-packages", "test")
 SCRIPTS = Path(sys.executable).parent
 
 
@@ -37,7 +39,8 @@ def main() -> None:
     corpus = Path(config.data.train[0][1])
     if not Path(f"{corpus}.idx").exists():
         stdlib = sysconfig.get_paths()["stdlib"]
-        leave_out = ("--exclude", "site-packages", "--exclude", "test")
+        # HELD_OUT: what the tasks below ask for
+        leave_out = [word for name in (*NOT_LIBRARY, *HELD_OUT) for word in ("--exclude", name)]
         matformer(
             "prepare-data", stdlib, "--include", "*.py", *leave_out, "--output", corpus,
             "--vocab-size", 2048,
@@ -57,6 +60,7 @@ def main() -> None:
         cpu_environment(ranks) if on_cpu else None,
     )
     matformer("evaluate", run, "--heuristic", "--batches", 8)
+    matformer("evaluate", run, "--tasks", "stdlib", "--submodel", "S", "--submodel", "XL")
     samples = []
     for submodel, kind, name in EXTRACTED:
         directory = run / "submodels" / name

@@ -89,6 +89,14 @@ class HuggingFaceTokenizer(Tokenizer):
     def eod(self) -> int:
         return self._eod
 
+    @property
+    def begin(self) -> int:
+        """The bos_token that tokenizer_config.json may name, else the end of a document."""
+        token = json.loads(self.files[CONFIG]).get("bos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        found = self._tokenizer.token_to_id(token) if isinstance(token, str) else None
+        return self._eod if found is None else int(found)
+
     def encode_array(self, text: str) -> NDArray[Any]:
         return np.array(self._encode(text, around=False), np.int32)
 

@@ -55,6 +55,11 @@ class Tokenizer(ABC):
         """Id that ends every document."""
 
     @property
+    def begin(self) -> int:
+        """Id to predict the first of a text from, where nothing stands before it."""
+        return self.eod
+
+    @property
     def unique_identifiers(self) -> OrderedDict[str, str]:
         """What Megatron-Core names cached indices by."""
         return OrderedDict({"class": type(self).__name__, "sha256": self.digest})

@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # a part of the package: the other parts th
     "training": {*BOTTOM, "ops", "parallel", "data", "models", "checkpoints", "evaluation"},
     "doctor": {*BOTTOM, "ops", "parallel"},
     "cli": {*BOTTOM, *COMMANDS, "doctor"},
-    "demo": {*BOTTOM, "parallel", "inference"},
+    "demo": {*BOTTOM, "parallel", "inference", "evaluation"},
 }
 ONLY_IN = {  # a library: the files or folders that alone may import it
     "deepspeed": ("training/engine.py", "deepspeed_section.py", "checkpoints/universal_files.py"),
@@ -50,6 +50,9 @@ ONLY_IN = {  # a library: the files or folders that alone may import it
     "transformers": ("submodels/shipped_code/", "inference/transformers_model.py"),
     "gguf": ("submodels/gguf_files.py",),
     "tokenizers": ("data/huggingface_tokenizer.py",),
+    "lm_eval": ("evaluation/downstream/",),
+    "datasets": ("evaluation/downstream/",),
+    "huggingface_hub": ("evaluation/downstream/",),
     "launch": (),
 }
 NOT_IN = {

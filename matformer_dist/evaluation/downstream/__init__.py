@@ -1,0 +1,1 @@
+"""lm-eval's tasks at any submodel of one loaded model."""

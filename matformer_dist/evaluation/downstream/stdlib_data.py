@@ -1,0 +1,173 @@
+"""Data of the tasks `stdlib`: what this Python's own library holds under HELD_OUT.
+
+Nothing is shipped or downloaded, so another version of Python gives other texts: results carry the
+version, and a SHA-256 of what was asked. The same library always gives the same items.
+"""
+
+from __future__ import annotations
+
+import ast
+import random
+import re
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from matformer_dist.errors import UserError
+from matformer_dist.evaluation.downstream.held_out import HELD_OUT
+
+SPLIT = "test"
+_CLOZES = {"source": 200, "reference": 100}
+_CHOICES = 200
+_CONTEXT_CHARS = 360  # about 150 tokens of a small vocabulary
+_LEAST_CONTEXT_CHARS = 120
+_HEADER_CHARS = (20, 400)
+_BODY_CHARS = (40, 160)
+_NEAR = 8  # wrong bodies are among so many of about the right one's length
+
+
+def cloze(**_: Any) -> dict[str, Dataset]:
+    """Passages whose last word has to be found; it stands in the passage before."""
+    items = [
+        *_spread([*_source_clozes()], _CLOZES["source"]),
+        *_spread([*_reference_clozes()], _CLOZES["reference"]),
+    ]
+    return {SPLIT: Dataset.from_list(items)}
+
+
+def choice(**_: Any) -> dict[str, Dataset]:
+    """Heads of functions with their docstrings, and four bodies of which one is theirs."""
+    functions = sorted(
+        (one for name, text in _sources() for one in _functions(name, text)),
+        key=lambda one: (len(one.body), one.source),
+    )
+    rng = random.Random(0)
+    items = []
+    for i, function in enumerate(functions):
+        near = functions[max(0, i - _NEAR) : i + _NEAR + 1]
+        bodies = sorted({one.body for one in near if one.name != function.name} - {function.body})
+        if len(bodies) < 3:
+            continue
+        choices = rng.sample(bodies, 3)
+        label = rng.randrange(4)
+        choices.insert(label, function.body)
+        items.append(
+            {
+                "source": function.source,
+                "text": function.header,
+                "choices": choices,
+                "label": label,
+            }
+        )
+    return {SPLIT: Dataset.from_list(_spread(items, _CHOICES))}
+
+
+@cache
+def _sources() -> list[tuple[str, str]]:
+    """Name and text of each held-out module."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    try:
+        return [
+            (name, (library / name).read_text(encoding="utf-8"))
+            for name in HELD_OUT
+            if name.endswith(".py")
+        ]
+    except OSError as error:
+        raise _no_library(str(error.filename)) from None
+
+
+@cache
+def _reference() -> dict[str, str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise _no_library("pydoc_data") from None
+    return dict(topics)
+
+
+def _no_library(what: str) -> UserError:
+    return UserError(
+        f"the tasks stdlib need the source of Python's standard library, which lacks {what} here; "
+        "use a Python that has it (Debian, Ubuntu: the package libpython3-stdlib)"
+    )
+
+
+def _spread(items: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """`count` of them, evenly from the first to the last."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def _source_clozes() -> Iterator[dict[str, Any]]:
+    for name, text in _sources():
+        lines = text.splitlines(keepends=True)
+        starts = [0]
+        for line in lines:
+            starts.append(starts[-1] + len(line))
+        free = 0  # line from which on nothing has been asked
+        for i, line in enumerate(lines):
+            if i >= free and (found := re.fullmatch(r"(.*\S) ([A-Za-z_]\w{2,})\n", line)):
+                first = next(k for k in range(i + 1) if starts[i] - starts[k] <= _CONTEXT_CHARS)
+                context = "".join(lines[first:i]) + found[1]
+                if item := _cloze(f"{name}:{i + 1}", context, found[2]):
+                    yield item
+                    free = i + 8
+
+
+def _reference_clozes() -> Iterator[dict[str, Any]]:
+    seen = set()
+    for topic, text in sorted(_reference().items()):
+        for number, found in enumerate(re.finditer(r" ([a-z]{3,})\.\n\n", text)):
+            context = text[max(0, found.start() - _CONTEXT_CHARS) : found.start()]
+            item = _cloze(f"{topic}:{number + 1}", context.partition("\n")[2], found[1])
+            if item and item["text"] not in seen:
+                seen.add(item["text"])
+                yield item
+
+
+def _cloze(source: str, context: str, word: str) -> dict[str, Any] | None:
+    """None where the context is short, or does not hold the word."""
+    context = context.lstrip("\n")
+    is_fair = len(context) >= _LEAST_CONTEXT_CHARS and re.search(rf"\b{word}\b", context)
+    return {"source": source, "text": context, "target": f" {word}"} if is_fair else None
+
+
+@dataclass(frozen=True)
+class _Function:
+    source: str
+    name: str
+    header: str  # up to the first statement behind the docstring
+    body: str  # begins with a line's end
+
+
+def _functions(name: str, text: str) -> Iterator[_Function]:
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        statements = node.body[ast.get_docstring(node, clean=False) is not None :]
+        if not statements or statements[0].lineno == node.lineno:
+            continue
+        first = statements[0].lineno - 1
+        header = _dedented(lines[node.lineno - 1 : first], node.col_offset)
+        body = _dedented(lines[first : node.end_lineno], node.col_offset)
+        while len(body) > _BODY_CHARS[1]:
+            body = body.rpartition("\n")[0]
+        if _fits(header, _HEADER_CHARS) and _fits(body, _BODY_CHARS):
+            yield _Function(f"{name}:{node.lineno}", node.name, header, f"\n{body}")
+
+
+def _dedented(lines: Sequence[str], columns: int) -> str:
+    """Empty where a line begins further left."""
+    if any(line[:columns].strip() for line in lines):
+        return ""
+    return "\n".join(line[columns:] for line in lines).rstrip()
+
+
+def _fits(text: str, limits: tuple[int, int]) -> bool:
+    return limits[0] <= len(text) <= limits[1]
