@@ -30,7 +30,7 @@ def commands(run: Run) -> dict[str, str]:
         "evaluation": shlex.join(["matformer", "evaluate", directory]),
         "search": shlex.join(["matformer", "search", directory]),
         "speculative": shlex.join(["matformer", "speculate", directory]),
-        "downstream": shlex.join(["matformer", "evaluate", directory, "--tasks", "shipped"]),
+        "downstream": shlex.join(["matformer", "evaluate", directory, "--tasks", "stdlib"]),
         "extracted": extract_command(run, one),
         "samples": shlex.join(["matformer", "generate", str(model)]),
         "report": shlex.join(["matformer", "report", directory]),

@@ -108,13 +108,24 @@ class Speculative(Entry):
     drafts: list[Draft]
 
 
-class Downstream(Entry):
-    """Results by submodel, task and metric; a metric's standard error has its name + _stderr."""
+class Score(Entry):
+    value: Number
+    stderr: Number = nan
 
-    step: int | None = None
-    limit: Number = nan  # examples of a task; NaN: all
+
+class Task(Entry):
+    """A task, or a group of them."""
+
     num_fewshot: int | None = None
-    results: dict[Text, dict[Text, dict[Text, Any]]]
+    results: dict[Text, dict[Text, Score]]  # by submodel and metric
+
+
+class Downstream(Entry):
+    step: int | None = None
+    limit: Number = nan  # documents of a task; NaN: all
+    submodels: list[Text]
+    tasks: dict[Text, Task]
+    groups: dict[Text, Task]
 
 
 class Extracted(Entry):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from math import isfinite, nan
-from typing import Any, TypeGuard
+from typing import Any
 
 from matformer_dist.report import curves, series, text
 from matformer_dist.report.commands import extract_command
 from matformer_dist.report.inputs import Run
-from matformer_dist.report.shapes import Evaluated
+from matformer_dist.report.shapes import Evaluated, Score
 
 TABLED_MIXES = 400  # rows that are no granularity; the rest stays in evaluation.json
 _COST_NAMES = {
@@ -86,35 +86,26 @@ def downstream_table(run: Run) -> dict[str, Any]:
     """One row for each task and metric, one column for each submodel, the smallest first."""
     if run.downstream is None:
         return {"submodels": [], "rows": []}
-    results = run.downstream.results
+    found = run.downstream
     sizes: dict[str, int] = {}
     if run.slices:
         sizes |= {one.submodel: one.parameters for one in run.slices.measured}
     if run.evaluation:
         sizes |= {one.submodel: one.parameters for one in run.evaluation.submodels}
-    submodels = sorted(results, key=lambda name: sizes.get(name, 0))
-    measured = dict.fromkeys(
-        (task, metric)
-        for tasks in results.values()
-        for task, metrics in tasks.items()
-        for metric, value in metrics.items()
-        if not metric.endswith("_stderr") and _is_number(value)
-    )
-    rows = [
-        (task, metric, [_score(results[name].get(task, {}), metric) for name in submodels])
-        for task, metric in measured
-    ]
+    submodels = sorted(found.submodels, key=lambda name: sizes.get(name, 0))
+    rows = []
+    for name, task in [*found.tasks.items(), *found.groups.items()]:
+        metrics = dict.fromkeys(metric for scores in task.results.values() for metric in scores)
+        shots = f", {task.num_fewshot}-shot" if task.num_fewshot else ""
+        for metric in metrics:
+            scores = [task.results.get(submodel, {}).get(metric) for submodel in submodels]
+            rows.append((f"{name}{shots}", metric, [_shown(score) for score in scores]))
     return {"submodels": submodels, "rows": rows}
 
 
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _score(metrics: dict[str, Any], metric: str) -> str:
+def _shown(score: Score | None) -> str:
     """ "0.512 ± 0.014"; without the error where there is none."""
-    value, error = metrics.get(metric), metrics.get(f"{metric}_stderr")
-    if not _is_number(value):
+    if score is None:
         return text.fixed(nan)
-    said = text.fixed(value, 3)
-    return f"{said} ± {text.fixed(error, 3)}" if _is_number(error) and isfinite(error) else said
+    said = text.fixed(score.value, 3)
+    return f"{said} ± {text.fixed(score.stderr, 3)}" if isfinite(score.stderr) else said

@@ -65,7 +65,15 @@ def continue_prompts(
     while going and done < how.max_new_tokens:
         piece = min(piece, how.max_new_tokens - done)
         begun = [[*prompts[i], *found[i]] for i in going]
-        new = _generate(loaded, submodel, begun, piece, how.sampling, seed + done)
+        new = generate(
+            loaded.model,
+            submodel,
+            begun,
+            max_new_tokens=piece,
+            sampling=how.sampling,
+            seed=seed + done,
+            eod=loaded.tokenizer.eod,
+        )
         for i, ids in zip(going, new, strict=True):
             found[i] += ids
         done += piece
@@ -77,28 +85,3 @@ def continue_prompts(
 def _stops(loaded: LoadedModel, ids: Sequence[int], how: Continuation) -> bool:
     text = loaded.tokenizer.decode(ids)
     return any(stop in text for stop in how.until)
-
-
-def _generate(
-    loaded: LoadedModel,
-    submodel: Submodel,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    sampling: Sampling,
-    seed: int,
-) -> list[list[int]]:
-    """New ids of each prompt, up to the end of its document; those of one length together."""
-    new: dict[int, list[int]] = {}
-    for length in sorted({len(prompt) for prompt in prompts}):
-        alike = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-        results = generate(
-            loaded.model,
-            submodel,
-            [list(prompts[i]) for i in alike],
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=seed,
-            eod=loaded.tokenizer.eod,
-        )
-        new.update(zip(alike, results, strict=True))
-    return [new[i] for i in range(len(prompts))]

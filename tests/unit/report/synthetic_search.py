@@ -143,12 +143,16 @@ def write_speculative(run: Path) -> None:
 
 
 def write_downstream(run: Path) -> None:
-    results = {
-        name: {
-            "stdlib_cloze": {"acc": 0.4 + i / 20, "acc_stderr": 0.013, "alias": "cloze"},
-            "stdlib_choice": {"acc": 0.5 + i / 30, "acc_stderr": None},
-        }
+    cloze = {
+        name: {"acc": {"value": 0.4 + i / 20, "stderr": 0.013}}
         for i, name in enumerate(("XL", "S"))
     }
-    written = {"step": 300, "limit": None, "num_fewshot": 1, "results": results}
+    mean = {name: {"mean": {"value": 0.5, "stderr": None}} for name in ("XL", "S")}
+    written = {
+        "step": 300,
+        "limit": None,
+        "submodels": ["XL", "S"],
+        "tasks": {"stdlib_cloze": {"num_fewshot": 1, "results": cloze}},
+        "groups": {"matformer_paper": {"results": mean}},
+    }
     (run / "downstream.json").write_text(json.dumps(written))
