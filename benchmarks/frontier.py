@@ -1,0 +1,204 @@
+"""Mix'n'Match on a trained run: what `matformer search` finds, against the paper's heuristic.
+
+    python -m benchmarks.frontier --train         half an hour: launch/configs/stdlib.yaml first
+    python -m benchmarks.frontier runs/stdlib [--batches 12]
+
+The search chooses on the first sequences of the validation data. What it chose, and the heuristic's
+submodel of each budget, are measured again on as many that it has not seen: only these tell whether
+a choice was luck. Gains are nats a token below the heuristic's submodel within the same budget,
+with 95% intervals of pairs. Then every Mix'n'Match submodel measured is held against the uniform
+ones: is it below the narrower neighbour, and below the line between its neighbours? Prints tables,
+and writes them as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import RESULTS, write_result
+from matformer_dist.config_file import load_config
+from matformer_dist.evaluation.downstream.held_out import HELD_OUT
+from matformer_dist.evaluation.loss import measure_sequences
+from matformer_dist.evaluation.measured import Measured, gain
+from matformer_dist.evaluation.validation import Validation
+from matformer_dist.inference.loading import LoadedModel, load_model
+from matformer_dist.nesting import Submodel
+from matformer_dist.parallel.topology import cpu_environment
+from matformer_dist.report.inputs import read_metrics
+from matformer_dist.search.search import Options, search
+from matformer_dist.submodels.slices import MeasuredSubmodel, Slices
+
+CONFIG = Path("launch/configs/stdlib.yaml")
+RANKS = 2
+SCRIPTS = Path(sys.executable).parent
+
+
+def train() -> Path:
+    """The run of CONFIG, from nothing, or from where it was."""
+    config = load_config(CONFIG)
+    corpus = Path(config.data.train[0][1])
+    if not Path(f"{corpus}.idx").exists():
+        stdlib = sysconfig.get_paths()["stdlib"]
+        names = ("site-packages", "test", *HELD_OUT)
+        exclude = [word for name in names for word in ("--exclude", name)]
+        subprocess.run(
+            [SCRIPTS / "matformer", "prepare-data", stdlib, "--include", "*.py", *exclude,
+             "--output", corpus, "--vocab-size", "2048"],
+            check=True,
+        )  # fmt: skip
+    subprocess.run(
+        [SCRIPTS / "deepspeed", "--quiet", "--num_gpus", str(RANKS), "launch/train.py",
+         "--config", CONFIG],
+        check=True,
+        env=cpu_environment(RANKS),
+    )  # fmt: skip
+    return config.run.dir
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, nargs="?")
+    parser.add_argument("--train", action="store_true", help=f"the run of {CONFIG} first")
+    parser.add_argument("--batches", type=int, default=12, help="to choose on, and to judge on")
+    parser.add_argument("--output", type=Path, default=RESULTS / "frontier.json")
+    args = parser.parse_args()
+    run = train() if args.train else args.run
+    if run is None:
+        parser.error("name a run, or --train one")
+    show = sys.stderr.isatty()
+
+    def progress(done: int, total: int) -> None:
+        if show:
+            print(f"\r{done}/{total} submodels", end="", file=sys.stderr)
+
+    found = search(str(run), options=Options(batches=args.batches), progress=progress)
+    loaded = load_model(run)
+    unseen = _unseen(loaded, args.batches)
+    notations = dict.fromkeys(
+        name for one in found.slices for name in (one.submodel, one.heuristic)
+    )
+    judged = _measure(loaded, unseen, [loaded.parse(name) for name in notations])
+    rows = [_row(one, loaded, judged) for one in found.slices]
+    print_slices(rows)
+    neighbours = _against_neighbours(found.all, loaded)
+    print_neighbours(neighbours)
+    config = load_config(run / "config.yaml")
+    last = read_metrics(run / "metrics.jsonl")[-1]
+    settings = {
+        "config": config.model_dump(mode="json", exclude={"run"}),
+        "step": found.all.step,
+        "trained_tokens": last.tokens,
+        "measured_submodels": len(found.all.measured),
+        "tokens_chosen_on": found.all.tokens,
+        "tokens_judged_on": next(iter(judged.values())).tokens,
+    }
+    measured = [one.model_dump(include=_KEPT) for one in found.all.measured]
+    write_result(
+        args.output, "cpu", ("torch", "deepspeed"), settings, slices=rows, neighbours=neighbours,
+        measured=measured,
+    )  # fmt: skip
+
+
+_KEPT = {"submodel", "parameters", "loss", "agreement", "kl"}
+
+
+def _unseen(loaded: LoadedModel, batches: int) -> Validation:
+    """As many validation sequences as were chosen on, those behind them."""
+    config = load_config(loaded.directory / "config.yaml")
+    both = Validation.of(config, loaded.tokenizer, 2 * batches)
+    half = len(both.tokens) // 2
+    return Validation(both.tokens[half:], both.targets[half:], both.micro_batch_size, 0)
+
+
+@torch.no_grad()
+def _measure(
+    loaded: LoadedModel, validation: Validation, submodels: Sequence[Submodel]
+) -> dict[Submodel, Measured]:
+    found = measure_sequences(
+        lambda tokens, targets, plan: loaded.model(tokens, targets, plan)[1],
+        validation.micro_batches(torch.device("cpu")),
+        submodels,
+        loaded.submodel,
+        per_pass=8,
+    )
+    return {one: Measured(sequences, 0) for one, sequences in found.items()}
+
+
+def _row(one: Any, loaded: LoadedModel, judged: dict[Submodel, Measured]) -> dict[str, Any]:
+    ours, other = judged[loaded.parse(one.submodel)], judged[loaded.parse(one.heuristic)]
+    gained, interval = gain(ours, other)
+    return {
+        "budget": one.budget,
+        "slice": one.submodel,
+        "parameters": one.parameters,
+        "heuristic": one.heuristic,
+        "loss": one.loss,
+        "gain": one.gain,
+        "gain_interval": one.gain_interval,
+        "unseen_loss": ours.loss,
+        "unseen_gain": gained,
+        "unseen_gain_interval": interval,
+    }
+
+
+def print_slices(rows: Sequence[dict[str, Any]]) -> None:
+    print("\n| budget | slice | heuristic | loss | gain | unseen: loss | gain | 95% |")
+    print("|---:|---|---|---:|---:|---:|---:|---|")
+    for row in rows:
+        low, high = row["unseen_gain_interval"]
+        print(
+            f"| {row['budget']:,.0f} | {row['slice']} | {row['heuristic']} | {row['loss']:.4f} "
+            f"| {row['gain']:+.4f} | {row['unseen_loss']:.4f} | {row['unseen_gain']:+.4f} "
+            f"| {low:+.4f} to {high:+.4f} |"
+        )
+    others = [row for row in rows if row["slice"] != row["heuristic"]]
+    better = sum(row["unseen_gain_interval"][0] > 0 for row in others)
+    worse = sum(row["unseen_gain_interval"][1] < 0 for row in others)
+    print(
+        f"\n{len(others)} of {len(rows)} slices are not the heuristic's; on unseen sequences "
+        f"{better} of them are better than it (95%), {worse} worse"
+    )
+
+
+def _against_neighbours(slices: Slices, loaded: LoadedModel) -> dict[str, Any]:
+    """Of all measured Mix'n'Match submodels: how many lie below their neighbours by size."""
+    uniform = [one for one in slices.measured if loaded.parse(one.submodel).is_uniform]
+    mixed = [one for one in slices.measured if one not in uniform]
+    found: dict[str, Any] = {"mixed": len(mixed), "below_narrower": 0, "below_line": 0, "above": []}
+    for one in mixed:
+        narrow, wide = _around(uniform, one.parameters)
+        share = (one.parameters - narrow.parameters) / (wide.parameters - narrow.parameters)
+        found["below_narrower"] += one.loss <= narrow.loss
+        found["below_line"] += one.loss <= narrow.loss + share * (wide.loss - narrow.loss)
+        if one.loss > narrow.loss:
+            found["above"].append(one.submodel)
+    return found
+
+
+def _around(
+    uniform: Sequence[MeasuredSubmodel], parameters: int
+) -> tuple[MeasuredSubmodel, MeasuredSubmodel]:
+    return next(pair for pair in pairwise(uniform) if parameters <= pair[1].parameters)
+
+
+def print_neighbours(found: dict[str, Any]) -> None:
+    print(
+        f"{found['mixed']} Mix'n'Match submodels: {found['below_narrower']} at or below the "
+        f"uniform submodel that is narrower, {found['below_line']} at or below the line between "
+        f"neighbours; above the narrower one: {', '.join(found['above']) or 'none'}"
+    )
+
+
+if __name__ == "__main__":
+    main()
