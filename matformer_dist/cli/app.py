@@ -1,0 +1,51 @@
+"""What the commands share: the application, its screen, and lists in options."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console, RenderableType
+
+from matformer_dist.errors import UserError
+
+app = typer.Typer(
+    help="Train nested Transformers and take submodels out of them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False, soft_wrap=True)
+
+
+def print_wide(part: RenderableType, width: int = 160) -> None:
+    """As wide as its tables are: a number is never cut, in a pipe or a narrow window."""
+    Console(highlight=False, soft_wrap=True, width=max(out.width, width)).print(part)
+
+
+RunArgument = Annotated[
+    str,
+    typer.Argument(metavar="RUN[@STEP]", help="Run directory; its newest step if none is named."),
+]
+
+
+def items(option: str, text: str | None) -> list[str] | None:
+    """The items of a list such as S,M,L; None where the option is not given."""
+    if text is None:
+        return None
+    found = [item.strip() for item in text.split(",")]
+    if not all(found):
+        raise UserError(f"{option} {text!r} must be items with commas between them")
+    return found
+
+
+def whole_numbers(option: str, text: str | None) -> list[int] | None:
+    found = items(option, text)
+    if found is None:
+        return None
+    try:
+        return [int(item) for item in found]
+    except ValueError:
+        raise UserError(
+            f"{option} {text!r} must be whole numbers with commas between them, such as 256,1024"
+        ) from None

@@ -1,0 +1,150 @@
+"""Submodels: search, extract."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from matformer_dist.cli.app import RunArgument, app, out, print_wide
+from matformer_dist.errors import UserError
+
+
+@app.command("search")
+def search_command(
+    run: RunArgument,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="params=1.5B, flops=3G (a token), memory=4GiB or latency=12ms (a token); may be "
+            "repeated. Without: the frontier from S to XL."
+        ),
+    ] = None,
+    frontier: Annotated[
+        str, typer.Option(help="What a whole frontier is over: params, flops, memory, latency.")
+    ] = "params",
+    points: Annotated[int, typer.Option(help="Budgets of a whole frontier, at most.")] = 24,
+    candidates: Annotated[int, typer.Option(help="Measured of each budget and round.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Of candidates; 0: the heuristic alone.")] = 2,
+    batches: Annotated[
+        int | None, typer.Option(min=1, help="Global batches; else the run's evaluation.batches.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Prefix of token files; else the run's validation data.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="That memory is of: fp32, bf16 or fp16.")] = "bf16",
+    latency_table: Annotated[
+        Path | None,
+        typer.Option(help="Times a width, measured where it is not there; RUN/latency.json."),
+    ] = None,
+    latency_sequences: Annotated[int, typer.Option(help="Decoded together.")] = 1,
+    latency_context: Annotated[
+        int | None, typer.Option(help="Tokens before the timed one; half of the context.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1; else the GPU, if there is one.")
+    ] = None,
+) -> None:
+    """Find the best submodels within a budget, on validation data, into RUN/slices.json."""
+    from rich.progress import Progress
+
+    from matformer_dist.search.budget import KINDS, Budget, short_cost
+    from matformer_dist.search.picture import draw_frontier
+    from matformer_dist.search.search import Options, search
+
+    kind = next((kind for kind in KINDS if kind == frontier), None)
+    if kind is None:
+        raise UserError(f"--frontier {frontier!r} must be one of {', '.join(KINDS)}")
+    options = Options(
+        points=points,
+        candidates=candidates,
+        rounds=rounds,
+        batches=batches,
+        data=data,
+        dtype=dtype,
+        table=latency_table,
+        sequences=latency_sequences,
+        context=latency_context,
+        device=device,
+    )
+    with Progress(console=out, transient=True) as progress:
+        task = progress.add_task("measuring submodels", total=None)
+        found = search(
+            run,
+            [Budget.parse(text) for text in budget or ()],
+            kind=kind,
+            options=options,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    table = Table("slice", "submodel", "budget", "loss", "agrees with XL", "heuristic", "gain")
+    for one in found.slices:
+        table.add_row(
+            one.name, one.submodel, short_cost(one.kind, one.budget, 4), f"{one.loss:.4f}",
+            f"{one.agreement:.1%}", one.heuristic, f"{one.gain:.4f}",
+        )  # fmt: skip
+    print_wide(table)
+    out.print(
+        f"step {found.all.step}, {len(found.all.measured)} submodels measured "
+        f"({found.measured_now} of them now) on {found.all.tokens:,} tokens; gain: nats a token "
+        f"below the heuristic; written to {found.run / 'slices.json'} and slices.csv"
+    )
+    if found.all.latency_on:
+        out.print(f"latency on {found.all.latency_on}")
+    try:
+        draw_frontier(found.all, found.slices[0].kind, found.nesting, found.run / "frontier.png")
+        out.print(f"picture: {found.run / 'frontier.png'}")
+    except UserError as error:
+        out.print(f"no picture: {error}")
+    example = found.slices[len(found.slices) // 2].name
+    out.print(f"to take one out: matformer extract {run} --submodel {example} --output DIR")
+
+
+@app.command("extract")
+def extract_command(
+    run: RunArgument,
+    submodel: Annotated[
+        list[str],
+        typer.Option(
+            help='S, M, L, XL, layers such as "S:8,M:8", or a slice of `matformer search`; '
+            "may be repeated."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Directory; one below it for each of several.")],
+    format: Annotated[str, typer.Option(help="native, hf or gguf.")] = "native",
+    sparse: Annotated[
+        bool,
+        typer.Option(help="Format hf: exact widths in every layer, for vLLM and its like."),
+    ] = False,
+    nested: Annotated[
+        bool,
+        typer.Option(help="Format hf: transformers runs any submodel of it, chosen as it loads."),
+    ] = False,
+    dtype: Annotated[
+        str, typer.Option(help="fp32, bf16 or fp16; in format gguf also q8_0.")
+    ] = "fp32",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="The run's tokenizer, if its copy there is gone.")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Replace the model at the output.")] = False,
+    verify: Annotated[
+        bool, typer.Option(help="Compare all of the checkpoint with its SHA-256 meanwhile.")
+    ] = True,
+) -> None:
+    """Take submodels out of a training run, as models of their own."""
+    from matformer_dist.submodels.extract import extract
+
+    for model in extract(
+        run,
+        submodel,
+        output=output,
+        format=format,
+        sparse=sparse,
+        nested=nested,
+        dtype=dtype,
+        force=force,
+        verify=verify,
+        tokenizer=tokenizer,
+    ):
+        out.print(f"{model.submodel}: {model.parameters:,} parameters in {model.path}")
