@@ -6,12 +6,14 @@ import hashlib
 import json
 import math
 import platform
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 
@@ -167,19 +169,34 @@ def _check_generation(chosen: LoadedTasks, context: int) -> None:
 
 
 def _run(lm: Any, chosen: LoadedTasks, limit: int | None) -> Mapping[str, Any]:
+    from lm_eval.api import metrics
     from lm_eval.evaluator import evaluate
 
     for task in chosen.tasks.values():
         task.set_fewshot_seed(_SEED)  # the same examples at every submodel
-    results = evaluate(
-        lm,
-        {"tasks": chosen.tasks, "groups": chosen.groups},
-        limit=limit,
-        bootstrap_iters=_BOOTSTRAPS,
-        log_samples=False,
-    )
+    with patch.object(metrics, "bootstrap_stderr", _bootstrap_here):
+        results = evaluate(
+            lm,
+            {"tasks": chosen.tasks, "groups": chosen.groups},
+            limit=limit,
+            bootstrap_iters=_BOOTSTRAPS,
+            log_samples=False,
+        )
     assert results is not None
     return results
+
+
+def _bootstrap_here(f: Callable[[Sequence[Any]], float], xs: Sequence[Any], iters: int) -> float:
+    """lm-eval's own, which forks a pool of processes for it. A fork copies our threads' locks and
+    the command's handlers of signals, and the pool's end has been seen to wait for ever.
+    """
+    from lm_eval.api import metrics
+
+    drawn: list[float] = []
+    for seed in range(iters // _BOOTSTRAPS):  # of as many at once as lm-eval takes
+        generator = random.Random(seed)
+        drawn += [f(generator.choices(xs, k=len(xs))) for _ in range(_BOOTSTRAPS)]
+    return float(metrics.sample_stddev(drawn))
 
 
 def _begin(

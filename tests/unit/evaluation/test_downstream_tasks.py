@@ -282,3 +282,11 @@ def test_lm_eval_missing_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"pip install matformer-dist\[eval\]"):
         evaluate_tasks(str(run), ["stdlib"])
+
+
+def test_bootstrap_without_processes_matches_lm_evals(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = pytest.importorskip("lm_eval.api.metrics")
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    values = [-0.3 * i for i in range(40)]
+    expected = metrics.bootstrap_stderr(metrics.perplexity, values, 1000)
+    assert _bootstrap_here(metrics.perplexity, values, 1000) == pytest.approx(expected)
