@@ -31,7 +31,7 @@ from matformer_dist.data.corpus import find_files
 from matformer_dist.evaluation.downstream import paper_data, stdlib_data
 from matformer_dist.evaluation.downstream.held_out import HELD_OUT
 from matformer_dist.evaluation.downstream.quiet import quiet
-from matformer_dist.evaluation.downstream.run import evaluate_tasks
+from matformer_dist.evaluation.downstream.run import _bootstrap_here, evaluate_tasks
 from matformer_dist.evaluation.downstream.task_loading import TASKS, load_tasks
 
 CONTEXT = 256
