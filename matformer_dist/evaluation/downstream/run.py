@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 FILE = "downstream.json"
 AVERAGE = "average"
 _SEED = 1234  # lm-eval's own, of the examples that few-shot prompts show
-_BOOTSTRAPS = 1000
 _LIBRARIES = ("lm_eval", "datasets", "torch")
 
 Progress = Callable[[str, int, int], None]
@@ -169,15 +168,18 @@ def _check_generation(chosen: LoadedTasks, context: int) -> None:
 def _run(lm: Any, chosen: LoadedTasks, limit: int | None) -> Mapping[str, Any]:
     from lm_eval.evaluator import evaluate
 
+    from matformer_dist.evaluation.downstream import bootstrap
+
     for task in chosen.tasks.values():
         task.set_fewshot_seed(_SEED)  # the same examples at every submodel
-    results = evaluate(
-        lm,
-        {"tasks": chosen.tasks, "groups": chosen.groups},
-        limit=limit,
-        bootstrap_iters=_BOOTSTRAPS,
-        log_samples=False,
-    )
+    with bootstrap.in_this_process():
+        results = evaluate(
+            lm,
+            {"tasks": chosen.tasks, "groups": chosen.groups},
+            limit=limit,
+            bootstrap_iters=bootstrap.RESAMPLES,
+            log_samples=False,
+        )
     assert results is not None
     return results
 

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -25,10 +26,11 @@ pytest.importorskip("lm_eval")
 import datasets
 import huggingface_hub
 from huggingface_hub import constants
+from lm_eval.api import metrics
 from lm_eval.tasks import TaskManager
 
 from matformer_dist.data.corpus import find_files
-from matformer_dist.evaluation.downstream import paper_data, stdlib_data
+from matformer_dist.evaluation.downstream import bootstrap, paper_data, stdlib_data
 from matformer_dist.evaluation.downstream.held_out import HELD_OUT
 from matformer_dist.evaluation.downstream.quiet import quiet
 from matformer_dist.evaluation.downstream.run import evaluate_tasks
@@ -196,6 +198,18 @@ def test_race_middle_asks_the_last_question_of_an_article() -> None:
     ]  # fmt: skip
     assert preprocess_race.doc_to_target(docs[0]) == 1
     assert preprocess_race.doc_to_choice(docs[1]) == list("wxyz")
+
+
+def test_bootstrapped_errors_match_lm_evals() -> None:
+    rng = np.random.default_rng(5)
+    values = list(-rng.exponential(2.0, 60))
+    with quiet():
+        expected = metrics._bootstrap_internal_no_mp(metrics.perplexity, values, 4000)
+    with bootstrap.in_this_process():
+        stderr_of = metrics.stderr_for_metric(metrics.perplexity, 4000)
+        assert stderr_of is not None
+        found = stderr_of(values)
+    assert found == pytest.approx(np.std(expected), rel=0.08)  # five times what 4000 leave open
 
 
 def _evaluate(*words: object) -> Any:
