@@ -94,9 +94,9 @@ def test_items_are_as_they_should_be_and_repeat() -> None:
     texts = dict(stdlib_data._sources())
     for item in choices:
         assert len({*item["choices"]}) == 4
-        source = texts[item["source"].partition(":")[0]]
-        line = int(item["source"].partition(":")[2])
-        rest = " ".join(" ".join(source.splitlines()[line - 1 :]).split())
+        assert len({tuple(sorted(one.split("\n"))) for one in item["choices"]}) == 1
+        name, _, line = item["source"].partition(":")
+        rest = " ".join("\n".join(texts[name].splitlines()[int(line) - 1 :]).split())
         own = " ".join((item["text"] + item["choices"][item["label"]]).split())
         assert rest.startswith(own)
     stdlib_data._sources.cache_clear()
@@ -235,7 +235,7 @@ def test_the_command_writes_and_prints_every_submodel(run: Path) -> None:
     perplexities = content["tasks"]["stdlib_cloze"]["results"].values()
     assert len({one["perplexity"]["value"] for one in perplexities}) == 4
     words = Counter(done.output.split())
-    assert words["stdlib_choice"] == 2 and "bootstrapping" not in done.output
+    assert words["stdlib_choice"] == 1 and "bootstrapping" not in done.output
     assert f"written to {run / 'downstream.json'}" in done.output
 
 
