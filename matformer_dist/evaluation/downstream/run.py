@@ -6,14 +6,12 @@ import hashlib
 import json
 import math
 import platform
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import torch
 
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
 FILE = "downstream.json"
 AVERAGE = "average"
 _SEED = 1234  # lm-eval's own, of the examples that few-shot prompts show
-_BOOTSTRAPS = 1000
 _LIBRARIES = ("lm_eval", "datasets", "torch")
 
 Progress = Callable[[str, int, int], None]
@@ -169,34 +166,22 @@ def _check_generation(chosen: LoadedTasks, context: int) -> None:
 
 
 def _run(lm: Any, chosen: LoadedTasks, limit: int | None) -> Mapping[str, Any]:
-    from lm_eval.api import metrics
     from lm_eval.evaluator import evaluate
+
+    from matformer_dist.evaluation.downstream import bootstrap
 
     for task in chosen.tasks.values():
         task.set_fewshot_seed(_SEED)  # the same examples at every submodel
-    with patch.object(metrics, "bootstrap_stderr", _bootstrap_here):
+    with bootstrap.in_this_process():
         results = evaluate(
             lm,
             {"tasks": chosen.tasks, "groups": chosen.groups},
             limit=limit,
-            bootstrap_iters=_BOOTSTRAPS,
+            bootstrap_iters=bootstrap.RESAMPLES,
             log_samples=False,
         )
     assert results is not None
     return results
-
-
-def _bootstrap_here(f: Callable[[Sequence[Any]], float], xs: Sequence[Any], iters: int) -> float:
-    """lm-eval's own, which forks a pool of processes for it. A fork copies our threads' locks and
-    the command's handlers of signals, and the pool's end has been seen to wait for ever.
-    """
-    from lm_eval.api import metrics
-
-    drawn: list[float] = []
-    for seed in range(iters // _BOOTSTRAPS):  # of as many at once as lm-eval takes
-        generator = random.Random(seed)
-        drawn += [f(generator.choices(xs, k=len(xs))) for _ in range(_BOOTSTRAPS)]
-    return float(metrics.sample_stddev(drawn))
 
 
 def _begin(

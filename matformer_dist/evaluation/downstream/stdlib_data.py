@@ -27,8 +27,9 @@ _CHOICES = 200
 _CONTEXT_CHARS = 360  # about 150 tokens of a small vocabulary
 _LEAST_CONTEXT_CHARS = 120
 _HEADER_CHARS = (20, 400)
-_BODY_CHARS = (40, 160)
-_NEAR = 8  # wrong bodies are among so many of about the right one's length
+_BODY_CHARS = (60, 240)
+_BODY_LINES = (3, 8)
+_TRIES = 100
 
 
 def cloze(**_: Any) -> dict[str, Dataset]:
@@ -41,30 +42,38 @@ def cloze(**_: Any) -> dict[str, Dataset]:
 
 
 def choice(**_: Any) -> dict[str, Dataset]:
-    """Heads of functions with their docstrings, and four bodies of which one is theirs."""
-    functions = sorted(
-        (one for name, text in _sources() for one in _functions(name, text)),
-        key=lambda one: (len(one.body), one.source),
-    )
+    """Heads of functions, and the lines of their bodies in four orders, one of them right.
+
+    All four have the same lines, so neither their length nor how rare their words are tells.
+    """
     rng = random.Random(0)
     items = []
-    for i, function in enumerate(functions):
-        near = functions[max(0, i - _NEAR) : i + _NEAR + 1]
-        bodies = sorted({one.body for one in near if one.name != function.name} - {function.body})
-        if len(bodies) < 3:
+    for function in (one for name, text in _sources() for one in _functions(name, text)):
+        orders = _orders(function.lines, rng)
+        if not orders:
             continue
-        choices = rng.sample(bodies, 3)
         label = rng.randrange(4)
-        choices.insert(label, function.body)
+        orders.insert(label, function.lines)
         items.append(
             {
                 "source": function.source,
                 "text": function.header,
-                "choices": choices,
+                "choices": ["".join(f"\n{line}" for line in lines) for lines in orders],
                 "label": label,
             }
         )
     return {SPLIT: Dataset.from_list(_spread(items, _CHOICES))}
+
+
+def _orders(lines: Sequence[str], rng: random.Random) -> list[Sequence[str]]:
+    """Three other orders of the lines; none where there are not as many."""
+    found: dict[tuple[str, ...], None] = {}
+    for _ in range(_TRIES):
+        found[tuple(rng.sample(lines, len(lines)))] = None
+        found.pop(tuple(lines), None)
+        if len(found) == 3:
+            return list(found)
+    return []
 
 
 @cache
@@ -140,9 +149,8 @@ def _cloze(source: str, context: str, word: str) -> dict[str, Any] | None:
 @dataclass(frozen=True)
 class _Function:
     source: str
-    name: str
     header: str  # up to the first statement behind the docstring
-    body: str  # begins with a line's end
+    lines: list[str]  # the first of its body
 
 
 def _functions(name: str, text: str) -> Iterator[_Function]:
@@ -155,11 +163,13 @@ def _functions(name: str, text: str) -> Iterator[_Function]:
             continue
         first = statements[0].lineno - 1
         header = _dedented(lines[node.lineno - 1 : first], node.col_offset)
-        body = _dedented(lines[first : node.end_lineno], node.col_offset)
-        while len(body) > _BODY_CHARS[1]:
-            body = body.rpartition("\n")[0]
-        if _fits(header, _HEADER_CHARS) and _fits(body, _BODY_CHARS):
-            yield _Function(f"{name}:{node.lineno}", node.name, header, f"\n{body}")
+        body = _dedented(lines[first : node.end_lineno], node.col_offset).split("\n")
+        body = body[: _BODY_LINES[1]]
+        while len("\n".join(body)) > _BODY_CHARS[1]:
+            body.pop()
+        is_fair = _fits(len(header), _HEADER_CHARS) and _fits(len(body), _BODY_LINES)
+        if is_fair and _fits(len("\n".join(body)), _BODY_CHARS):
+            yield _Function(f"{name}:{node.lineno}", header, body)
 
 
 def _dedented(lines: Sequence[str], columns: int) -> str:
@@ -169,5 +179,5 @@ def _dedented(lines: Sequence[str], columns: int) -> str:
     return "\n".join(line[columns:] for line in lines).rstrip()
 
 
-def _fits(text: str, limits: tuple[int, int]) -> bool:
-    return limits[0] <= len(text) <= limits[1]
+def _fits(length: int, limits: tuple[int, int]) -> bool:
+    return limits[0] <= length <= limits[1]

@@ -29,7 +29,7 @@ from matformer_dist.evaluation.downstream.adapter import MatformerLM
 from matformer_dist.evaluation.downstream.quiet import quiet
 from matformer_dist.evaluation.downstream.task_loading import load_tasks
 
-CONTEXT = 192  # tokens; some items of the shipped tasks are longer
+CONTEXT = 256  # tokens; some items of the shipped tasks are longer
 BYTES = slice(3, 259)  # ids
 SUBMODELS = ["S", "M", "L", "XL", "S:1,L:2"]
 

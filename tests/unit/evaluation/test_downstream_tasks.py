@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -25,13 +26,14 @@ pytest.importorskip("lm_eval")
 import datasets
 import huggingface_hub
 from huggingface_hub import constants
+from lm_eval.api import metrics
 from lm_eval.tasks import TaskManager
 
 from matformer_dist.data.corpus import find_files
-from matformer_dist.evaluation.downstream import paper_data, stdlib_data
+from matformer_dist.evaluation.downstream import bootstrap, paper_data, stdlib_data
 from matformer_dist.evaluation.downstream.held_out import HELD_OUT
 from matformer_dist.evaluation.downstream.quiet import quiet
-from matformer_dist.evaluation.downstream.run import _bootstrap_here, evaluate_tasks
+from matformer_dist.evaluation.downstream.run import evaluate_tasks
 from matformer_dist.evaluation.downstream.task_loading import TASKS, load_tasks
 
 CONTEXT = 256
@@ -92,9 +94,9 @@ def test_items_are_as_they_should_be_and_repeat() -> None:
     texts = dict(stdlib_data._sources())
     for item in choices:
         assert len({*item["choices"]}) == 4
-        source = texts[item["source"].partition(":")[0]]
-        line = int(item["source"].partition(":")[2])
-        rest = " ".join(" ".join(source.splitlines()[line - 1 :]).split())
+        assert len({tuple(sorted(one.split("\n"))) for one in item["choices"]}) == 1
+        name, _, line = item["source"].partition(":")
+        rest = " ".join("\n".join(texts[name].splitlines()[int(line) - 1 :]).split())
         own = " ".join((item["text"] + item["choices"][item["label"]]).split())
         assert rest.startswith(own)
     stdlib_data._sources.cache_clear()
@@ -198,6 +200,18 @@ def test_race_middle_asks_the_last_question_of_an_article() -> None:
     assert preprocess_race.doc_to_choice(docs[1]) == list("wxyz")
 
 
+def test_bootstrapped_errors_match_lm_evals() -> None:
+    rng = np.random.default_rng(5)
+    values = list(-rng.exponential(2.0, 60))
+    with quiet():
+        expected = metrics._bootstrap_internal_no_mp(metrics.perplexity, values, 4000)
+    with bootstrap.in_this_process():
+        stderr_of = metrics.stderr_for_metric(metrics.perplexity, 4000)
+        assert stderr_of is not None
+        found = stderr_of(values)
+    assert found == pytest.approx(np.std(expected), rel=0.08)  # five times what 4000 leave open
+
+
 def _evaluate(*words: object) -> Any:
     return CliRunner().invoke(app, ["evaluate", *map(str, words)], catch_exceptions=True)
 
@@ -221,7 +235,7 @@ def test_the_command_writes_and_prints_every_submodel(run: Path) -> None:
     perplexities = content["tasks"]["stdlib_cloze"]["results"].values()
     assert len({one["perplexity"]["value"] for one in perplexities}) == 4
     words = Counter(done.output.split())
-    assert words["stdlib_choice"] == 2 and "bootstrapping" not in done.output
+    assert words["stdlib_choice"] == 1 and "bootstrapping" not in done.output
     assert f"written to {run / 'downstream.json'}" in done.output
 
 
@@ -282,11 +296,3 @@ def test_lm_eval_missing_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"pip install matformer-dist\[eval\]"):
         evaluate_tasks(str(run), ["stdlib"])
-
-
-def test_bootstrap_without_processes_matches_lm_evals(monkeypatch: pytest.MonkeyPatch) -> None:
-    metrics = pytest.importorskip("lm_eval.api.metrics")
-    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
-    values = [-0.3 * i for i in range(40)]
-    expected = metrics.bootstrap_stderr(metrics.perplexity, values, 1000)
-    assert _bootstrap_here(metrics.perplexity, values, 1000) == pytest.approx(expected)
