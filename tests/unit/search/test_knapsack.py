@@ -63,13 +63,32 @@ def test_too_many_costs_share_places(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knapsack, "_PLACES", 25)
     predictor, found = random_predictor(9), costs((1.0, 1.713, 2.0009, 4.3001))
     sack = Knapsack(predictor, found, "latency", keep=4)
-    assert len(sack.table) <= 26 * 4
+    assert len(sack.losses) <= 26 * 4
     for limit in (1.5, 2.2, 3.1, 4.3001):
         within = [one for one in EVERY if found.fits(one, Budget("latency", limit))]
         least = min(predictor.loss(one) for one in within)
         (best,) = sack.best(Budget("latency", limit), 1)
         assert found.fits(best, Budget("latency", limit))
         assert predictor.loss(best) - least < 0.03
+
+
+def test_the_best_of_a_deep_model_is_near_the_bound_of_its_dual() -> None:
+    odd = Nesting.from_widths([1024, 1537, 2048, 3071, 4096, 6111, 8192, 10240])
+    deep = ModelConfig(d_model=2560, n_layers=48, n_heads=20, d_ff=10240, max_seq_len=2048)
+    found = Costs.of(deep, odd, 256_000, seq_len=2048, dtype="bf16")
+    predictor = Predictor(3.0, np.random.default_rng(0).exponential(0.01, (48, 7)))
+    sack = Knapsack(predictor, found, "params", keep=12)
+    smallest, largest = (found.cost("params", odd.uniform(i, 48)) for i in (0, 7))
+    half = Budget("params", (smallest + largest) / 2)
+    (best,) = sack.best(half, 1)
+    # No multiplier of Lagrange leaves less: a bound from below, by duality.
+    added = np.array(found.added["params"])
+    gained = np.concatenate([np.zeros((48, 1)), predictor.gains.cumsum(axis=1)], axis=1)
+    bounds = [
+        predictor.base - (gained - rate * added).max(axis=1).sum() - rate * (half.limit - smallest)
+        for rate in np.geomspace(1e-12, 1e-8, 400)
+    ]
+    assert max(bounds) <= predictor.loss(best) < max(bounds) + 0.005
 
 
 def true_losses(seed: int) -> dict[Submodel, float]:
