@@ -18,7 +18,8 @@ _SEED = 0  # all submodels are resampled alike: so their differences are those o
 def resampled_means(values: Tensor, counts: Tensor) -> Tensor:
     """A mean a token of each resample, [RESAMPLES, k].
 
-    values [sequences, k]: sums over each sequence's tokens; counts [sequences]: its tokens. Computed as sum / tokens of the drawn sequences. Differences of two results of the same
+    values [sequences, k]: sums over each sequence's tokens; counts [sequences]: its tokens.
+    Computed as sum / tokens of the drawn sequences. Differences of two results of the same
     sequences are resampled differences.
     """
     taken = _taken(len(values))

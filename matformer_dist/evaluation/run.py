@@ -18,6 +18,7 @@ from matformer_dist.evaluation.measured import Measured
 from matformer_dist.evaluation.parts import Part, join
 from matformer_dist.evaluation.sources import Source, open_source
 from matformer_dist.evaluation.validation import Validation
+from matformer_dist.inference.device import choose_device
 from matformer_dist.nesting import Submodel
 
 EVALUATION = "evaluation.json"
@@ -58,8 +59,7 @@ def evaluate_run(
     micro-batches done and in all. UserError for what is not there, a submodel that does not fit, or
     more parts than submodels.
     """
-    device_ = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = open_source(source, notations, heuristic, run, device_)
+    model = open_source(source, notations, heuristic, run, choose_device(device))
     mine = part.take(model.chosen) if part else model.chosen
     validation = Validation.of(model.config, model.tokenizer, batches, data)
     measured = _measure(model, validation, list(mine), progress)

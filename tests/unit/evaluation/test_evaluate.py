@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 
 from matformer_dist.config_file import load_config
 from matformer_dist.data.tokenizer_files import load_tokenizer
@@ -125,6 +126,19 @@ def test_other_data_are_taken_where_they_are_named(run: Path, tmp_path: Path) ->
     assert one["S"]["loss"] != before["S"]["loss"]
     with pytest.raises(UserError, match="nowhere"):
         evaluate_run(str(run), data=tmp_path / "nowhere", device="cpu")
+
+
+def test_training_data_may_be_gone(run: Path, tmp_path: Path) -> None:
+    expected = validation_of(run)
+    moved = shutil.copytree(run, tmp_path / "moved")
+    config = yaml.safe_load((moved / "config.yaml").read_text())
+    config["data"]["train"] = [[1, str(tmp_path / "gone")]]
+    (moved / "config.yaml").write_text(yaml.safe_dump(config))
+    assert validation_of(moved).digest == expected.digest
+    del config["data"]["validation"]
+    (moved / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match="gone"):  # validation would be a share of it
+        validation_of(moved)
 
 
 def test_a_moved_run_is_to_be_named(run: Path, tmp_path: Path) -> None:

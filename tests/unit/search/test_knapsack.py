@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 
 import numpy as np
@@ -15,6 +16,7 @@ from matformer_dist.search import knapsack
 from matformer_dist.search.budget import KINDS, Budget, Costs, short_cost
 from matformer_dist.search.knapsack import Knapsack
 from matformer_dist.search.predictor import Predictor, one_layer_changes
+from matformer_dist.submodels.slices import Cost
 
 NESTING = Nesting.from_widths([8, 16, 40, 64])
 LAYERS = 4
@@ -45,12 +47,12 @@ def test_costs_match_counts_of_every_submodel() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(5))
-def test_best_matches_trying_everything(kind: str, seed: int) -> None:
+def test_best_matches_trying_everything(kind: Cost, seed: int) -> None:
     predictor, found = random_predictor(seed), costs()
     sack = Knapsack(predictor, found, kind, keep=6)
-    ends = [found.cost(kind, NESTING.uniform(i, LAYERS)) for i in (0, 3)]  # type: ignore[arg-type]
+    ends = [found.cost(kind, NESTING.uniform(i, LAYERS)) for i in (0, 3)]
     for share in (0, 0.1, 0.33, 0.5, 0.77, 1):
-        budget = Budget(kind, ends[0] + share * (ends[1] - ends[0]))  # type: ignore[arg-type]
+        budget = Budget(kind, ends[0] + share * (ends[1] - ends[0]))
         within = [one for one in EVERY if found.fits(one, budget)]
         expected = sorted(predictor.loss(one) for one in within)[:6]
         best = sack.best(budget, 6)
@@ -159,3 +161,17 @@ def test_budgets_out_of_range_are_told_the_range(limit: float, where: str) -> No
     ends = [short_cost("params", found.cost("params", NESTING.uniform(i, 4)), 5) for i in (0, 3)]
     with pytest.raises(UserError, match=rf"{where}.*{ends[0]} \(S\) to {ends[1]} \(XL\)"):
         found.check(Budget("params", limit))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_range_that_is_told_can_be_asked_for(kind: Cost) -> None:
+    large = ModelConfig(d_model=2568, n_layers=LAYERS, n_heads=4, d_ff=64, max_seq_len=48)
+    times = (1.0000001, 2, 3, 4321.98765)
+    found = Costs.of(large, NESTING, 32001, seq_len=16, dtype="bf16", latency_ms=times)
+    with pytest.raises(UserError) as told:
+        found.check(Budget(kind, 1e-3))
+    smallest, largest = re.findall(r"([0-9.]+[A-Za-z]*) \((?:S|XL)\)", str(told.value))
+    for text, one in ((smallest, 0), (largest, 3)):
+        budget = Budget.parse(f"{kind}={text}")
+        found.check(budget)
+        assert found.fits(NESTING.uniform(one, LAYERS), budget)
