@@ -72,15 +72,19 @@ def search_command(
         context=latency_context,
         device=device,
     )
-    with Progress(console=out, transient=True) as progress:
-        task = progress.add_task("measuring submodels", total=None)
-        found = search(
-            run,
-            [Budget.parse(text) for text in budget or ()],
-            kind=kind,
-            options=options,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+    try:
+        with Progress(console=out, transient=True) as progress:
+            task = progress.add_task("measuring submodels", total=None)
+            found = search(
+                run,
+                [Budget.parse(text) for text in budget or ()],
+                kind=kind,
+                options=options,
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+    except KeyboardInterrupt:
+        typer.echo("interrupted; what was measured is kept, and the same command goes on", err=True)
+        raise
     table = Table("slice", "submodel", "budget", "loss", "agrees with XL", "heuristic", "gain")
     for one in found.slices:
         table.add_row(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from matformer_dist.checkpoints.files import replace_file
 from matformer_dist.counting import count_parameters, flops_per_token
-from matformer_dist.evaluation.loss import measure_sequences
+from matformer_dist.evaluation.loss import measure_sequences, sparing
 from matformer_dist.evaluation.measured import Measured
 from matformer_dist.evaluation.parts import Part, join
 from matformer_dist.evaluation.sources import Source, open_source
@@ -95,7 +95,7 @@ def _measure(
         progress(len(validation), len(validation))
 
     found = measure_sequences(
-        model.run_pass, counted(), submodels, model.largest, per_pass=_AT_ONCE
+        sparing(model.run_pass), counted(), submodels, model.largest, per_pass=_AT_ONCE
     )
     return {
         submodel: Measured(sequences.cpu(), validation.text_bytes)

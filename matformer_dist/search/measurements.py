@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 
 from matformer_dist.errors import UserError
-from matformer_dist.evaluation.loss import measure_sequences
+from matformer_dist.evaluation.loss import measure_sequences, sparing
 from matformer_dist.evaluation.measured import Measured
 from matformer_dist.evaluation.validation import Validation
 from matformer_dist.inference.loading import LoadedModel
@@ -35,6 +35,8 @@ class Measurements(Mapping[Submodel, Measured]):
         name = hashlib.sha256(decides.encode()).hexdigest()[:16]
         self.path = loaded.directory / FOLDER / f"{name}.jsonl"
         self._found = dict(self._read())
+        model = loaded.model
+        self._run_pass = sparing(lambda tokens, targets, plan: model(tokens, targets, plan)[1])
         self.new = 0  # measured here, not read
 
     def __getitem__(self, submodel: Submodel) -> Measured:
@@ -65,10 +67,9 @@ class Measurements(Mapping[Submodel, Measured]):
 
     @torch.no_grad()
     def _add(self, submodels: list[Submodel]) -> None:
-        model = self.loaded.model
         found = measure_sequences(
-            lambda tokens, targets, plan: model(tokens, targets, plan)[1],
-            self.validation.micro_batches(model.embedding.weight.device),
+            self._run_pass,
+            self.validation.micro_batches(self.loaded.model.embedding.weight.device),
             submodels,
             self.loaded.submodel,
             per_pass=_AT_ONCE + 1,

@@ -7,20 +7,25 @@ import json
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from typer.testing import CliRunner
 
+from matformer_dist.cli import app
 from matformer_dist.data.prepare import prepare_data
-from matformer_dist.errors import UserError
+from matformer_dist.errors import EXIT_INTERRUPTED, UserError
 from matformer_dist.evaluation.loss import measure_sequences
 from matformer_dist.evaluation.run import evaluate_run
-from matformer_dist.nesting import Submodel, mix_n_match
+from matformer_dist.inference.loading import load_model
+from matformer_dist.nesting import Nesting, Submodel, mix_n_match
 from matformer_dist.search import measurements
 from matformer_dist.search.budget import Budget, short_cost
 from matformer_dist.search.picture import draw_frontier
 from matformer_dist.search.search import Options, search
 from matformer_dist.submodels.extract import extract
 from matformer_dist.submodels.slices import read_slices
+from tests.unit.submodels import synthetic_run
 from tests.unit.submodels.run_with_data import write_run_with_data
 from tests.unit.submodels.synthetic_run import NESTING, model_config, random_model
 
@@ -106,6 +111,34 @@ def test_a_search_goes_on_where_it_was_broken_off(
     assert again.measured_now == 0
     assert again.all.measured == found.all.measured
     assert again.all.slices == found.all.slices
+
+
+def test_an_interrupted_command_says_what_is_kept(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measurements, "measure_sequences", Mock(side_effect=KeyboardInterrupt))
+    done = CliRunner().invoke(app, ["search", str(run), "--device", "cpu"])
+    assert done.exit_code == EXIT_INTERRUPTED
+    assert "what was measured is kept" in done.stderr
+
+
+@pytest.mark.parametrize("widths", [[64], [8, 64], [8, 16, 24, 32, 40, 48, 56, 64]])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_few_layers_and_any_granularities(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, widths: list[int], layers: int
+) -> None:
+    nesting = Nesting.from_widths(widths)
+    monkeypatch.setattr(synthetic_run, "NESTING", nesting)
+    run = write_run_with_data(tmp_path / "run", random_model(model_config(n_layers=layers)))
+    found = search(str(run), options=Options(points=3, rounds=1))
+    cost = {one.submodel: one.parameters for one in found.all.measured}
+    assert found.slices[0].submodel == nesting.names[0] and set(nesting.names) <= set(cost)
+    largest = Budget("params", cost[nesting.names[-1]])
+    (one,) = search(str(run), [largest, largest], options=Options(rounds=0)).slices
+    assert one.loss == min(other.loss for other in found.all.measured)
+    loaded = load_model(run)
+    for one in found.all.slices:
+        assert str(loaded.parse(one.name)) == one.submodel
 
 
 def test_slices_are_taken_by_name(run: Path, tmp_path: Path) -> None:
