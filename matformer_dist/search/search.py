@@ -32,6 +32,7 @@ from matformer_dist.search.knapsack import Knapsack
 from matformer_dist.search.latency import latency_table
 from matformer_dist.search.measurements import Measurements
 from matformer_dist.search.predictor import Predictor, one_layer_changes
+from matformer_dist.submodels.entry import is_extracted
 from matformer_dist.submodels.slices import Cost, Slice, Slices, read_slices
 
 Progress = Callable[[int, int], object]
@@ -96,6 +97,8 @@ def search(
     """
     options = options or Options()
     device = choose_device(options.device)
+    if is_extracted(Path(run)):
+        raise UserError(f"{run} is an extracted model; search the run that it was taken out of")
     checkpoint = find_checkpoint(run)
     with _alone(checkpoint.path.parent.parent):
         loaded = load_model(checkpoint.path, device=device)

@@ -146,6 +146,8 @@ def test_slices_are_taken_by_name(run: Path, tmp_path: Path) -> None:
     one = next(one for one in found.slices if one.found_by == "search")
     (taken,) = extract(str(run), [one.name], output=tmp_path / "taken")
     assert (taken.submodel, taken.parameters) == (one.submodel, one.parameters)
+    with pytest.raises(UserError, match="is an extracted model"):
+        search(str(taken.path))
     with pytest.raises(UserError, match=f"no slice '77M'.*its slices are .*{one.name}"):
         extract(str(run), ["77M"], output=tmp_path / "other")
     rows = list(csv.DictReader((run / "slices.csv").open()))
