@@ -25,7 +25,7 @@ def search_command(
     frontier: Annotated[
         str, typer.Option(help="What a whole frontier is over: params, flops, memory, latency.")
     ] = "params",
-    points: Annotated[int, typer.Option(help="Budgets of a whole frontier, at most.")] = 24,
+    points: Annotated[int, typer.Option(help="Budgets of a frontier, beside S to XL.")] = 24,
     candidates: Annotated[int, typer.Option(help="Measured of each budget and round.")] = 3,
     rounds: Annotated[int, typer.Option(help="Of candidates; 0: the heuristic alone.")] = 2,
     batches: Annotated[
@@ -39,9 +39,12 @@ def search_command(
         Path | None,
         typer.Option(help="Times a width, measured where it is not there; RUN/latency.json."),
     ] = None,
-    latency_sequences: Annotated[int, typer.Option(help="Decoded together.")] = 1,
+    latency_sequences: Annotated[
+        int | None, typer.Option(help="Decoded together; the table's, else 1.")
+    ] = None,
     latency_context: Annotated[
-        int | None, typer.Option(help="Tokens before the timed one; half of the context.")
+        int | None,
+        typer.Option(help="Tokens before the timed one; the table's, else half of all."),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1; else the GPU, if there is one.")
@@ -69,15 +72,19 @@ def search_command(
         context=latency_context,
         device=device,
     )
-    with Progress(console=out, transient=True) as progress:
-        task = progress.add_task("measuring submodels", total=None)
-        found = search(
-            run,
-            [Budget.parse(text) for text in budget or ()],
-            kind=kind,
-            options=options,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+    try:
+        with Progress(console=out, transient=True) as progress:
+            task = progress.add_task("measuring submodels", total=None)
+            found = search(
+                run,
+                [Budget.parse(text) for text in budget or ()],
+                kind=kind,
+                options=options,
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+    except KeyboardInterrupt:
+        typer.echo("interrupted; what was measured is kept, and the same command goes on", err=True)
+        raise
     table = Table("slice", "submodel", "budget", "loss", "agrees with XL", "heuristic", "gain")
     for one in found.slices:
         table.add_row(

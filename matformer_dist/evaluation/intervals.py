@@ -5,6 +5,8 @@ Tokens of a sequence depend on each other, so that drawing tokens would make int
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -14,16 +16,22 @@ _SEED = 0  # all submodels are resampled alike: so their differences are those o
 
 
 def resampled_means(values: Tensor, counts: Tensor) -> Tensor:
-    """Sums and tokens of each sequence [sequences] -> a mean a token of each resample [RESAMPLES].
+    """A mean a token of each resample, [RESAMPLES, k].
 
+    values [sequences, k]: sums over each sequence's tokens; counts [sequences]: its tokens.
     Computed as sum / tokens of the drawn sequences. Differences of two results of the same
     sequences are resampled differences.
     """
-    n = len(values)
+    taken = _taken(len(values))
+    return (taken @ values) / (taken @ counts)[:, None]
+
+
+@functools.lru_cache(maxsize=1)  # a search asks for hundreds of submodels, on the same sequences
+def _taken(n: int) -> Tensor:
+    """How often each resample draws each of n sequences, fp64 [RESAMPLES, n]."""
     draws = torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(_SEED))
     taken = torch.zeros(RESAMPLES, n, dtype=torch.float64)
-    taken.scatter_add_(1, draws, torch.ones_like(draws, dtype=torch.float64))
-    return (taken @ values) / (taken @ counts)
+    return taken.scatter_add_(1, draws, taken.new_ones(1, 1).expand(draws.shape))
 
 
 def interval(means: Tensor) -> tuple[float, float]:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from matformer_dist.errors import UserError
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.nesting import Submodel
 
@@ -79,3 +80,32 @@ def measure_sequences(
             for submodel, sequences in list(zip(group, statistics.split(b), strict=True))[i > 0 :]:
                 found[submodel].append(sequences)
     return {submodel: torch.cat(found[submodel]) for submodel in wanted}
+
+
+def sparing(run_pass: RunPass) -> RunPass:
+    """The same, in halves of a pass where the GPU's memory does not hold all of its submodels.
+
+    The first submodel is in every part; what was too many is not tried again. For one process:
+    ranks would part ways. UserError where two submodels are too many.
+    """
+    most: int | None = None
+
+    def spare(tokens: Tensor, targets: Tensor, plan: Pass) -> Tensor:
+        nonlocal most
+        b, (first, *others) = tokens.shape[0], (segment.submodel for segment in plan.segments)
+        if most is None or len(plan.segments) <= most:
+            try:
+                return run_pass(tokens, targets, plan)
+            except torch.OutOfMemoryError:
+                most = (len(plan.segments) + 1) // 2
+        if len(plan.segments) <= 2:
+            raise UserError(
+                f"the memory of the GPU does not hold the model and a pass over {b} sequences of "
+                f"{tokens.shape[1]} tokens; evaluate with --device cpu, or on a larger one"
+            )
+        half = len(others) // 2
+        parts = [Pass.evaluation([first, *part], b) for part in (others[:half], others[half:])]
+        found = [spare(tokens, targets, part) for part in parts]
+        return torch.cat([found[0], found[1][b:]])
+
+    return spare

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import exp, inf, log
 from typing import Any
 
@@ -43,15 +44,17 @@ class Measured:
             return inf
         return float(self.sequences[:, 0].sum()) / (log(2) * self.text_bytes)
 
-    def resampled(self, column: int) -> Tensor:
-        return resampled_means(self.sequences[:, column], self.sequences[:, 3])
+    @cached_property
+    def resampled(self) -> Tensor:
+        """Means a token of nll, agreement and KL, [RESAMPLES, 3]."""
+        return resampled_means(self.sequences[:, :3], self.sequences[:, 3])
 
     def described(self) -> dict[str, Any]:
         """As evaluation.json has it: means per token and 95% intervals."""
         found: dict[str, Any] = {}
         for column, name in enumerate(("loss", "agreement", "kl")):
             found[name] = self.mean(column)
-            found[f"{name}_interval"] = interval(self.resampled(column))
+            found[f"{name}_interval"] = interval(self.resampled[:, column])
         found["perplexity"] = exp(min(self.loss, _LONGEST))
         found["bits_per_byte"] = self.bits_per_byte
         return found
@@ -59,5 +62,5 @@ class Measured:
 
 def gain(ours: Measured, other: Measured) -> tuple[float, tuple[float, float]]:
     """By how many nats a token `ours` is below the other, both on the same sequences; interval."""
-    difference = other.resampled(0) - ours.resampled(0)
+    difference = other.resampled[:, 0] - ours.resampled[:, 0]
     return other.loss - ours.loss, interval(difference)

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from matformer_dist.checkpoints.files import replace_file
 from matformer_dist.counting import count_parameters, flops_per_token
-from matformer_dist.evaluation.loss import measure_sequences
+from matformer_dist.evaluation.loss import measure_sequences, sparing
 from matformer_dist.evaluation.measured import Measured
 from matformer_dist.evaluation.parts import Part, join
 from matformer_dist.evaluation.sources import Source, open_source
 from matformer_dist.evaluation.validation import Validation
+from matformer_dist.inference.device import choose_device
 from matformer_dist.nesting import Submodel
 
 EVALUATION = "evaluation.json"
@@ -58,8 +59,7 @@ def evaluate_run(
     micro-batches done and in all. UserError for what is not there, a submodel that does not fit, or
     more parts than submodels.
     """
-    device_ = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = open_source(source, notations, heuristic, run, device_)
+    model = open_source(source, notations, heuristic, run, choose_device(device))
     mine = part.take(model.chosen) if part else model.chosen
     validation = Validation.of(model.config, model.tokenizer, batches, data)
     measured = _measure(model, validation, list(mine), progress)
@@ -95,7 +95,7 @@ def _measure(
         progress(len(validation), len(validation))
 
     found = measure_sequences(
-        model.run_pass, counted(), submodels, model.largest, per_pass=_AT_ONCE
+        sparing(model.run_pass), counted(), submodels, model.largest, per_pass=_AT_ONCE
     )
     return {
         submodel: Measured(sequences.cpu(), validation.text_bytes)

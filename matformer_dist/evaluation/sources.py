@@ -119,13 +119,16 @@ def _ours(
 def _of_transformers(
     directory: Path, config: Config, step: int, submodel: Submodel, device: torch.device
 ) -> Source:
-    """One submodel alone: nothing to agree with but itself."""
+    """One submodel alone: nothing to agree with but itself. A sequence at a time, whose logits
+    transformers makes whole.
+    """
     theirs = TransformersModel(directory, torch.float32, device)
 
     def run_pass(tokens: Tensor, targets: Tensor, plan: Pass) -> Tensor:
         assert len(plan.segments) == 1
-        logits = theirs.model(tokens, use_cache=False).logits
-        nll = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(dim=1)
+        logits = (theirs.model(row, use_cache=False).logits[0] for row in tokens.split(1))
+        pairs = zip(logits, targets, strict=True)
+        nll = torch.stack([F.cross_entropy(row, of, reduction="sum") for row, of in pairs])
         count = torch.full_like(nll, targets.shape[1])
         return torch.stack([nll, count, torch.zeros_like(nll), count], dim=1)
 

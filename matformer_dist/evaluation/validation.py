@@ -34,8 +34,9 @@ class Validation:
         data: prefix of token files to take instead of the run's validation data. UserError where
         there are none, or too few.
         """
-        if data is not None:
-            other = config.data.model_copy(update={"validation": [(1.0, str(data))]})
+        prefixes = config.data.validation if data is None else [(1.0, str(data))]
+        if prefixes:  # as training data too: those of the run may be elsewhere, and are not read
+            other = config.data.model_copy(update={"train": prefixes, "validation": prefixes})
             config = config.model_copy(update={"data": other})
         size = config.training.micro_batch_size
         sequences = (batches or config.evaluation.batches) * config.training.global_batch_size

@@ -12,6 +12,7 @@ import torch
 
 from matformer_dist.errors import UserError
 from matformer_dist.inference.decoding import decode
+from matformer_dist.inference.device import choose_device
 from matformer_dist.inference.loading import LoadedModel, load_model
 from matformer_dist.inference.sampling import Sampling
 from matformer_dist.inference.speculative import Drafting, Statistics
@@ -159,7 +160,7 @@ def load_speaker(source: Path | str, device: str | None = None) -> LoadedModel |
     `device` defaults to the GPU, if there is one; on a CPU the arithmetic is fp32. UserError for
     anything else, and where files are damaged.
     """
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = choose_device(device)
     dtype = torch.float32 if where.type == "cpu" else None
     directory = Path(source)
     if not is_extracted(directory):

@@ -69,12 +69,21 @@ class Budget:
 def short_cost(kind: Cost, value: float, digits: int = 3) -> str:
     """1.31M parameters, 2.4GFLOP, 5.3MB or 12.5ms; as Budget.parse reads it."""
     if kind == "latency":
-        return f"{value:.{digits}g}ms"
+        return f"{value:.{digits}g}ms" if value < 1000 else f"{_plain(value, digits)}ms"
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size * 0.9995:
             letter = "B" if (kind, unit) == ("params", "G") else unit
             return f"{_plain(value / size, digits)}{letter}{_SUFFIX[kind]}"
     return f"{_plain(value, digits)}{_SUFFIX[kind]}"
+
+
+def _exact_cost(kind: Cost, value: float) -> str:
+    """As short_cost, with as many digits (5 or more) as say what it is."""
+    texts = (short_cost(kind, value, digits) for digits in range(5, 17))
+    for text in texts:
+        if abs(Budget.parse(f"{kind}={text}").limit - value) <= 1e-9 * value:
+            break
+    return text
 
 
 _SUFFIX: dict[Cost, str] = {"params": "", "flops": "FLOP", "memory": "B", "latency": "ms"}
@@ -158,7 +167,7 @@ class Costs:
             if budget.limit < low
             else f"above {names[-1]}, the largest"
         )
-        span = [short_cost(budget.kind, value, digits=5) for value in (smallest, largest)]
+        span = [_exact_cost(budget.kind, value) for value in (smallest, largest)]
         raise UserError(
             f"the budget {budget} is {where}; this model's submodels cost {span[0]} ({names[0]}) "
             f"to {span[1]} ({names[-1]}): give one of these or between them"

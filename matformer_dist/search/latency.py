@@ -28,7 +28,7 @@ _WARM_UP, _ROUNDS = 3, 31
 class LatencyTable(BaseModel):
     """What a table's file holds."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     format: int = FORMAT
     device: str  # in words: processor or GPU, threads
@@ -54,11 +54,12 @@ class LatencyTable(BaseModel):
 
 
 def latency_table(
-    path: Path, loaded: LoadedModel, *, sequences: int, context: int | None
+    path: Path, loaded: LoadedModel, *, sequences: int | None, context: int | None
 ) -> LatencyTable:
     """The table at `path`, or one that is measured now and written there.
 
-    context: half of the model's where None. UserError for a file that is no table, or one of
+    sequences and context: None takes those of a table that is there; else 1, and half of the
+    model's context. UserError for a file that is no table, or one of
     another model, widths or settings.
     """
     model = loaded.model.model
@@ -70,7 +71,7 @@ def latency_table(
     if not path.exists():
         if not path.parent.is_dir():
             raise UserError(f"--latency-table {path}: there is no folder {path.parent}; make it")
-        table = measure(loaded, sequences, context or model.max_seq_len // 2)
+        table = measure(loaded, sequences or 1, context or model.max_seq_len // 2)
         replace_file(path, (table.model_dump_json(indent=1) + "\n").encode())
         return table
     table = _read(path)
@@ -78,7 +79,7 @@ def latency_table(
         "model": model,
         "vocab_size": loaded.model.vocab_size,
         "widths": list(loaded.submodel.nesting.widths),
-        "sequences": sequences,
+        "sequences": sequences or table.sequences,
         "context": context or table.context,
     }
     for name, value in wanted.items():

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
-from matformer_dist.evaluation.loss import measure_sequences
+from matformer_dist.errors import UserError
+from matformer_dist.evaluation.loss import measure_sequences, sparing
 from matformer_dist.evaluation.measured import Measured
 from matformer_dist.evaluation.validation import Validation
 from matformer_dist.inference.loading import LoadedModel
@@ -34,6 +35,8 @@ class Measurements(Mapping[Submodel, Measured]):
         name = hashlib.sha256(decides.encode()).hexdigest()[:16]
         self.path = loaded.directory / FOLDER / f"{name}.jsonl"
         self._found = dict(self._read())
+        model = loaded.model
+        self._run_pass = sparing(lambda tokens, targets, plan: model(tokens, targets, plan)[1])
         self.new = 0  # measured here, not read
 
     def __getitem__(self, submodel: Submodel) -> Measured:
@@ -64,14 +67,19 @@ class Measurements(Mapping[Submodel, Measured]):
 
     @torch.no_grad()
     def _add(self, submodels: list[Submodel]) -> None:
-        model = self.loaded.model
         found = measure_sequences(
-            lambda tokens, targets, plan: model(tokens, targets, plan)[1],
-            self.validation.micro_batches(model.embedding.weight.device),
+            self._run_pass,
+            self.validation.micro_batches(self.loaded.model.embedding.weight.device),
             submodels,
             self.loaded.submodel,
             per_pass=_AT_ONCE + 1,
         )
+        for submodel, sequences in found.items():
+            if not sequences.isfinite().all():
+                raise UserError(
+                    f"the validation loss of {submodel} is not finite, and a search compares "
+                    f"losses; search an earlier step, as {self.loaded.directory}@STEP"
+                )
         self.path.parent.mkdir(exist_ok=True)
         with self.path.open("a") as file:
             for submodel, sequences in found.items():
@@ -82,16 +90,17 @@ class Measurements(Mapping[Submodel, Measured]):
         self.new += len(submodels)
 
     def _read(self) -> Iterator[tuple[Submodel, Measured]]:
-        """A line that a kill cut short is passed over, and measured again."""
+        """A damaged line, such as one that a kill cut short, is passed over, and measured again."""
         if not self.path.exists():
             return
         nesting, layers = self.loaded.submodel.nesting, self.loaded.model.model.n_layers
-        for text in self.path.read_text().splitlines():
+        for text in self.path.read_bytes().splitlines():
             try:
                 line = json.loads(text)
-                submodel = nesting.parse(line["submodel"], layers)
+                submodel = nesting.parse(str(line["submodel"]), layers)
                 sums = torch.tensor([line[name] for name in _COLUMNS], dtype=torch.float64).T
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
-            if sums.shape == (len(self.validation.tokens), len(_COLUMNS)):
+            shape = (len(self.validation.tokens), len(_COLUMNS))
+            if sums.shape == shape and sums.isfinite().all():
                 yield submodel, Measured(sums.contiguous(), self.validation.text_bytes)

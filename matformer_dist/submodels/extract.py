@@ -48,7 +48,7 @@ _EXPORTS = {"native": native_export, "hf": transformers_export, "gguf": gguf_exp
 _OURS = re.compile(  # names that any format writes, or what was measured of the model
     r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.gguf"
     r"|model\.safetensors\.index\.json|(configuration|modeling)_(nemotron_nas|matformer)\.py"
-    r"|evaluation\.json|downstream\.json"
+    r"|evaluation\.json|\.evaluation\.lock|downstream\.json"
     rf"|README\.md|{re.escape(ENTRY)}|{'|'.join(map(re.escape, TOKENIZER_FILES))}"
 )
 

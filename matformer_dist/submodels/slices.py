@@ -16,7 +16,6 @@ from matformer_dist.errors import UserError
 from matformer_dist.nesting import Nesting, Submodel
 
 SLICES = "slices.json"
-FORMAT = 1
 Cost: TypeAlias = Literal["params", "flops", "memory", "latency"]
 Interval: TypeAlias = tuple[float, float]
 
@@ -65,9 +64,10 @@ class Slice(MeasuredSubmodel):
 class Slices(_Entry):
     """slices.json."""
 
-    format: int = FORMAT
+    format: Literal[1] = 1
     step: int
     checkpoint_sha256: str  # of the manifest
+    data_sha256: str = ""  # of the validation sequences
     seq_len: int
     tokens: int
     dtype: str  # that memory_bytes are in: fp32, bf16, fp16
@@ -93,7 +93,8 @@ def read_slices(run_dir: Path) -> Slices | None:
         else:
             said = str(error)
         raise UserError(
-            f"cannot read {path} ({said}); run `matformer search` again, or delete the file"
+            f"cannot read {path} ({said}); delete it and run `matformer search` again, which knows "
+            "what was measured"
         ) from None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 
 from matformer_dist.config_file import load_config
 from matformer_dist.data.tokenizer_files import load_tokenizer
@@ -101,8 +102,32 @@ def test_extracted_models_match_the_run(
 def test_an_extracted_model_is_replaced_with_its_evaluation(run: Path, tmp_path: Path) -> None:
     for force in (False, True):
         extract(str(run), ["S"], output=tmp_path / "s", force=force)
-        evaluate_run(str(tmp_path / "s"), device="cpu")
+        evaluate_run(str(tmp_path / "s"), part=Part(1, 1), device="cpu")
     assert (tmp_path / "s" / "evaluation.json").exists()
+
+
+def test_less_memory_takes_more_passes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = evaluate_run(str(run), heuristic=True, device="cpu")
+    passes: list[int] = []
+    forward = MatLM.forward
+
+    def short_of_memory(lm: MatLM, tokens: Any, targets: Any, plan: Any) -> Any:
+        passes.append(len(plan.segments))
+        if passes[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(lm, tokens, targets, plan)
+
+    monkeypatch.setattr(MatLM, "forward", short_of_memory)
+    most = 2
+    found = evaluate_run(str(run), heuristic=True, device="cpu")
+    assert passes.count(4) == 1  # tried once
+    assert results(found).keys() == results(expected).keys()
+    for name, entry in results(found).items():
+        assert entry["loss"] == pytest.approx(results(expected)[name]["loss"], abs=1e-6)
+        assert entry["kl"] == pytest.approx(results(expected)[name]["kl"], abs=1e-6)
+    most = 1
+    with pytest.raises(UserError, match=r"memory of the GPU.*--device cpu"):
+        evaluate_run(str(run), device="cpu")
 
 
 def test_parts_match_the_whole(run: Path) -> None:
@@ -125,6 +150,19 @@ def test_other_data_are_taken_where_they_are_named(run: Path, tmp_path: Path) ->
     assert one["S"]["loss"] != before["S"]["loss"]
     with pytest.raises(UserError, match="nowhere"):
         evaluate_run(str(run), data=tmp_path / "nowhere", device="cpu")
+
+
+def test_training_data_may_be_gone(run: Path, tmp_path: Path) -> None:
+    expected = validation_of(run)
+    moved = shutil.copytree(run, tmp_path / "moved")
+    config = yaml.safe_load((moved / "config.yaml").read_text())
+    config["data"]["train"] = [[1, str(tmp_path / "gone")]]
+    (moved / "config.yaml").write_text(yaml.safe_dump(config))
+    assert validation_of(moved).digest == expected.digest
+    del config["data"]["validation"]
+    (moved / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match="gone"):  # validation would be a share of it
+        validation_of(moved)
 
 
 def test_a_moved_run_is_to_be_named(run: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def of_sequences(losses: torch.Tensor, tokens: int = 10) -> torch.Tensor:
 def test_interval_matches_the_normal_approximation() -> None:
     losses = torch.randn(400, generator=torch.Generator().manual_seed(1)).double() + 3
     half = 1.96 * float(losses.std()) / sqrt(len(losses))
-    low, high = interval(resampled_means(losses * 7, torch.full((400,), 7.0).double()))
+    low, high = interval(resampled_means(losses[:, None] * 7, torch.full((400,), 7.0).double()))
     assert low == pytest.approx(float(losses.mean()) - half, abs=0.15 * half)
     assert high == pytest.approx(float(losses.mean()) + half, abs=0.15 * half)
 
@@ -32,14 +32,14 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     held = 0
     for _ in range(300):
         losses = torch.randn(80, generator=generator).double().exp()  # skewed, of mean exp(1/2)
-        low, high = interval(resampled_means(losses, torch.ones(80).double()))
+        low, high = interval(resampled_means(losses[:, None], torch.ones(80).double()))
         held += low <= 1.6487 <= high
     assert 0.86 <= held / 300 <= 0.98  # percentile intervals of skewed means hold a little less
 
 
 def test_long_sequences_weigh_more() -> None:
-    sums, tokens = torch.tensor([10.0, 1.0]).double(), torch.tensor([10.0, 1.0]).double()
-    assert interval(resampled_means(sums, tokens)) == (1.0, 1.0)
+    tokens = torch.tensor([10.0, 1.0]).double()
+    assert interval(resampled_means(tokens[:, None], tokens)) == (1.0, 1.0)
     sequences = torch.tensor([[10.0, 5, 1, 10], [4.0, 1, 0, 1]]).double()
     measured = Measured(sequences, text_bytes=28)
     assert measured.loss == pytest.approx(14 / 11) and measured.tokens == 11
@@ -54,5 +54,5 @@ def test_gain_of_pairs_is_narrower_than_the_losses() -> None:
     gained, (low, high) = gain(better, worse)
     assert gained == pytest.approx(0.01) and low == pytest.approx(0.01) == pytest.approx(high)
     assert gain(worse, better)[0] == pytest.approx(-0.01)
-    wide = interval(better.resampled(0))
+    wide = interval(better.resampled[:, 0])
     assert wide[1] - wide[0] > 0.1

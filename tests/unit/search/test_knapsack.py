@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 
 import numpy as np
@@ -15,6 +16,7 @@ from matformer_dist.search import knapsack
 from matformer_dist.search.budget import KINDS, Budget, Costs, short_cost
 from matformer_dist.search.knapsack import Knapsack
 from matformer_dist.search.predictor import Predictor, one_layer_changes
+from matformer_dist.submodels.slices import Cost
 
 NESTING = Nesting.from_widths([8, 16, 40, 64])
 LAYERS = 4
@@ -45,12 +47,12 @@ def test_costs_match_counts_of_every_submodel() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(5))
-def test_best_matches_trying_everything(kind: str, seed: int) -> None:
+def test_best_matches_trying_everything(kind: Cost, seed: int) -> None:
     predictor, found = random_predictor(seed), costs()
     sack = Knapsack(predictor, found, kind, keep=6)
-    ends = [found.cost(kind, NESTING.uniform(i, LAYERS)) for i in (0, 3)]  # type: ignore[arg-type]
+    ends = [found.cost(kind, NESTING.uniform(i, LAYERS)) for i in (0, 3)]
     for share in (0, 0.1, 0.33, 0.5, 0.77, 1):
-        budget = Budget(kind, ends[0] + share * (ends[1] - ends[0]))  # type: ignore[arg-type]
+        budget = Budget(kind, ends[0] + share * (ends[1] - ends[0]))
         within = [one for one in EVERY if found.fits(one, budget)]
         expected = sorted(predictor.loss(one) for one in within)[:6]
         best = sack.best(budget, 6)
@@ -63,13 +65,32 @@ def test_too_many_costs_share_places(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knapsack, "_PLACES", 25)
     predictor, found = random_predictor(9), costs((1.0, 1.713, 2.0009, 4.3001))
     sack = Knapsack(predictor, found, "latency", keep=4)
-    assert len(sack.table) <= 26 * 4
+    assert len(sack.losses) <= 26 * 4
     for limit in (1.5, 2.2, 3.1, 4.3001):
         within = [one for one in EVERY if found.fits(one, Budget("latency", limit))]
         least = min(predictor.loss(one) for one in within)
         (best,) = sack.best(Budget("latency", limit), 1)
         assert found.fits(best, Budget("latency", limit))
         assert predictor.loss(best) - least < 0.03
+
+
+def test_the_best_of_a_deep_model_is_near_the_bound_of_its_dual() -> None:
+    odd = Nesting.from_widths([1024, 1537, 2048, 3071, 4096, 6111, 8192, 10240])
+    deep = ModelConfig(d_model=2560, n_layers=48, n_heads=20, d_ff=10240, max_seq_len=2048)
+    found = Costs.of(deep, odd, 256_000, seq_len=2048, dtype="bf16")
+    predictor = Predictor(3.0, np.random.default_rng(0).exponential(0.01, (48, 7)))
+    sack = Knapsack(predictor, found, "params", keep=12)
+    smallest, largest = (found.cost("params", odd.uniform(i, 48)) for i in (0, 7))
+    half = Budget("params", (smallest + largest) / 2)
+    (best,) = sack.best(half, 1)
+    # No multiplier of Lagrange leaves less: a bound from below, by duality.
+    added = np.array(found.added["params"])
+    gained = np.concatenate([np.zeros((48, 1)), predictor.gains.cumsum(axis=1)], axis=1)
+    bounds = [
+        predictor.base - (gained - rate * added).max(axis=1).sum() - rate * (half.limit - smallest)
+        for rate in np.geomspace(1e-12, 1e-8, 400)
+    ]
+    assert max(bounds) <= predictor.loss(best) < max(bounds) + 0.005
 
 
 def true_losses(seed: int) -> dict[Submodel, float]:
@@ -140,3 +161,17 @@ def test_budgets_out_of_range_are_told_the_range(limit: float, where: str) -> No
     ends = [short_cost("params", found.cost("params", NESTING.uniform(i, 4)), 5) for i in (0, 3)]
     with pytest.raises(UserError, match=rf"{where}.*{ends[0]} \(S\) to {ends[1]} \(XL\)"):
         found.check(Budget("params", limit))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_range_that_is_told_can_be_asked_for(kind: Cost) -> None:
+    large = ModelConfig(d_model=2568, n_layers=LAYERS, n_heads=4, d_ff=64, max_seq_len=48)
+    times = (1.0000001, 2, 3, 4321.98765)
+    found = Costs.of(large, NESTING, 32001, seq_len=16, dtype="bf16", latency_ms=times)
+    with pytest.raises(UserError) as told:
+        found.check(Budget(kind, 1e-3))
+    smallest, largest = re.findall(r"([0-9.]+[A-Za-z]*) \((?:S|XL)\)", str(told.value))
+    for text, one in ((smallest, 0), (largest, 3)):
+        budget = Budget.parse(f"{kind}={text}")
+        found.check(budget)
+        assert found.fits(NESTING.uniform(one, LAYERS), budget)

@@ -7,19 +7,25 @@ import json
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from typer.testing import CliRunner
 
-from matformer_dist.errors import UserError
+from matformer_dist.cli import app
+from matformer_dist.data.prepare import prepare_data
+from matformer_dist.errors import EXIT_INTERRUPTED, UserError
 from matformer_dist.evaluation.loss import measure_sequences
 from matformer_dist.evaluation.run import evaluate_run
-from matformer_dist.nesting import Submodel, mix_n_match
+from matformer_dist.inference.loading import load_model
+from matformer_dist.nesting import Nesting, Submodel, mix_n_match
 from matformer_dist.search import measurements
-from matformer_dist.search.budget import Budget
+from matformer_dist.search.budget import Budget, short_cost
 from matformer_dist.search.picture import draw_frontier
 from matformer_dist.search.search import Options, search
 from matformer_dist.submodels.extract import extract
 from matformer_dist.submodels.slices import read_slices
+from tests.unit.submodels import synthetic_run
 from tests.unit.submodels.run_with_data import write_run_with_data
 from tests.unit.submodels.synthetic_run import NESTING, model_config, random_model
 
@@ -107,11 +113,41 @@ def test_a_search_goes_on_where_it_was_broken_off(
     assert again.all.slices == found.all.slices
 
 
+def test_an_interrupted_command_says_what_is_kept(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measurements, "measure_sequences", Mock(side_effect=KeyboardInterrupt))
+    done = CliRunner().invoke(app, ["search", str(run), "--device", "cpu"])
+    assert done.exit_code == EXIT_INTERRUPTED
+    assert "what was measured is kept" in done.stderr
+
+
+@pytest.mark.parametrize("widths", [[64], [8, 64], [8, 16, 24, 32, 40, 48, 56, 64]])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_few_layers_and_any_granularities(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, widths: list[int], layers: int
+) -> None:
+    nesting = Nesting.from_widths(widths)
+    monkeypatch.setattr(synthetic_run, "NESTING", nesting)
+    run = write_run_with_data(tmp_path / "run", random_model(model_config(n_layers=layers)))
+    found = search(str(run), options=Options(points=3, rounds=1))
+    cost = {one.submodel: one.parameters for one in found.all.measured}
+    assert found.slices[0].submodel == nesting.names[0] and set(nesting.names) <= set(cost)
+    largest = Budget("params", cost[nesting.names[-1]])
+    (one,) = search(str(run), [largest, largest], options=Options(rounds=0)).slices
+    assert one.loss == min(other.loss for other in found.all.measured)
+    loaded = load_model(run)
+    for one in found.all.slices:
+        assert str(loaded.parse(one.name)) == one.submodel
+
+
 def test_slices_are_taken_by_name(run: Path, tmp_path: Path) -> None:
     found = search(str(run), options=Options(points=6))
     one = next(one for one in found.slices if one.found_by == "search")
     (taken,) = extract(str(run), [one.name], output=tmp_path / "taken")
     assert (taken.submodel, taken.parameters) == (one.submodel, one.parameters)
+    with pytest.raises(UserError, match="is an extracted model"):
+        search(str(taken.path))
     with pytest.raises(UserError, match=f"no slice '77M'.*its slices are .*{one.name}"):
         extract(str(run), ["77M"], output=tmp_path / "other")
     rows = list(csv.DictReader((run / "slices.csv").open()))
@@ -128,8 +164,9 @@ def test_searches_of_other_budgets_are_joined(run: Path) -> None:
     assert {one.kind for one in second.slices} == {"memory"}
     names = [one.name for one in second.all.slices if one.found_by != "uniform"]
     assert len(set(names)) == len(names)
-    kept = {one.submodel for one in first.slices}
-    assert kept <= {one.submodel for one in second.all.slices}
+    for one in first.slices:  # or what the second search found to be better
+        kept = [other for other in second.all.slices if other.budget <= one.budget]
+        assert min(other.loss for other in kept if other.kind == "params") <= one.loss
     slices = json.loads((run / "slices.json").read_text())
     (run / "slices.json").write_text(json.dumps({**slices, "checkpoint_sha256": "of another"}))
     third = search(str(run), [Budget.parse("memory=70kB")])
@@ -164,7 +201,7 @@ def test_latency_is_measured_once_and_read_again(run: Path, tmp_path: Path) -> N
     [
         ({"dtype": "fp8"}, "--dtype 'fp8' must be one of"), ({"points": 1}, "--points 1 must be 2"),
         ({"candidates": 0}, "--candidates 0"), ({"rounds": -1}, "--rounds -1"),
-        ({"sequences": 0}, "--sequences 0"),
+        ({"sequences": 0}, "--latency-sequences 0"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_fit_are_named(options: Any, message: str) -> None:
@@ -177,3 +214,81 @@ def test_picture_is_drawn(run: Path, tmp_path: Path) -> None:
     found = search(str(run), options=Options(points=4))
     draw_frontier(found.all, "params", found.nesting, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_broken_file_of_slices_ends_a_search_before_it_measures(run: Path) -> None:
+    for text in ("{", '{"format": 2}', "[]"):
+        (run / "slices.json").write_text(text)
+        with pytest.raises(UserError, match=r"slices.json .*; delete it and run"):
+            search(str(run))
+    assert not (run / "measurements").exists()
+
+
+def test_losses_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    lm = random_model(model_config(n_kv_heads=2))
+    dict(lm.named_parameters())["final_norm.weight"].data[3] = float("nan")
+    run = write_run_with_data(tmp_path / "run", lm)
+    with pytest.raises(UserError, match=r"loss of XL is not finite.*run@STEP"):
+        search(str(run))
+    assert not (run / "measurements").exists()
+
+
+def test_damaged_measurements_are_made_again(run: Path) -> None:
+    found = search(str(run))
+    (file,) = (run / "measurements").iterdir()
+    lines = [json.loads(line) for line in file.read_text().splitlines() if line]
+    lines[1]["nll"][0] = float("nan")
+    lines[2]["nll"].pop()
+    lines[3]["submodel"] = 7
+    damaged = [b"\xff\xfe", b"null", b"[1]", b"[" * 100_000]
+    file.write_bytes(b"\n".join([*(json.dumps(line).encode() for line in lines), *damaged]))
+    again = search(str(run), options=Options(rounds=0))
+    assert again.measured_now == 3 and again.all.measured == found.all.measured
+
+
+def test_slices_of_other_data_are_not_joined(run: Path, tmp_path: Path) -> None:
+    search(str(run), options=Options(points=4))
+    first = (run / "slices.json").read_text()
+    for i, file in enumerate((run / "texts").iterdir()):
+        file.write_text(f"{file.read_text()} {i} other words of another file\n")
+    other = tmp_path / "other"
+    prepare_data([run / "texts"], other, tokenizer=run / "tokenizer.model", workers=1)
+    second = search(str(run), [Budget.parse("memory=70kB")], options=Options(data=other))
+    assert second.all.tokens == json.loads(first)["tokens"]
+    assert {one.kind for one in second.all.slices} == {"memory"}
+
+
+def test_slices_within_a_latency_outlast_a_search_without(run: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table.json"
+    options = Options(table=table, sequences=2, context=20)
+    search(str(run), [Budget.parse("params=32k")], options=options)
+    assert table.exists()  # measured where it is named, whatever the budgets are of
+    written = json.loads(table.read_text())
+    table.write_text(json.dumps({**written, "token_ms": [1.0, 2.0, 3.0, 4.0]}))
+    first = search(str(run), [Budget.parse("latency=2.5ms")], options=Options(table=table))
+    assert "2 sequences together" in first.all.latency_on  # of the table
+    second = search(str(run), [Budget.parse("flops=60k")])
+    assert {one.kind for one in second.all.slices} == {"params", "latency", "flops"}
+    assert second.all.latency_on == first.all.latency_on
+    table.write_text(json.dumps({**written, "token_ms": [1.0, 2.0, 3.0, 5.0]}))
+    third = search(str(run), [Budget.parse("flops=60k")], options=Options(table=table))
+    costs = {one.submodel: one.latency_ms for one in third.all.measured}
+    for one in third.all.slices:
+        assert one.latency_ms == costs[one.submodel]
+    table.write_text(json.dumps({**written, "token_ms": [1.0, 2.0, 3.0, float("inf")]}))
+    with pytest.raises(UserError, match="is no latency table"):
+        search(str(run), kind="latency", options=Options(table=table))
+
+
+def test_a_slice_keeps_its_name_where_others_collide(run: Path) -> None:
+    found = search(str(run), options=Options(points=30))
+    sizes: dict[str, list[int]] = {}
+    for one in found.all.slices:
+        if one.found_by != "uniform":
+            sizes.setdefault(short_cost("params", one.parameters), []).append(one.parameters)
+            assert Budget.parse(f"params={one.name}").limit == pytest.approx(
+                one.parameters, rel=0.005
+            )
+    names = {one.name for one in found.all.slices}
+    assert {name for name, of in sizes.items() if len(of) == 1} <= names
+    assert not {name for name, of in sizes.items() if len(of) > 1} & names
