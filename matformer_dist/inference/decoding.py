@@ -45,6 +45,9 @@ def decode(
             "one for each"
         )
     kinds = list(dict.fromkeys(chosen))
+    for submodel in [*kinds, *([drafting.submodel] if drafting else [])]:
+        _check_layers(model, submodel)
+    _check_ids(model, prompts)
     order = sorted(range(len(prompts)), key=lambda i: kinds.index(chosen[i]))
     rows = Rows(request, order, model.embedding.weight.device)
     if drafting is None:
@@ -52,6 +55,25 @@ def decode(
     for submodel in kinds:
         check_draft(drafting.submodel, submodel)
     return speculate(model, rows, chosen, drafting, statistics or Statistics())
+
+
+def _check_layers(model: MatLM, submodel: Submodel) -> None:
+    if len(submodel) != len(model.layers):
+        raise UserError(
+            f"submodel {submodel} is of {len(submodel)} layers, the model has "
+            f"{len(model.layers)}; parse its notation for this model"
+        )
+
+
+def _check_ids(model: MatLM, prompts: Sequence[Sequence[int]]) -> None:
+    """Here, since a GPU would end the whole process for one that the embedding has not."""
+    for i, prompt in enumerate(prompts):
+        if not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
+            bad = next(token for token in prompt if not 0 <= token < model.vocab_size)
+            raise UserError(
+                f"prompt {i} (from 0) holds the id {bad}; ids of this model are from 0 to "
+                f"{model.vocab_size - 1}: encode prompts with its own tokenizer"
+            )
 
 
 def _plain(model: MatLM, rows: Rows, submodels: Sequence[Submodel]) -> Iterator[list[New]]:

@@ -91,7 +91,7 @@ class LoadedModel:
             max_new_tokens=max_new_tokens,
             sampling=Sampling(temperature, top_k, top_p),
             seed=seed,
-            drafting=self.drafting(draft, draft_tokens, draft_cache) if draft else None,
+            drafting=(None if draft is None else self.drafting(draft, draft_tokens, draft_cache)),
             statistics=statistics,
         )
         for piece in pieces:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from matformer_dist.errors import UserError
 
+_COLDEST = 1e-30  # fp32 holds it; a difference of logits over less is as good as infinite
 # Columns of `uniforms`: for the token itself, for a draft of it, and for the verdict on the draft.
 DRAW, DRAFT, VERDICT = range(3)
 
@@ -45,7 +46,9 @@ class Sampling:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """logits [..., V] -> what tokens are drawn with, [..., V] in fp32; not for greedy."""
-        scores = logits.float() / self.temperature
+        # The likeliest is at 0 and the others below, so that none overflows where little is left.
+        scores = logits.float()
+        scores = (scores - scores.amax(dim=-1, keepdim=True)) / max(self.temperature, _COLDEST)
         if not self.top_k and self.top_p == 1:
             return scores.softmax(dim=-1)
         scores, ids = scores.sort(dim=-1, descending=True)
@@ -53,7 +56,7 @@ class Sampling:
             scores[..., self.top_k :] = float("-inf")
         shares = scores.softmax(dim=-1)
         likelier = shares.cumsum(dim=-1) - shares
-        shares = shares.masked_fill(likelier >= self.top_p, 0.0)
+        shares = shares.masked_fill(likelier >= max(self.top_p, _COLDEST), 0.0)
         shares = shares / shares.sum(dim=-1, keepdim=True)
         return torch.zeros_like(shares).scatter_(-1, ids, shares)
 

@@ -77,8 +77,8 @@ class Statistics:
 
 
 def check_draft(draft: Submodel, verifier: Submodel) -> None:
-    """UserError where the draft is wider than the verifier somewhere."""
-    if len(draft) != len(verifier) or any(
+    """UserError where the draft is wider than the verifier somewhere. Both are of one model."""
+    if any(
         drafts > verifies for drafts, verifies in zip(draft.widths, verifier.widths, strict=True)
     ):
         raise UserError(

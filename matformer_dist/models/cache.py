@@ -28,6 +28,7 @@ class Span:
                and SDPA needs no mask, or one for all; else [B, s]
     end        keys that the pass sees, counted from the first
     mask       [s, end] or [B, 1, s, end], true where a key is seen; None: `is_causal` says it
+    sequences  [B, 1], their numbers, beside positions [B, s]; None beside [s]
     """
 
     positions: Tensor
@@ -35,21 +36,24 @@ class Span:
     end: int
     mask: Tensor | None
     is_causal: bool
+    sequences: Tensor | None = None
 
     @classmethod
     def behind(cls, lengths: Sequence[int], s: int, device: torch.device) -> Span:
         """Of the next s positions of sequences of these lengths."""
         start, end = lengths[0], max(lengths) + s
         if min(lengths) == max(lengths):
-            positions = torch.arange(start, end, device=device)
+            positions, sequences = torch.arange(start, end, device=device), None
         else:
             firsts = torch.tensor(lengths, device=device)
             positions = firsts[:, None] + torch.arange(s, device=device)
+            sequences = torch.arange(len(lengths), device=device)[:, None]
         # Without a mask SDPA's causal one starts at the first key, and a single query sees all.
         if positions.dim() == 1 and (start == 0 or s == 1):
             return cls(positions, start, end, None, s > 1)
         mask = torch.arange(end, device=device) <= positions[..., None]
-        return cls(positions, start, end, mask if mask.dim() == 2 else mask[:, None], False)
+        mask = mask if mask.dim() == 2 else mask[:, None]
+        return cls(positions, start, end, mask, False, sequences)
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,10 @@ class LayerCache:
         """Write those of the pass [B, K/T, s, h]; all that it sees, [B, K/T, end, h]."""
         span = self.span
         for kept, new in ((self.keys, keys), (self.values, values)):
-            if span.positions.dim() == 1:
+            if span.sequences is None:
                 kept[:, :, span.start : span.end] = new
             else:
-                row = torch.arange(len(kept), device=kept.device)[:, None]
-                kept[row, :, span.positions] = new.transpose(1, 2)
+                kept[span.sequences, :, span.positions] = new.transpose(1, 2)
         return self.keys[:, :, : span.end], self.values[:, :, : span.end]
 
 

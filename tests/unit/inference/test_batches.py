@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from matformer_dist.inference.batch import New, read
 from matformer_dist.inference.decoding import decode
-from matformer_dist.inference.generation import Sampling, generate
+from matformer_dist.inference.generation import Drafting, Sampling, generate
 from matformer_dist.inference.texts import Piece, as_text, in_order
 from matformer_dist.submodels.extract import extract
 from tests.unit.submodels.synthetic_run import (
@@ -24,6 +24,10 @@ from tests.unit.submodels.synthetic_run import (
 
 GREEDY = Sampling(temperature=0)
 VARIANTS: list[dict[str, Any]] = [{"n_kv_heads": 2}, {"ffn": "gelu", "norm": "layernorm"}]
+SCALED: dict[str, Any] = {
+    "n_kv_heads": 1, "tied_embeddings": True, "rope_scaling": {"kind": "linear", "factor": 4.0},
+}  # fmt: skip
+CACHES: list[Literal["own", "shared"]] = ["own", "shared"]
 NOTATIONS = ["XL", "S", "S:1,L:2", "M", "XL", "L", "XL:1,S:2", "S"]
 SUBMODELS = [NESTING.parse(notation, 3) for notation in NOTATIONS]
 
@@ -119,11 +123,12 @@ def test_pieces_are_whole_characters_and_come_in_order() -> None:
     assert first.text == "a", "the first prompt's pieces do not wait"
 
 
-@pytest.mark.parametrize("changes", [{"n_kv_heads": 2}, {"ffn": "gelu", "norm": "layernorm"}])
+@pytest.mark.parametrize("changes", [*VARIANTS, SCALED])
 def test_long_ragged_generation_matches_transformers(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    """XL, 200 tokens, against transformers' greedy generation of the export, prompt by prompt."""
+    """XL, 200 tokens, against transformers' greedy generation of the export, prompt by prompt; as
+    it generates alone, and with drafts."""
     transformers = pytest.importorskip("transformers")
     lm = random_model(model_config(max_seq_len=256, init_std=1.0, **changes))
     (one,) = extract(
@@ -131,7 +136,12 @@ def test_long_ragged_generation_matches_transformers(
     )
     hf = transformers.AutoModelForCausalLM.from_pretrained(one.path)
     prompts = prompts_of([3, 17, 1, 9])
-    ours = generate(lm, NESTING.uniform(3, 3), prompts, max_new_tokens=200, sampling=GREEDY)
+    xl, s = NESTING.uniform(3, 3), NESTING.uniform(0, 3)
+    ours = generate(lm, xl, prompts, max_new_tokens=200, sampling=GREEDY)
+    for cache in CACHES:
+        assert ours == generate(
+            lm, xl, prompts, max_new_tokens=200, sampling=GREEDY, drafting=Drafting(s, 4, cache)
+        )
     for prompt, row in zip(prompts, ours, strict=True):
         ids = torch.tensor([prompt])
         theirs = hf.generate(

@@ -137,6 +137,12 @@ def test_what_does_not_fit_is_named(run: Path, words: list[str], says: str) -> N
         invoke("generate", run, "--max-new-tokens", 9, *words)
 
 
+def test_an_empty_draft_is_no_submodel(run: Path) -> None:
+    """Not as if none had been asked for."""
+    with pytest.raises(UserError, match="there is no slice ''"):
+        load_model(run).generate(["def"], max_new_tokens=2, draft="")
+
+
 def test_one_text_is_no_list(run: Path) -> None:
     with pytest.raises(UserError, match="prompts must be a list of texts, such as"):
         load_model(run).generate("def ")

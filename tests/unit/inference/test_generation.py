@@ -12,7 +12,7 @@ import torch
 from matformer_dist.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from matformer_dist.errors import UserError
 from matformer_dist.inference import loading
-from matformer_dist.inference.generation import Sampling, generate, sample
+from matformer_dist.inference.generation import Drafting, Sampling, generate, sample
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.nesting import Submodel
 from matformer_dist.submodels.extract import extract
@@ -115,6 +115,61 @@ def test_prompts_that_do_not_fit_are_named(prompts: Any, new: int, message: str)
     lm = random_model(model_config())
     with pytest.raises(UserError, match=message):
         generate(lm, NESTING.uniform(0, 3), prompts, max_new_tokens=new, sampling=GREEDY)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling()])
+@pytest.mark.parametrize("drafting", [None, Drafting(NESTING.uniform(0, 3))])
+def test_logits_that_are_no_numbers_are_named(
+    sampling: Sampling, drafting: Drafting | None
+) -> None:
+    lm = random_model(model_config())
+    with torch.no_grad():
+        lm.final_norm.weight[0] = float("nan")  # type: ignore[index,operator]
+    with pytest.raises(UserError, match=r"logits are not numbers: .* an earlier checkpoint"):
+        generate(
+            lm, NESTING.uniform(3, 3), PROMPTS, max_new_tokens=4, sampling=sampling,
+            drafting=drafting,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", [307, -1])
+def test_ids_that_the_model_has_not_are_named(bad: int) -> None:
+    lm = random_model(model_config())
+    with pytest.raises(UserError, match=rf"prompt 1 .* holds the id {bad}; ids .* from 0 to 306"):
+        generate(lm, NESTING.uniform(3, 3), [[306, 0], [4, bad]], max_new_tokens=2, sampling=GREEDY)
+
+
+def test_submodels_of_other_depths_are_named() -> None:
+    lm = random_model(model_config())
+    options: dict[str, Any] = {"max_new_tokens": 2, "sampling": GREEDY}
+    for layers in (2, 4):
+        other = NESTING.uniform(0, layers)
+        says = f"submodel S is of {layers} layers, the model has 3"
+        with pytest.raises(UserError, match=says):
+            generate(lm, other, PROMPTS, **options)
+        with pytest.raises(UserError, match=says):
+            generate(lm, NESTING.uniform(3, 3), PROMPTS, drafting=Drafting(other), **options)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(1e-6), Sampling(1e-40), Sampling(1e-310), Sampling(top_p=1e-9), Sampling(top_k=1)],
+)
+def test_little_randomness_is_the_likeliest(sampling: Sampling) -> None:
+    lm, xl = random_model(model_config()), NESTING.uniform(3, 3)
+    expected = generate(lm, xl, PROMPTS, max_new_tokens=20, sampling=GREEDY)
+    for drafting in (None, Drafting(NESTING.uniform(0, 3))):
+        assert expected == generate(
+            lm, xl, PROMPTS, max_new_tokens=20, sampling=sampling, drafting=drafting
+        )
+    shares = Sampling(1.0, top_p=5e-324).probabilities(torch.tensor([[0.0, 2.0, 1.0]]))
+    assert shares.tolist() == [[0.0, 1.0, 0.0]]
+
+
+def test_more_than_the_vocabulary_is_no_limit() -> None:
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    found = Sampling(top_k=51).probabilities(logits)
+    torch.testing.assert_close(found, logits.softmax(-1))
 
 
 def test_submodels_are_one_or_one_each() -> None:

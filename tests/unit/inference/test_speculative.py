@@ -19,7 +19,7 @@ from matformer_dist.models.cache import KeyValueCache
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.nesting import Nesting
 from matformer_dist.parallel.layers import Initializer
-from tests.unit.inference.test_batches import PROMPTS
+from tests.unit.inference.test_batches import PROMPTS, prompts_of
 from tests.unit.submodels.synthetic_run import NESTING, model_config, random_model
 
 GREEDY = Sampling(temperature=0)
@@ -63,6 +63,18 @@ def test_greedy_output_matches_the_verifiers_own(
         assert 0.1 < seen.acceptance < 0.95, "both verdicts are met"
         assert seen.tokens_per_verify > 1
         assert seen.verified == sum(map(len, found)) - len(found)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("tokens", [7, 1000, "auto"])
+def test_more_drafts_than_room_match_the_verifiers_own(cache: Cache, tokens: Any) -> None:
+    """64 rows that end at different times, to the last place of the context."""
+    lm = agreeing_model()
+    prompts = prompts_of([1 + i % 45 for i in range(64)])
+    for new in (1, 2, 3):
+        options: dict[str, Any] = {"max_new_tokens": new, "sampling": GREEDY, "eod": 7}
+        plain = generate(lm, XL, prompts, **options)
+        assert plain == generate(lm, XL, prompts, drafting=Drafting(S, tokens, cache), **options)
 
 
 @pytest.mark.parametrize("cache", CACHES)

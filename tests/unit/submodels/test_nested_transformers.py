@@ -165,6 +165,62 @@ def test_assisted_generation_matches_greedy(built: Built) -> None:
     assert (model.submodel, draft.submodel) == ("XL", "S")
 
 
+def test_left_padded_batches_match_ragged_prompts(built: Built) -> None:
+    """As pipelines make them of prompts that differ in length."""
+    lm, path = built
+    model = load(path)
+    prompts = [[5, 9, 200, 31], [7], [1, 300, 44, 44, 2, 8, 9]]
+    padded = [[0] * (7 - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (7 - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    for name in ("XL", "S:1,L:2", "S"):
+        model.set_submodel(name)
+        theirs = model.generate(
+            torch.tensor(padded), attention_mask=torch.tensor(mask), max_new_tokens=20,
+            do_sample=False, eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        assert theirs[:, 7:].tolist() == generate(
+            lm, NESTING.parse(name, 3), prompts, max_new_tokens=20,
+            sampling=Sampling(temperature=0),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", ["constant", "heuristic", "heuristic_transient"])
+def test_assistants_draft_by_any_schedule(built: Built, schedule: str) -> None:
+    """Greedily the same text; sampled, by a verifier that draws as transformers does."""
+    model = load(built[1])
+    settings = {"max_new_tokens": 20, "eos_token_id": None}
+    draft = model.at("M")
+    draft.generation_config.num_assistant_tokens_schedule = schedule
+    draft.generation_config.num_assistant_tokens = 3
+    prompt = tokens(1)[:, :5]
+    plain = model.generate(prompt, do_sample=False, **settings)
+    drafted = model.generate(prompt, do_sample=False, assistant_model=draft, **settings)
+    assert drafted.equal(plain)
+    sampled = model.generate(prompt, do_sample=True, assistant_model=draft, **settings)
+    assert sampled.shape == plain.shape and not sampled.equal(plain)
+
+
+def test_a_submodel_trains_its_prefix_alone(built: Built) -> None:
+    """Also where activations are made again; the gradients are the universal model's."""
+    lm, path = built
+    ids = tokens()
+    scores = lm.logits(ids, NESTING.parse("S:1,M:2", 3))[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(scores, ids[:, 1:].flatten())
+    (of_embedding,) = torch.autograd.grad(expected, [lm.embedding.weight])
+    for again in (False, True):
+        model = load(path, submodel="S:1,M:2").train()
+        if again:
+            model.gradient_checkpointing_enable()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+        embedding = model.get_input_embeddings().weight.grad
+        torch.testing.assert_close(embedding, of_embedding, rtol=1e-4, atol=1e-5)
+        for layer, m in zip(model.model.layers, (8, 16, 16), strict=True):
+            first = next(w for name, w in layer.mlp.named_parameters() if name.endswith("weight"))
+            assert first.grad[:m].ne(0).any() and first.grad[m:].eq(0).all()
+
+
 def test_another_submodel_shares_every_parameter(built: Built) -> None:
     model = load(built[1])
     draft = model.at("S")
