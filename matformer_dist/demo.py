@@ -60,7 +60,7 @@ def main() -> None:
         cpu_environment(ranks) if on_cpu else None,
     )
     matformer("evaluate", run, "--heuristic", "--batches", 8)
-    matformer("evaluate", run, "--tasks", "stdlib", "--submodel", "S", "--submodel", "XL")
+    matformer("evaluate", run, "--tasks", "stdlib")
     samples = []
     for submodel, kind, name in EXTRACTED:
         directory = run / "submodels" / name
