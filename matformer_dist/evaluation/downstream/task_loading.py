@@ -69,7 +69,7 @@ def load_tasks(
             try:
                 found.update(manager.load([leaf.spec])["tasks"])
             except Exception as error:
-                missing[leaf.name] = _reason(manager, leaf.name, error)
+                missing[leaf.name] = _reason(manager, leaf.name, error, reachable)
     if not missing:
         raise UserError(f"lm-eval cannot load {', '.join(names)} together: {whole}")
     if not found or not skip_missing:
@@ -153,12 +153,15 @@ def _offline_unless_reachable(needed: bool) -> Iterator[bool]:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = was
 
 
-def _reason(manager: TaskManager, name: str, error: Exception) -> str:
+def _reason(manager: TaskManager, name: str, error: Exception, reachable: bool) -> str:
+    """Why it has no data; the name of the dataset alone where nothing could be fetched."""
     if isinstance(error, UserError):
         return str(error)
     entry = manager.task_index.get(name)
     path = (entry.cfg or {}).get("dataset_path") if entry else None
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if path and not reachable and isinstance(error, ConnectionError):
+        return str(path)
     return f"{path}: {first}" if path and path not in first else first
 
 

@@ -63,7 +63,7 @@ def lm_evals() -> dict[str, Any]:
 def test_the_papers_group_names_25_tasks_that_exist(lm_evals: dict[str, Any]) -> None:
     group = yaml.safe_load((TASKS / "matformer_paper.yaml").read_text())
     names = [item if isinstance(item, str) else item["task"] for item in group["task"]]
-    ours = {"race_middle", "storycloze_by_hand"}
+    ours = {"race_middle", "record_em", "storycloze_by_hand"}
     assert len(set(names)) == 25 and {*names} - ours <= {*lm_evals}
     assert {*group["metadata"]["metrics"]} == {*names}
     assert group["num_fewshot"] == 1
@@ -137,7 +137,7 @@ def test_all_tasks_without_data_are_named_at_once() -> None:
     assert (
         f"{constants.ENDPOINT} does not answer, and the data of these tasks cannot be had" in said
     )
-    assert "piqa (" in said and "baber/piqa" in said and "--skip-missing" in said
+    assert "piqa (baber/piqa)" in said and "--skip-missing" in said
     assert "storycloze_by_hand (StoryCloze's data come on request" in said
     assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
 
@@ -201,6 +201,26 @@ def test_race_middle_asks_the_last_question_of_an_article() -> None:
     ]  # fmt: skip
     assert preprocess_race.doc_to_target(docs[0]) == 1
     assert preprocess_race.doc_to_choice(docs[1]) == list("wxyz")
+
+
+def test_record_takes_the_likeliest_entity() -> None:
+    rows = datasets.Dataset.from_list(
+        [
+            {
+                "passage": "Ann met Bo.\n@highlight\nThey talked\n@highlight\nFor hours",
+                "query": "@placeholder was late",
+                "entities": ["Bo", "the Ann.", "Bo"],
+                "answers": ["Ann", "Ann"],
+            }
+        ]
+    )
+    (doc,) = paper_data.distinct_entities(rows)
+    assert doc["entities"] == ["Bo", "the Ann."]
+    assert paper_data.record_text(doc) == "Ann met Bo.\n\n  - They talked.\n  - For hours.\n"
+    assert paper_data.record_choices(doc) == ["  - Bo was late", "  - the Ann. was late"]
+    assert paper_data.record_target(doc) == "  - Ann was late"
+    assert paper_data.record_match(doc, [(-2.0, False), (-1.0, False)]) == {"em": 1.0}
+    assert paper_data.record_match(doc, [(-1.0, False), (-2.0, True)]) == {"em": 0.0}
 
 
 def test_bootstrapped_errors_match_lm_evals() -> None:
