@@ -55,6 +55,11 @@ def storycloze(storycloze_dir: str = "", **_: Any) -> dict[str, Dataset]:
     return found
 
 
+def first_answer(doc: Mapping[str, Any]) -> str:
+    """Of WebQuestions, as an example shows it."""
+    return str(sorted(doc["answers"])[0])
+
+
 def distinct_entities(passages: Dataset) -> Dataset:
     """ReCoRD's entities and answers, each once."""
     return passages.map(

@@ -17,6 +17,7 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.config.group import GroupConfig
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 
 from matformer_dist.errors import UserError
 
@@ -113,19 +114,31 @@ def _is_known(manager: TaskManager, name: str) -> bool:
 def _leaves(manager: TaskManager, name: str, inherited: Mapping[str, Any]) -> Iterator[_Leaf]:
     """The tasks of a name; settings of a group hold for its tasks, and those of outer ones more."""
     entry = manager.task_index.get(name)
-    members = (entry.cfg or {}).get("task") if entry else None
-    if entry and entry.tags and not entry.cfg:  # a tag
+    config = entry.cfg or {} if entry else {}
+    members = config.get("task")
+    if entry and entry.tags and not config:  # a tag
         members = sorted(entry.tags)
     if not isinstance(members, list):
         settings = {key: value for key, value in inherited.items() if key != "task"}
         spec = {"group": "alone", "task": [{**settings, "task": name}]} if settings else name
         yield _Leaf(name, spec)
         return
-    own = {key: value for key, value in (entry.cfg or {}).items() if key not in _GROUP_KEYS}
+    if entry and entry.yaml_path:
+        config = _read(entry.yaml_path)
+        members = config["task"]
+    own = {key: value for key, value in config.items() if key not in _GROUP_KEYS}
     for member in members:
         item = {"task": member} if isinstance(member, str) else dict(member)
         inner = str(item.pop("task", None) or item.pop("group"))
         yield from _leaves(manager, inner, {**own, **inherited, **item})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A group's file with the functions that it names, which the index has as texts."""
+    try:
+        return dict(load_yaml(path))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{path} names a function that there is not: {error}") from None
 
 
 def _needs_hub(manager: TaskManager, name: str) -> bool:
