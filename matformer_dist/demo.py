@@ -62,7 +62,7 @@ def main() -> None:
     matformer("evaluate", run, "--heuristic", "--batches", 8)
     matformer("search", run, "--batches", 8, "--points", 12, "--rounds", 1, "--candidates", 2)
     matformer("speculate", run, "--draft", "S", "--draft", "M", "--new-tokens", 64)
-    matformer("evaluate", run, "--tasks", "stdlib", "--submodel", "S", "--submodel", "XL")
+    matformer("evaluate", run, "--tasks", "stdlib")
     samples = []
     for submodel, kind, name in EXTRACTED:
         directory = run / "submodels" / name

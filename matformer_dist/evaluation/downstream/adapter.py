@@ -57,7 +57,8 @@ class MatformerLM(TemplateLM):
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(f"batch_size {batch_size!r} must be a whole number of at least 1")
         if not isinstance(pretrained, LoadedModel):
-            where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            # lm-eval's own command says cuda:0 where its user says nothing.
+            where = (device or "cuda") if torch.cuda.is_available() else "cpu"
             pretrained = load_model(pretrained, _parse_dtype(dtype), where)
         self.loaded = pretrained
         self.submodel = pretrained.submodel

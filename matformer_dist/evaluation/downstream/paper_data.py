@@ -1,8 +1,11 @@
-"""Data of the two of the paper's tasks that lm-eval has no definition for that runs."""
+"""Data of those of the paper's tasks that lm-eval has no definition for that runs."""
 
 from __future__ import annotations
 
 import csv
+import re
+import string
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -50,3 +53,46 @@ def storycloze(storycloze_dir: str = "", **_: Any) -> dict[str, Dataset]:
             )
         found[split] = Dataset.from_list([{key: row[key] for key in _COLUMNS} for row in rows])
     return found
+
+
+def first_answer(doc: Mapping[str, Any]) -> str:
+    """Of WebQuestions, as an example shows it."""
+    return str(sorted(doc["answers"])[0])
+
+
+def distinct_entities(passages: Dataset) -> Dataset:
+    """ReCoRD's entities and answers, each once."""
+    return passages.map(
+        lambda doc: {key: sorted({*doc[key]}) for key in ("entities", "answers")},
+        load_from_cache_file=False,
+    )
+
+
+def record_text(doc: Mapping[str, Any]) -> str:
+    passage, *highlights = doc["passage"].strip().split("\n@highlight\n")
+    return passage + "\n\n" + "".join(f"  - {highlight}.\n" for highlight in highlights)
+
+
+def record_target(doc: Mapping[str, Any]) -> str:
+    return _filled(doc, doc["answers"][0])
+
+
+def record_choices(doc: Mapping[str, Any]) -> list[str]:
+    return [_filled(doc, entity) for entity in doc["entities"]]
+
+
+def record_match(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
+    """Whether the likeliest entity is an answer, by the words of both."""
+    best = max(range(len(results)), key=lambda i: results[i][0])
+    chosen = _words(doc["entities"][best])
+    return {"em": float(chosen in map(_words, doc["answers"]))}
+
+
+def _filled(doc: Mapping[str, Any], entity: str) -> str:
+    return "  - " + doc["query"].replace("@placeholder", entity)
+
+
+def _words(text: str) -> list[str]:
+    """In lower case, without punctuation and articles, as SQuAD compares answers."""
+    bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", bare).split()

@@ -56,10 +56,8 @@ class DownstreamEvaluation:
     def notes(self) -> list[str]:
         """What there is to know beside the numbers, a line each."""
         missing, cut = self.content["missing"], self.content["truncated_requests"]
-        lines = [
-            f"missing: {name}: {why} (groups it belongs to have no mean)"
-            for name, why in missing.items()
-        ]
+        listed = "; ".join(f"{name} ({why})" for name, why in missing.items())
+        lines = [f"no data, so no mean over its group either: {listed}"] if listed else []
         if cut:
             lines.append(
                 f"{cut:,} of {self.content['requests']:,} requests were longer than the model's "

@@ -10,7 +10,8 @@ import ast
 import random
 import re
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,7 +26,10 @@ SPLIT = "test"
 _CLOZES = {"source": 200, "reference": 100}
 _CHOICES = 200
 _CONTEXT_CHARS = 360  # about 150 tokens of a small vocabulary
-_LEAST_CONTEXT_CHARS = 120
+_LEAST_CONTEXT_CHARS = 200
+_LEAST_SEEN = 3  # times that a passage holds the word
+_MOST_ASKED = 25  # items of one word
+_WORD = re.compile(r"([ (])([A-Za-z_]\w+)(?=\W)")
 _HEADER_CHARS = (20, 400)
 _BODY_CHARS = (60, 240)
 _BODY_LINES = (3, 8)
@@ -33,11 +37,10 @@ _TRIES = 100
 
 
 def cloze(**_: Any) -> dict[str, Dataset]:
-    """Passages whose last word has to be found; it stands in the passage before."""
-    items = [
-        *_spread([*_source_clozes()], _CLOZES["source"]),
-        *_spread([*_reference_clozes()], _CLOZES["reference"]),
-    ]
+    """Passages, and the word that comes next, which they hold some times already."""
+    source = [*_clozes(_sources())]
+    reference = [*_clozes(sorted(_reference().items()))]
+    items = _spread(source, _CLOZES["source"]) + _spread(reference, _CLOZES["reference"])
     return {SPLIT: Dataset.from_list(items)}
 
 
@@ -112,38 +115,28 @@ def _spread(items: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def _source_clozes() -> Iterator[dict[str, Any]]:
-    for name, text in _sources():
-        lines = text.splitlines(keepends=True)
-        starts = [0]
-        for line in lines:
-            starts.append(starts[-1] + len(line))
-        free = 0  # line from which on nothing has been asked
-        for i, line in enumerate(lines):
-            if i >= free and (found := re.fullmatch(r"(.*\S) ([A-Za-z_]\w{2,})\n", line)):
-                first = next(k for k in range(i + 1) if starts[i] - starts[k] <= _CONTEXT_CHARS)
-                context = "".join(lines[first:i]) + found[1]
-                if item := _cloze(f"{name}:{i + 1}", context, found[2]):
-                    yield item
-                    free = i + 8
-
-
-def _reference_clozes() -> Iterator[dict[str, Any]]:
+def _clozes(texts: Iterable[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    """Passages begin with a line, and do not overlap."""
+    asked: Counter[str] = Counter()
     seen = set()
-    for topic, text in sorted(_reference().items()):
-        for number, found in enumerate(re.finditer(r" ([a-z]{3,})\.\n\n", text)):
-            context = text[max(0, found.start() - _CONTEXT_CHARS) : found.start()]
-            item = _cloze(f"{topic}:{number + 1}", context.partition("\n")[2], found[1])
-            if item and item["text"] not in seen:
-                seen.add(item["text"])
-                yield item
-
-
-def _cloze(source: str, context: str, word: str) -> dict[str, Any] | None:
-    """None where the context is short, or does not hold the word."""
-    context = context.lstrip("\n")
-    is_fair = len(context) >= _LEAST_CONTEXT_CHARS and re.search(rf"\b{word}\b", context)
-    return {"source": source, "text": context, "target": f" {word}"} if is_fair else None
+    for name, text in texts:
+        free = 0
+        for found in _WORD.finditer(text):
+            word, end = found[2], found.end(1)
+            context = text[max(free, end - _CONTEXT_CHARS) : end].partition("\n")[2].lstrip("\n")
+            is_fair = (
+                len(context) >= _LEAST_CONTEXT_CHARS
+                and len(re.findall(rf"\b{word}\b", context)) >= _LEAST_SEEN
+                and asked[word] < _MOST_ASKED
+                and context not in seen
+            )
+            if is_fair:
+                # A space belongs to the word, as lm-eval has it.
+                target, context = (f" {word}", context[:-1]) if found[1] == " " else (word, context)
+                yield {"source": f"{name}:{found.start()}", "text": context, "target": target}
+                asked[word] += 1
+                seen.add(context)
+                free = end
 
 
 @dataclass(frozen=True)

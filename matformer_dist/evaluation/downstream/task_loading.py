@@ -17,6 +17,7 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.config.group import GroupConfig
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 
 from matformer_dist.errors import UserError
 
@@ -69,7 +70,7 @@ def load_tasks(
             try:
                 found.update(manager.load([leaf.spec])["tasks"])
             except Exception as error:
-                missing[leaf.name] = _reason(manager, leaf.name, error)
+                missing[leaf.name] = _reason(manager, leaf.name, error, reachable)
     if not missing:
         raise UserError(f"lm-eval cannot load {', '.join(names)} together: {whole}")
     if not found or not skip_missing:
@@ -113,19 +114,31 @@ def _is_known(manager: TaskManager, name: str) -> bool:
 def _leaves(manager: TaskManager, name: str, inherited: Mapping[str, Any]) -> Iterator[_Leaf]:
     """The tasks of a name; settings of a group hold for its tasks, and those of outer ones more."""
     entry = manager.task_index.get(name)
-    members = (entry.cfg or {}).get("task") if entry else None
-    if entry and entry.tags and not entry.cfg:  # a tag
+    config = entry.cfg or {} if entry else {}
+    members = config.get("task")
+    if entry and entry.tags and not config:  # a tag
         members = sorted(entry.tags)
     if not isinstance(members, list):
         settings = {key: value for key, value in inherited.items() if key != "task"}
         spec = {"group": "alone", "task": [{**settings, "task": name}]} if settings else name
         yield _Leaf(name, spec)
         return
-    own = {key: value for key, value in (entry.cfg or {}).items() if key not in _GROUP_KEYS}
+    if entry and entry.yaml_path:
+        config = _read(entry.yaml_path)
+        members = config["task"]
+    own = {key: value for key, value in config.items() if key not in _GROUP_KEYS}
     for member in members:
         item = {"task": member} if isinstance(member, str) else dict(member)
         inner = str(item.pop("task", None) or item.pop("group"))
         yield from _leaves(manager, inner, {**own, **inherited, **item})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A group's file with the functions that it names, which the index has as texts."""
+    try:
+        return dict(load_yaml(path))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{path} names a function that there is not: {error}") from None
 
 
 def _needs_hub(manager: TaskManager, name: str) -> bool:
@@ -153,12 +166,15 @@ def _offline_unless_reachable(needed: bool) -> Iterator[bool]:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = was
 
 
-def _reason(manager: TaskManager, name: str, error: Exception) -> str:
+def _reason(manager: TaskManager, name: str, error: Exception, reachable: bool) -> str:
+    """Why it has no data; the name of the dataset alone where nothing could be fetched."""
     if isinstance(error, UserError):
         return str(error)
     entry = manager.task_index.get(name)
     path = (entry.cfg or {}).get("dataset_path") if entry else None
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if path and not reachable and isinstance(error, ConnectionError):
+        return str(path)
     return f"{path}: {first}" if path and path not in first else first
 
 

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from matformer_dist.cli import app
 from matformer_dist.errors import UserError
 from matformer_dist.submodels.extract import extract
+from tests.unit.evaluation import paper_rows
 from tests.unit.submodels.synthetic_run import model_config, random_model, write_run
 
 pytest.importorskip("lm_eval")
@@ -37,6 +38,14 @@ from matformer_dist.evaluation.downstream.run import evaluate_tasks
 from matformer_dist.evaluation.downstream.task_loading import TASKS, load_tasks
 
 CONTEXT = 256
+STORY_FILES = (
+    "cloze_test_val__spring2016 - cloze_test_ALL_val.csv",
+    "cloze_test_test__spring2016 - cloze_test_ALL_test.csv",
+)
+STORY_COLUMNS = (
+    "InputStoryid,InputSentence1,InputSentence2,InputSentence3,InputSentence4,"
+    "RandomFifthSentenceQuiz1,RandomFifthSentenceQuiz2,AnswerRightEnding\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,26 +63,27 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def lm_eval_names() -> set[str]:
+def lm_evals() -> dict[str, Any]:
+    """The index of lm-eval's own tasks."""
     with quiet():
-        return set(TaskManager().all_tasks)
+        return dict(TaskManager().task_index)
 
 
-def test_the_papers_group_names_25_tasks_that_exist(lm_eval_names: set[str]) -> None:
+def test_the_papers_group_names_25_tasks_that_exist(lm_evals: dict[str, Any]) -> None:
     group = yaml.safe_load((TASKS / "matformer_paper.yaml").read_text())
     names = [item if isinstance(item, str) else item["task"] for item in group["task"]]
-    ours = {"race_middle", "storycloze_by_hand"}
-    assert len(set(names)) == 25 and {*names} - ours <= lm_eval_names
+    ours = {"race_middle", "record_em", "storycloze_by_hand", "webqs_examples"}
+    assert len(set(names)) == 25 and {*names} - ours <= {*lm_evals}
     assert {*group["metadata"]["metrics"]} == {*names}
     assert group["num_fewshot"] == 1
     known = TaskManager(include_path=str(TASKS), include_defaults=False).all_tasks
     assert {*known} == ours | {"matformer_paper", "stdlib", "stdlib_cloze", "stdlib_choice"}
-    assert not lm_eval_names & {*known}  # none is hidden by ours
+    assert not {*lm_evals} & {*known}  # none is hidden by ours
 
 
-def test_the_papers_metrics_are_those_of_its_tasks() -> None:
-    with quiet():
-        index = TaskManager(include_path=str(TASKS)).task_index
+def test_the_papers_metrics_are_those_of_its_tasks(lm_evals: dict[str, Any]) -> None:
+    ours = TaskManager(include_path=str(TASKS), include_defaults=False).task_index
+    index = {**lm_evals, **ours}
     metrics = yaml.safe_load((TASKS / "matformer_paper.yaml").read_text())["metadata"]["metrics"]
     for name, metric in metrics.items():
         config = index[name].cfg
@@ -88,7 +98,9 @@ def test_items_are_as_they_should_be_and_repeat() -> None:
     assert len(clozes) == 300 and len({item["text"] for item in clozes}) == 300
     for item in clozes:
         word = item["target"].removeprefix(" ")
-        assert word.isidentifier() and word in item["text"] and len(item["text"]) < 500
+        assert word.isidentifier() and item["text"].count(word) >= 3 and len(item["text"]) <= 360
+        assert item["target"][0] == " " or item["text"][-1] == "("
+    assert max(Counter(item["target"].strip() for item in clozes).values()) <= 25
     choices = stdlib_data.choice()["test"].to_list()
     assert len(choices) == 200 and {item["label"] for item in choices} == {0, 1, 2, 3}
     texts = dict(stdlib_data._sources())
@@ -134,7 +146,7 @@ def test_all_tasks_without_data_are_named_at_once() -> None:
     assert (
         f"{constants.ENDPOINT} does not answer, and the data of these tasks cannot be had" in said
     )
-    assert "piqa (" in said and "baber/piqa" in said and "--skip-missing" in said
+    assert "piqa (baber/piqa)" in said and "--skip-missing" in said
     assert "storycloze_by_hand (StoryCloze's data come on request" in said
     assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
 
@@ -142,15 +154,19 @@ def test_all_tasks_without_data_are_named_at_once() -> None:
 @pytest.mark.usefixtures("no_network")
 def test_the_rest_of_a_group_runs_with_its_settings(tmp_path: Path) -> None:
     (tmp_path / "g.yaml").write_text(
-        "group: mine\nnum_fewshot: 2\ntask: [{task: stdlib_cloze, repeats: 3}, absent]\n"
+        "group: mine\nnum_fewshot: 2\ntask:\n"
+        "  - {task: stdlib_cloze, repeats: 3, doc_to_text: !function ours.text}\n  - absent\n"
         "aggregate_metric_list: [{metric: acc}]\n"
     )
+    (tmp_path / "ours.py").write_text("def text(doc):\n    return doc['text'].upper()\n")
     (tmp_path / "t.yaml").write_text("task: absent\ndataset_path: nobody/nothing\n")
     with quiet():
         loaded = load_tasks(["mine"], include=tmp_path, skip_missing=True)
         whole = load_tasks(["stdlib"])
     assert [*loaded.tasks] == ["stdlib_cloze"] and not loaded.groups
-    config = loaded.tasks["stdlib_cloze"].config
+    task = loaded.tasks["stdlib_cloze"]
+    assert task.doc_to_text({"text": "x"}) == "X"
+    config = task.config
     assert (config.num_fewshot, config.repeats) == (2, 3)
     assert [*loaded.missing] == ["absent"] and "nobody/nothing" in loaded.missing["absent"]
     assert [*whole.groups] == ["stdlib"] and not whole.missing
@@ -162,12 +178,8 @@ def _story(number: int) -> str:
 
 
 def test_story_cloze_is_read_from_its_files(tmp_path: Path) -> None:
-    columns = "InputStoryid,InputSentence1,InputSentence2,InputSentence3,InputSentence4,"
-    columns += "RandomFifthSentenceQuiz1,RandomFifthSentenceQuiz2,AnswerRightEnding\n"
-    names = ("cloze_test_val__spring2016 - cloze_test_ALL_val.csv",
-             "cloze_test_test__spring2016 - cloze_test_ALL_test.csv")  # fmt: skip
-    for name in names:
-        (tmp_path / name).write_text(columns + "".join(map(_story, range(3))))
+    for name in STORY_FILES:
+        (tmp_path / name).write_text(STORY_COLUMNS + "".join(map(_story, range(3))))
     with quiet():
         loaded = load_tasks(["storycloze_by_hand"], metadata={"storycloze_dir": str(tmp_path)})
     task = loaded.tasks["storycloze_by_hand"]
@@ -175,7 +187,7 @@ def test_story_cloze_is_read_from_its_files(tmp_path: Path) -> None:
     assert task.doc_to_text(docs[1]) == " ".join(f"Sentence {i} of 1." for i in range(1, 5))
     assert [task.doc_to_target(doc) for doc in docs] == [0, 1, 0]
     assert task.doc_to_choice(docs[0]) == ["Right.", "Wrong."]
-    (tmp_path / names[0]).write_text("a,b\n1,2\n")
+    (tmp_path / STORY_FILES[0]).write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="no file of Story Cloze 2016"):
         paper_data.storycloze(str(tmp_path))
 
@@ -200,6 +212,26 @@ def test_race_middle_asks_the_last_question_of_an_article() -> None:
     assert preprocess_race.doc_to_choice(docs[1]) == list("wxyz")
 
 
+def test_record_takes_the_likeliest_entity() -> None:
+    rows = datasets.Dataset.from_list(
+        [
+            {
+                "passage": "Ann met Bo.\n@highlight\nThey talked\n@highlight\nFor hours",
+                "query": "@placeholder was late",
+                "entities": ["Bo", "the Ann.", "Bo"],
+                "answers": ["Ann", "Ann"],
+            }
+        ]
+    )
+    (doc,) = paper_data.distinct_entities(rows)
+    assert doc["entities"] == ["Bo", "the Ann."]
+    assert paper_data.record_text(doc) == "Ann met Bo.\n\n  - They talked.\n  - For hours.\n"
+    assert paper_data.record_choices(doc) == ["  - Bo was late", "  - the Ann. was late"]
+    assert paper_data.record_target(doc) == "  - Ann was late"
+    assert paper_data.record_match(doc, [(-2.0, False), (-1.0, False)]) == {"em": 1.0}
+    assert paper_data.record_match(doc, [(-1.0, False), (-2.0, True)]) == {"em": 0.0}
+
+
 def test_bootstrapped_errors_match_lm_evals() -> None:
     rng = np.random.default_rng(5)
     values = list(-rng.exponential(2.0, 60))
@@ -210,6 +242,31 @@ def test_bootstrapped_errors_match_lm_evals() -> None:
         assert stderr_of is not None
         found = stderr_of(values)
     assert found == pytest.approx(np.std(expected), rel=0.08)  # five times what 4000 leave open
+
+
+@pytest.mark.filterwarnings("ignore:F-score is ill-defined")
+def test_the_papers_group_runs_one_shot_and_gives_the_mean_of_25(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", paper_rows.load_dataset)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # the hub is not asked for
+    for name in STORY_FILES:
+        (tmp_path / name).write_text(STORY_COLUMNS + "".join(map(_story, range(3))))
+    run = write_run(tmp_path / "run", random_model(model_config(max_seq_len=512)))
+    content = evaluate_tasks(
+        str(run), ["matformer_paper"], ["S", "XL"], storycloze=tmp_path, limit=2
+    ).content
+    metrics = yaml.safe_load((TASKS / "matformer_paper.yaml").read_text())["metadata"]["metrics"]
+    assert {*content["tasks"]} == {*metrics} and not content["missing"]
+    assert {task["num_fewshot"] for task in content["tasks"].values()} == {1}
+    for submodel in ("S", "XL"):
+        average = content["groups"]["matformer_paper"]["results"][submodel]["average"]
+        of = [content["tasks"][name]["results"][submodel][key] for name, key in metrics.items()]
+        assert len(of) == 25
+        assert average["value"] == pytest.approx(np.mean([one["value"] for one in of]))
+        squares = np.sum([one["stderr"] ** 2 for one in of])
+        assert average["stderr"] == pytest.approx(np.sqrt(squares) / 25)
+        assert 0 < average["value"] < 1
 
 
 def _evaluate(*words: object) -> Any:
