@@ -14,9 +14,7 @@ and writes them as JSON.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
-import sysconfig
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +24,7 @@ import torch
 
 from benchmarks.machine import RESULTS, write_result
 from matformer_dist.config_file import load_config
-from matformer_dist.evaluation.downstream.held_out import HELD_OUT
+from matformer_dist.demo import SCRIPTS, prepare_corpus, show
 from matformer_dist.evaluation.loss import measure_sequences
 from matformer_dist.evaluation.measured import Measured, gain
 from matformer_dist.evaluation.validation import Validation
@@ -39,28 +37,14 @@ from matformer_dist.submodels.slices import MeasuredSubmodel, Slices
 
 CONFIG = Path("launch/configs/stdlib.yaml")
 RANKS = 2
-SCRIPTS = Path(sys.executable).parent
 
 
 def train() -> Path:
     """The run of CONFIG, from nothing, or from where it was."""
     config = load_config(CONFIG)
-    corpus = Path(config.data.train[0][1])
-    if not Path(f"{corpus}.idx").exists():
-        stdlib = sysconfig.get_paths()["stdlib"]
-        names = ("site-packages", "test", *HELD_OUT)
-        exclude = [word for name in names for word in ("--exclude", name)]
-        subprocess.run(
-            [SCRIPTS / "matformer", "prepare-data", stdlib, "--include", "*.py", *exclude,
-             "--output", corpus, "--vocab-size", "2048"],
-            check=True,
-        )  # fmt: skip
-    subprocess.run(
-        [SCRIPTS / "deepspeed", "--quiet", "--num_gpus", str(RANKS), "launch/train.py",
-         "--config", CONFIG],
-        check=True,
-        env=cpu_environment(RANKS),
-    )  # fmt: skip
+    prepare_corpus(Path(config.data.train[0][1]))
+    command = [SCRIPTS / "deepspeed", "--quiet", "--num_gpus", RANKS, "launch/train.py"]
+    show([*command, "--config", CONFIG], cpu_environment(RANKS))
     return config.run.dir
 
 
@@ -76,10 +60,10 @@ def main() -> None:
     run = train() if args.train else args.run
     if run is None:
         parser.error("name a run, or --train one")
-    show = sys.stderr.isatty()
+    has_screen = sys.stderr.isatty()
 
     def progress(done: int, total: int) -> None:
-        if show:
+        if has_screen:
             print(f"\r{done}/{total} submodels", end="", file=sys.stderr)
 
     found = search(str(run), options=Options(batches=args.batches), progress=progress)

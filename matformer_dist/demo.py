@@ -36,15 +36,7 @@ def main() -> None:
     config = load_config(CONFIG)
     run = config.run.dir
     ranks = config.parallel.tensor
-    corpus = Path(config.data.train[0][1])
-    if not Path(f"{corpus}.idx").exists():
-        stdlib = sysconfig.get_paths()["stdlib"]
-        # HELD_OUT: what the tasks below ask for
-        leave_out = [word for name in (*NOT_LIBRARY, *HELD_OUT) for word in ("--exclude", name)]
-        matformer(
-            "prepare-data", stdlib, "--include", "*.py", *leave_out, "--output", corpus,
-            "--vocab-size", 2048,
-        )  # fmt: skip
+    prepare_corpus(Path(config.data.train[0][1]))
     # Tensor-parallel ranks cannot share a GPU: with fewer GPUs than ranks, the demo runs on CPU.
     on_cpu = torch.cuda.device_count() < ranks
     show(
@@ -83,6 +75,19 @@ def main() -> None:
     (run / "samples.json").write_text(json.dumps(samples, indent=1))
     matformer("report", run)
     print(f"\ndone in {time.monotonic() - begun:.0f} s; open {run / 'report.html'}")
+
+
+def prepare_corpus(prefix: Path) -> None:
+    """The library's source as token files, where they are not there yet."""
+    if Path(f"{prefix}.idx").exists():
+        return
+    stdlib = sysconfig.get_paths()["stdlib"]
+    # HELD_OUT: what the tasks `stdlib` ask for
+    leave_out = [word for name in (*NOT_LIBRARY, *HELD_OUT) for word in ("--exclude", name)]
+    matformer(
+        "prepare-data", stdlib, "--include", "*.py", *leave_out, "--output", prefix,
+        "--vocab-size", 2048,
+    )  # fmt: skip
 
 
 def matformer(*words: object) -> None:

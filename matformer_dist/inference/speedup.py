@@ -15,13 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from matformer_dist.checkpoints.files import replace_file
 from matformer_dist.config_file import load_config
 from matformer_dist.data.datasets import build_datasets
 from matformer_dist.errors import UserError
 from matformer_dist.inference.batch import check_context
+from matformer_dist.inference.device import choose_device
 from matformer_dist.inference.generation import generate
 from matformer_dist.inference.loading import LoadedModel, load_model
 from matformer_dist.inference.sampling import Sampling
@@ -74,8 +73,7 @@ def measure_speedups(
     if is_extracted(Path(run)):
         raise UserError(f"{run} is an extracted model; give a run, whose submodels draft")
     sampling = Sampling(terms.temperature)
-    on_gpu = torch.cuda.is_available()
-    loaded = load_model(run, device="cuda" if on_gpu else "cpu")
+    loaded = load_model(run, device=choose_device())
     assert loaded.step is not None, "it is a run's"
     verifier = loaded.parse(terms.verifier) if terms.verifier else loaded.submodel
     draftings = _draftings(loaded, verifier, terms)

@@ -18,6 +18,7 @@ import torch
 from matformer_dist.checkpoints.files import replace_file
 from matformer_dist.errors import UserError
 from matformer_dist.evaluation.downstream.quiet import quiet
+from matformer_dist.inference.device import choose_device
 from matformer_dist.inference.loading import LoadedModel, load_model
 from matformer_dist.nesting import Submodel
 
@@ -100,8 +101,8 @@ def evaluate_tasks(
         ) from None
     if output and not output.absolute().parent.is_dir():
         raise UserError(f"there is no folder for --output {output}; make it, or name another file")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load_model(source, torch.float32 if device == "cpu" else None, device)
+    device = choose_device()
+    loaded = load_model(source, torch.float32 if device.type == "cpu" else None, device)
     submodels = [loaded.parse(text) for text in notations] or _held(loaded)
     progress("loading tasks", 0, 0)
     with quiet():
