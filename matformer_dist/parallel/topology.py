@@ -224,9 +224,12 @@ def initialize(tensor: int, timeout: timedelta = timedelta(minutes=30)) -> Topol
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = dist.HashStore() if world_size == 1 else None
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
-        )
+        try:
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+            )
+        except dist.DistNetworkError as error:
+            raise _not_met(rank, str(error)) from error
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
     return Topology(
         tensor=TensorParallel(
@@ -239,6 +242,20 @@ def initialize(tensor: int, timeout: timedelta = timedelta(minutes=30)) -> Topol
         data_group=parallel_state.get_data_parallel_group(),
         device=device,
         hosts=tuple(gathered(socket.gethostname())),
+    )
+
+
+def _not_met(rank: int, error: str) -> LocalError:
+    point = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    if "EADDRINUSE" in error:
+        return LocalError(
+            f"rank {rank} cannot listen at {point}, where the ranks are to meet: the port is in "
+            "use, most likely by another run on this machine; give this one a port of its own "
+            "(deepspeed --master_port, else MASTER_PORT)"
+        )
+    return LocalError(
+        f"rank {rank} cannot meet the others at {point} ({error.splitlines()[0]}); MASTER_ADDR and "
+        "MASTER_PORT must name a port of rank 0's machine that all can reach"
     )
 
 

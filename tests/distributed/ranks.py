@@ -5,13 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 from matformer_dist.parallel.topology import quiet_libraries
+from tests.ports import free_port
 
 quiet_libraries()  # before a test module imports DeepSpeed, and for the ranks' processes too
 
@@ -24,9 +24,7 @@ def run_ranks(
     The function must stand at module level. The ranks find each other by the variables that a
     launcher would set. The first rank to fail ends all, and its traceback is raised here.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("spawn")
     results: Any = context.Queue()
     processes = [

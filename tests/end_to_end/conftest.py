@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.ports import free_port
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(sys.executable).parent
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -49,16 +51,8 @@ def launch(config: Path, *overrides: str, ranks: int | None = None) -> list[str]
         words = [sys.executable, *words]
     else:
         launcher = [SCRIPTS / "deepspeed", "--quiet", "--num_gpus", ranks]
-        words = [*launcher, "--master_port", _port(), *words]
+        words = [*launcher, "--master_port", free_port(), *words]
     return [str(word) for word in words]
-
-
-def _port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def succeed(done: subprocess.CompletedProcess[str]) -> str:

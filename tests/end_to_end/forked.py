@@ -6,12 +6,12 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 from tests.end_to_end.conftest import ROOT
+from tests.ports import free_port
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.end_to_end.preloaded"])
@@ -23,9 +23,7 @@ class Job:
     def __init__(self, config: Path, *overrides: str, ranks: int = 1) -> None:
         self.log = config.with_suffix(".log")
         self.log.write_text("")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.ranks: list[Any] = [
             _context.Process(target=_train, args=(config, overrides, self.log, rank, ranks, port))
             for rank in range(ranks)

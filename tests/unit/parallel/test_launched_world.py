@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+from datetime import timedelta
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from matformer_dist.errors import LocalError, UserError
 from matformer_dist.parallel import topology
 from matformer_dist.parallel.topology import first_host, launched_world
+from tests.ports import free_port
 
 STEP = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}
 TORCH = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
@@ -100,6 +103,26 @@ def test_tasks_of_a_step_meet_at_one_point_and_other_steps_at_others(
         assert 20_000 <= int(point["MASTER_PORT"]) < 32_000
         points.add(point["MASTER_PORT"])
     assert len(points) == 3  # 12000 jobs apart, ports begin again
+
+
+@pytest.mark.filterwarnings("ignore:Transformer Engine and Apex")
+def test_a_meeting_point_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("", free_port()))
+        other.listen()
+        port = other.getsockname()[1]
+        _set(monkeypatch, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
+        _set(monkeypatch, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+        with pytest.raises(LocalError, match=f"rank 0 .*127.0.0.1:{port}.* in use.*--master_port"):
+            topology.initialize(1)
+
+
+@pytest.mark.filterwarnings("ignore:Transformer Engine and Apex")
+def test_a_meeting_point_where_nobody_is_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    _set(monkeypatch, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
+    _set(monkeypatch, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
+    with pytest.raises(LocalError, match="rank 1 cannot meet the others at 127.0.0.1"):
+        topology.initialize(1, timedelta(seconds=1))
 
 
 @pytest.mark.parametrize(("visible", "number"), [(1, 0), (4, 2)])
