@@ -7,8 +7,8 @@ import os
 import random
 import socket
 
-# Below those of Slurm's steps (parallel/topology.py) and of the kernel's outgoing connections: a port
-# of the latter, free now, may belong to another test's connection before the ranks have started.
+# Below those of Slurm's steps (parallel/topology.py) and of the kernel's outgoing connections: of
+# the latter, one that is free now may belong to another test's connection before the ranks start.
 # Each worker of pytest has its own.
 _WORKERS = 64
 _worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))

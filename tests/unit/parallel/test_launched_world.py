@@ -121,7 +121,7 @@ def test_a_meeting_point_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_meeting_point_where_nobody_is_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     _set(monkeypatch, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
     _set(monkeypatch, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
-    with pytest.raises(LocalError, match="rank 1 cannot meet the others at 127.0.0.1"):
+    with pytest.raises(LocalError, match=r"rank 1 cannot meet the others at 127\.0\.0\.1"):
         topology.initialize(1, timedelta(seconds=1))
 
 
