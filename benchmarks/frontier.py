@@ -110,7 +110,7 @@ def _measure(
     loaded: LoadedModel, validation: Validation, submodels: Sequence[Submodel]
 ) -> dict[Submodel, Measured]:
     found = measure_sequences(
-        lambda tokens, targets, plan: loaded.model(tokens, targets, plan)[1],
+        loaded.run_pass,
         validation.micro_batches(torch.device("cpu")),
         submodels,
         loaded.submodel,

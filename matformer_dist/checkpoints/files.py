@@ -6,10 +6,12 @@ No torch here, and no collectives.
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from matformer_dist.run_directory import SavedFile
 
@@ -117,6 +119,24 @@ def replace_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def replace_json(path: Path, content: object) -> None:
+    """`replace_file` with JSON of dicts, lists and plain values."""
+    replace_file(path, (json_text(content, indent=1) + "\n").encode())
+
+
+def json_text(content: object, indent: int | None = None) -> str:
+    """JSON, in which null stands for a number that is not finite: it has no word for those."""
+    return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sync_file(path: Path) -> None:

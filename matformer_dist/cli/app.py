@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isnan
 from typing import Annotated
 
 import typer
@@ -23,6 +24,14 @@ def print_wide(part: RenderableType, width: int = 160) -> None:
     Console(highlight=False, soft_wrap=True, width=max(out.width, width)).print(part)
 
 
+def interval_text(ends: tuple[float, float]) -> str:
+    """ "2.3101 to 2.3344"; "–" where one sequence alone was measured."""
+    return "–" if isnan(ends[0]) else f"{ends[0]:.4f} to {ends[1]:.4f}"
+
+
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1; else the GPU, if there is one.")
+]
 RunArgument = Annotated[
     str,
     typer.Argument(metavar="RUN[@STEP]", help="Run directory; its newest step if none is named."),

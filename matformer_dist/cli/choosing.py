@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from matformer_dist.cli.app import RunArgument, app, out, print_wide
+from matformer_dist.cli.app import DeviceOption, RunArgument, app, interval_text, out, print_wide
 from matformer_dist.errors import UserError
 
 
@@ -46,9 +46,11 @@ def search_command(
         int | None,
         typer.Option(help="Tokens before the timed one; the table's, else half of all."),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1; else the GPU, if there is one.")
+    latency_dtype: Annotated[
+        str | None,
+        typer.Option(help="fp32, bf16, fp16; the table's, else bf16 on a GPU, fp32 on a CPU."),
     ] = None,
+    device: DeviceOption = None,
 ) -> None:
     """Find the best submodels within a budget, on validation data, into RUN/slices.json."""
     from rich.progress import Progress
@@ -70,6 +72,7 @@ def search_command(
         table=latency_table,
         sequences=latency_sequences,
         context=latency_context,
+        latency_dtype=latency_dtype,
         device=device,
     )
     try:
@@ -85,11 +88,14 @@ def search_command(
     except KeyboardInterrupt:
         typer.echo("interrupted; what was measured is kept, and the same command goes on", err=True)
         raise
-    table = Table("slice", "submodel", "budget", "loss", "agrees with XL", "heuristic", "gain")
+    table = Table(
+        "slice", "submodel", "budget", "loss", "agrees with XL", "heuristic", "gain", "95%"
+    )
     for one in found.slices:
         table.add_row(
             one.name, one.submodel, short_cost(one.kind, one.budget, 4), f"{one.loss:.4f}",
             f"{one.agreement:.1%}", one.heuristic, f"{one.gain:.4f}",
+            interval_text(one.gain_interval),
         )  # fmt: skip
     print_wide(table)
     out.print(

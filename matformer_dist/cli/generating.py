@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
-from matformer_dist.cli.app import RunArgument, app, out
+from matformer_dist.cli.app import DeviceOption, RunArgument, app, out
 from matformer_dist.errors import UserError
 
 
@@ -40,6 +40,7 @@ def generate_command(
     draft_cache: Annotated[
         str, typer.Option(metavar="own|shared", help="Of the draft's keys and values.")
     ] = "shared",
+    device: DeviceOption = None,
 ) -> None:
     """Sample text from a run, at any of its submodels, or from an extracted model."""
     from matformer_dist.inference.generation import Sampling, speak
@@ -54,6 +55,7 @@ def generate_command(
         draft=draft,
         draft_tokens=_draft_tokens(draft_tokens),
         draft_cache=draft_cache,  # type: ignore[arg-type] # checked there
+        device=device,
         on_text=lambda text: typer.echo(text, nl=False),
     )
     typer.echo()
@@ -85,6 +87,7 @@ def speculate_command(
     new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest.")] = 0.0,
     repetitions: Annotated[int, typer.Option(min=1, help="Of which medians are shown.")] = 3,
+    device: DeviceOption = None,
 ) -> None:
     """Time speculative decoding against plain decoding, into RUN/speculative.json."""
     from rich.progress import Progress
@@ -104,6 +107,7 @@ def speculate_command(
         new_tokens=new_tokens,
         temperature=temperature,
         repetitions=repetitions,
+        device=device,
     )
     with Progress(console=out, transient=True) as progress:
         task = progress.add_task("decoding", total=None)

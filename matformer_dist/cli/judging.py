@@ -11,8 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from matformer_dist.cli.app import app, items, out, print_wide
+from matformer_dist.cli.app import DeviceOption, app, interval_text, items, out, print_wide
 from matformer_dist.errors import UserError
+
+_LOSSES, _TASKS = "Validation losses", "Tasks of lm-eval, in place of losses"
 
 
 @app.command("evaluate")
@@ -21,13 +23,24 @@ def evaluate_command(
         str, typer.Argument(metavar="RUN[@STEP]|MODEL", help="Run, or an extracted model.")
     ],
     submodel: Annotated[
-        list[str] | None, typer.Option(help="A Mix'n'Match submodel; may be repeated.")
+        list[str] | None,
+        typer.Option(help="A Mix'n'Match submodel or a slice; may be repeated."),
     ] = None,
+    device: DeviceOption = None,
     heuristic: Annotated[
-        bool, typer.Option(help="Also every Mix'n'Match submodel of the paper's heuristic.")
+        bool,
+        typer.Option(
+            help="Also every Mix'n'Match submodel of the paper's heuristic.",
+            rich_help_panel=_LOSSES,
+        ),
     ] = False,
     batches: Annotated[
-        int | None, typer.Option(min=1, help="Global batches; else the run's evaluation.batches.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Global batches; else the run's evaluation.batches.",
+            rich_help_panel=_LOSSES,
+        ),
     ] = None,
     part: Annotated[
         str | None,
@@ -35,99 +48,99 @@ def evaluate_command(
             metavar="I/N",
             help="Only every N-th of the submodels, from the I-th on; the last of the N calls to "
             "end writes RUN/evaluation.json.",
+            rich_help_panel=_LOSSES,
         ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Prefix of token files; else the run's validation data.")
+        Path | None,
+        typer.Option(
+            help="Prefix of token files; else the run's validation data.", rich_help_panel=_LOSSES
+        ),
     ] = None,
     run: Annotated[
-        Path | None, typer.Option(help="Where an extracted model's run is, if it was moved.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1; else the GPU, if there is one.")
+        Path | None,
+        typer.Option(
+            help="Where an extracted model's run is, if it was moved.", rich_help_panel=_LOSSES
+        ),
     ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Instead: tasks or groups of lm-eval, with commas between; ours are stdlib and "
-            "matformer_paper. Of a run or an extracted native model; into RUN/downstream.json."
+            help="Tasks or groups, with commas between; ours are stdlib and matformer_paper. Of a "
+            "run or an extracted native model; into RUN/downstream.json.",
+            rich_help_panel=_TASKS,
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="With --tasks: documents of each.")
+        int | None, typer.Option(min=1, help="Documents of each.", rich_help_panel=_TASKS)
     ] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="With --tasks: examples in a prompt.")
+        int | None, typer.Option(min=0, help="Examples in a prompt.", rich_help_panel=_TASKS)
     ] = None,
     include_path: Annotated[
-        Path | None, typer.Option(help="With --tasks: folder of task files of your own.")
+        Path | None,
+        typer.Option(help="Folder of task files of your own.", rich_help_panel=_TASKS),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="With --tasks: sequences at once; 16 if left out.")
+        int | None,
+        typer.Option(min=1, help="Sequences at once; 16 if left out.", rich_help_panel=_TASKS),
     ] = None,
     skip_missing: Annotated[
-        bool, typer.Option(help="With --tasks: leave out those whose data cannot be had.")
+        bool,
+        typer.Option(help="Leave out those whose data cannot be had.", rich_help_panel=_TASKS),
     ] = False,
     storycloze: Annotated[
-        Path | None, typer.Option(help="With --tasks: folder of the CSV files of Story Cloze 2016.")
+        Path | None,
+        typer.Option(help="Folder of the CSV files of Story Cloze 2016.", rich_help_panel=_TASKS),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="With --tasks: file to write instead.")
+        Path | None, typer.Option(help="File to write instead.", rich_help_panel=_TASKS)
     ] = None,
 ) -> None:
     """Validation loss and consistency with XL of every granularity, into RUN/evaluation.json."""
-    from rich.progress import Progress
-
-    of_losses = {
-        "--heuristic": heuristic,
-        "--batches": batches,
-        "--part": part,
-        "--data": data,
-        "--run": run,
-        "--device": device,
-    }
-    of_tasks = {
-        "--limit": limit,
-        "--num-fewshot": num_fewshot,
-        "--include-path": include_path,
-        "--batch-size": batch_size,
-        "--skip-missing": skip_missing,
-        "--storycloze": storycloze,
-        "--output": output,
-    }
     if tasks is None:
-        _leave_out(of_tasks, "is for --tasks; name some, or leave it out")
+        _leave_out(
+            {
+                "--limit": limit, "--num-fewshot": num_fewshot, "--include-path": include_path,
+                "--batch-size": batch_size, "--skip-missing": skip_missing,
+                "--storycloze": storycloze, "--output": output,
+            },
+            "is for --tasks; name some, or leave it out",
+        )  # fmt: skip
+        _evaluate_losses(
+            model, submodel or (), heuristic=heuristic, batches=batches, data=data, run=run,
+            part=part, device=device,
+        )  # fmt: skip
     else:
-        _leave_out(of_losses, "is for validation losses; leave it out, or --tasks")
+        _leave_out(
+            {
+                "--heuristic": heuristic, "--batches": batches, "--part": part, "--data": data,
+                "--run": run,
+            },
+            "is for validation losses; leave it out, or --tasks",
+        )  # fmt: skip
         _evaluate_tasks(
-            model,
-            items("--tasks", tasks) or [],
-            submodel or (),
-            limit=limit,
-            num_fewshot=num_fewshot,
-            include=include_path,
-            batch_size=batch_size,
-            skip_missing=skip_missing,
-            storycloze=storycloze,
-            output=output,
-        )
-        return
+            model, items("--tasks", tasks) or [], submodel or (), limit=limit,
+            num_fewshot=num_fewshot, include=include_path, batch_size=batch_size,
+            skip_missing=skip_missing, storycloze=storycloze, output=output, device=device,
+        )  # fmt: skip
+
+
+def _evaluate_losses(
+    source: str, submodels: Sequence[str], *, part: str | None, **options: Any
+) -> None:
+    from rich.progress import Progress
 
     from matformer_dist.evaluation.parts import Part
     from matformer_dist.evaluation.run import evaluate_run
 
-    chosen_part = None if part is None else Part.parse(part)
     with Progress(console=out, transient=True) as progress:
         task = progress.add_task("evaluating", total=None)
         evaluation = evaluate_run(
-            model,
-            submodel or (),
-            heuristic=heuristic,
-            batches=batches,
-            data=data,
-            run=run,
-            part=chosen_part,
-            device=device,
+            source,
+            submodels,
+            **options,
+            part=None if part is None else Part.parse(part),
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     names = ("submodel", "parameters", "loss", "95%", "perplexity", "bits/byte", "agrees", "KL")
@@ -135,10 +148,9 @@ def evaluate_command(
     for column in table.columns[1:]:
         column.justify = "right"
     for entry in evaluation.results:
-        low, high = entry["loss_interval"]
         table.add_row(
             entry["submodel"], f"{entry['parameters']:,}", f"{entry['loss']:.4f}",
-            f"{low:.4f} to {high:.4f}", f"{entry['perplexity']:.2f}",
+            interval_text(entry["loss_interval"]), f"{entry['perplexity']:.2f}",
             f"{entry['bits_per_byte']:.4f}", f"{entry['agreement']:.1%}", f"{entry['kl']:.4f}",
         )  # fmt: skip
     print_wide(table)

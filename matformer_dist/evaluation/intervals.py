@@ -6,6 +6,7 @@ Tokens of a sequence depend on each other, so that drawing tokens would make int
 from __future__ import annotations
 
 import functools
+from math import nan
 
 import torch
 from torch import Tensor
@@ -20,8 +21,10 @@ def resampled_means(values: Tensor, counts: Tensor) -> Tensor:
 
     values [sequences, k]: sums over each sequence's tokens; counts [sequences]: its tokens.
     Computed as sum / tokens of the drawn sequences. Differences of two results of the same
-    sequences are resampled differences.
+    sequences are resampled differences. NaN of one sequence, which tells nothing of how they vary.
     """
+    if len(values) < 2:
+        return values.new_full((RESAMPLES, values.shape[1]), nan)
     taken = _taken(len(values))
     return (taken @ values) / (taken @ counts)[:, None]
 

@@ -61,12 +61,22 @@ def join(
         replace_file(files[part.number - 1], json.dumps(results).encode())
         if not all(file.exists() for file in files):
             return None
-        joined = [entry for file in files for entry in json.loads(file.read_bytes())]
+        joined = [entry for file in files for entry in _read(file)]
         for file in files:
             file.unlink()
         if not any(folder.iterdir()):
             folder.rmdir()
     return joined
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    try:
+        found: list[dict[str, Any]] = json.loads(file.read_bytes())
+        return found
+    except ValueError as error:
+        raise UserError(
+            f"{file} is damaged ({error}); delete it, and run the part that it is of again"
+        ) from None
 
 
 @contextmanager

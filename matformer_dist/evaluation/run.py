@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matformer_dist.checkpoints.files import replace_file
+from matformer_dist.checkpoints.files import replace_json
 from matformer_dist.counting import count_parameters, flops_per_token
 from matformer_dist.evaluation.loss import measure_sequences, sparing
 from matformer_dist.evaluation.measured import Measured
@@ -50,14 +49,13 @@ def evaluate_run(
 ) -> RunEvaluation:
     """Validation losses of the uniform submodels, those in `notations`, and the heuristic's.
 
-    `source` is RUN, RUN@STEP, a checkpoint, or a `native` or `hf` model that was extracted; of an
-    `hf` model, which holds one submodel alone, that one is evaluated. `batches` of the run's global
-    batch size (default: its evaluation.batches), so that the sequences are those that training
-    evaluated; `data`: the prefix of other token files to take them from; `run`: where an extracted
-    model's run is now. Writes evaluation.json into the directory of the run or model; with a `part`
-    of the submodels, the last part to come to its end does so. `progress` is called with
-    micro-batches done and in all. UserError for what is not there, a submodel that does not fit, or
-    more parts than submodels.
+    `source` is RUN, RUN@STEP, a checkpoint, or a `native` or `hf` model that was extracted, of
+    which what it holds is evaluated. `batches` of the run's global batch size (default: its
+    evaluation.batches), so that the sequences are those that training evaluated; `data`: the prefix
+    of other token files to take them from; `run`: where an extracted model's run is now. Writes
+    evaluation.json into the directory of the run or model; with a `part` of the submodels, the last
+    part to come to its end does so. `progress` is called with micro-batches done and in all.
+    UserError for what is not there, a submodel that does not fit, or more parts than submodels.
     """
     model = open_source(source, notations, heuristic, run, choose_device(device))
     mine = part.take(model.chosen) if part else model.chosen
@@ -65,19 +63,19 @@ def evaluate_run(
     measured = _measure(model, validation, list(mine), progress)
     results = [_entry(model, submodel, kind, measured[submodel]) for submodel, kind in mine.items()]
     tokens = next(iter(measured.values())).tokens
-    written = {"step": model.step, "tokens": tokens, "bytes": validation.text_bytes}
+    written = {
+        "step": model.step,
+        "tokens": tokens,
+        "bytes": validation.text_bytes,
+        "data_sha256": validation.digest,
+    }
     joined: list[dict[str, Any]] | None = results
     if part:
-        seal = {
-            "source": model.identity,
-            "data": validation.digest,
-            "submodels": [*map(str, model.chosen)],
-        }
+        seal = {"source": model.identity, "submodels": [*map(str, model.chosen)]}
         joined = join(model.directory, part, {**written, **seal}, results)
     results = sorted(joined or results, key=lambda entry: entry["parameters"])
     if joined:
-        content = json.dumps({**written, "submodels": results}, indent=1)
-        replace_file(model.directory / EVALUATION, content.encode())
+        replace_json(model.directory / EVALUATION, {**written, "submodels": results})
     return RunEvaluation(model.directory, model.step, tokens, results, bool(joined))
 
 

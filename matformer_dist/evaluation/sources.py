@@ -15,6 +15,7 @@ from matformer_dist.config_file import load_config
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.errors import UserError
 from matformer_dist.evaluation.loss import RunPass
+from matformer_dist.inference.held import HoldsSubmodels
 from matformer_dist.inference.loading import LoadedModel, load_model
 from matformer_dist.inference.transformers_model import TransformersModel
 from matformer_dist.models.forward_pass import Pass
@@ -64,13 +65,7 @@ def open_source(
         loaded = load_model(name, device=device)
         return _ours(loaded, config, step, str(directory), notations, heuristic)
     if entry["format"] == "hf":
-        if notations or heuristic:
-            raise UserError(
-                f"{name} is in format hf, which is evaluated as it is; leave --submodel and "
-                "--heuristic out, or evaluate the run"
-            )
-        submodel = config.granularities.parse(entry["submodel"], config.model.n_layers)
-        return _of_transformers(directory, config, step, submodel, device)
+        return _of_transformers(directory, config, step, notations, heuristic, device)
     raise UserError(
         f"{name} is in format {entry['format']}, which llama.cpp runs; evaluate the run, or "
         "extract with --format native or hf"
@@ -94,14 +89,6 @@ def _ours(
     notations: Sequence[str],
     heuristic: bool,
 ) -> Source:
-    nesting, layers = loaded.submodel.nesting, loaded.model.model.n_layers
-    chosen = {one: "uniform" for one in nesting.uniforms(layers) if loaded.holds(one)}
-    chosen.setdefault(loaded.submodel, "mix")
-    for notation in notations:
-        chosen.setdefault(loaded.parse(notation), "mix")
-    if heuristic:
-        for submodel in filter(loaded.holds, mix_n_match(nesting, layers)):
-            chosen.setdefault(submodel, "heuristic")
     return Source(
         loaded.directory,
         config,
@@ -110,29 +97,55 @@ def _ours(
         loaded.model.vocab_size,
         loaded.model.embedding.weight.device,
         loaded.submodel,
-        chosen,
-        lambda tokens, targets, plan: loaded.model(tokens, targets, plan)[1],
+        _chosen(loaded, notations, heuristic),
+        loaded.run_pass,
         identity,
     )
 
 
+def _chosen(
+    model: HoldsSubmodels, notations: Sequence[str], heuristic: bool
+) -> dict[Submodel, str]:
+    """The uniform submodels that it holds, all of it, and what was asked for."""
+    nesting, layers = model.submodel.nesting, len(model.submodel)
+    chosen = {one: "uniform" for one in nesting.uniforms(layers) if model.holds(one)}
+    chosen.setdefault(model.submodel, "mix")
+    for notation in notations:
+        chosen.setdefault(model.parse(notation), "mix")
+    if heuristic:
+        if not model.nested:
+            raise UserError(
+                f"{model.directory} is {model.submodel} alone; leave --heuristic out, or evaluate "
+                "the run, a native model or one of format hf --nested"
+            )
+        for submodel in filter(model.holds, mix_n_match(nesting, layers)):
+            chosen.setdefault(submodel, "heuristic")
+    return chosen
+
+
 def _of_transformers(
-    directory: Path, config: Config, step: int, submodel: Submodel, device: torch.device
+    directory: Path,
+    config: Config,
+    step: int,
+    notations: Sequence[str],
+    heuristic: bool,
+    device: torch.device,
 ) -> Source:
-    """One submodel alone: nothing to agree with but itself. A sequence at a time, whose logits
-    transformers makes whole.
-    """
+    """A sequence at a time, whose logits transformers makes whole."""
     theirs = TransformersModel(directory, torch.float32, device)
 
     def run_pass(tokens: Tensor, targets: Tensor, plan: Pass) -> Tensor:
-        assert len(plan.segments) == 1
-        logits = (theirs.model(row, use_cache=False).logits[0] for row in tokens.split(1))
-        pairs = zip(logits, targets, strict=True)
-        nll = torch.stack([F.cross_entropy(row, of, reduction="sum") for row, of in pairs])
-        count = torch.full_like(nll, targets.shape[1])
-        return torch.stack([nll, count, torch.zeros_like(nll), count], dim=1)
+        found: list[Tensor] = []
+        largest: list[Tensor] = []  # log-probabilities of each sequence
+        for segment in plan.segments:
+            theirs.choose(segment.submodel)
+            for i, (row, of) in enumerate(zip(tokens.split(1), targets, strict=True)):
+                logs = theirs.model(row, use_cache=False).logits[0].log_softmax(-1)
+                if segment is plan.segments[0]:
+                    largest.append(logs)
+                found.append(_statistics(logs, largest[i], of))
+        return torch.stack(found)
 
-    kind = "uniform" if submodel.is_uniform else "mix"
     return Source(
         directory,
         config,
@@ -140,8 +153,16 @@ def _of_transformers(
         theirs.tokenizer,
         theirs.model.config.vocab_size,
         device,
-        submodel,
-        {submodel: kind},
+        theirs.submodel,
+        _chosen(theirs, notations, heuristic),
         run_pass,
         str(directory),
     )
+
+
+def _statistics(logs: Tensor, largest: Tensor, targets: Tensor) -> Tensor:
+    """Of log-probabilities [s, V], those of XL, and targets [s], as MatLM.forward has them: [4]."""
+    nll = F.nll_loss(logs, targets, reduction="sum")
+    agreed = (logs.argmax(-1) == largest.argmax(-1)).sum()
+    kl = (largest.exp() * (largest - logs)).sum()
+    return torch.stack([nll, agreed.to(nll), kl, torch.full_like(nll, len(targets))])

@@ -141,9 +141,8 @@ def read(
 
     tokens: of each row, from its beginning; the logits are of what follows its last ones, so at
     least `last` of them are not in the cache yet. Rows may have different numbers of new tokens.
-    UserError where a model answers prompts, which begin a cache, with what is no number.
+    UserError where a model answers with what is no number.
     """
-    begins = not any(cache.lengths)
     new = [row[start:] for row, start in zip(tokens, cache.lengths, strict=True)]
     longest = max(map(len, new))
     padded = [[*row, *[0] * (longest - len(row))] for row in new]
@@ -157,7 +156,7 @@ def read(
         chosen = ends[:, None] + torch.arange(-last, 0, device=device)
         hidden = hidden[torch.arange(len(new), device=device)[:, None], chosen]
     logits = model.head.logits(hidden.flatten(0, 1), model.tied_weight).view(len(new), last, -1)
-    if begins and bool(logits.isnan().any()):  # once, since a GPU waits for it
+    if bool(logits.isnan().any()):  # a GPU waits for it here instead of for the ids
         raise UserError(
             "the model's logits are not numbers: its weights are not finite, or overflow in "
             f"{logits.dtype}; take an earlier checkpoint, or another dtype"

@@ -37,13 +37,9 @@ def decode(
     submodels: one for all prompts, or one for each. drafting: by a smaller submodel
     (speculative.py), of which `statistics` then tell.
     """
-    chosen = [submodels] * len(prompts) if isinstance(submodels, Submodel) else list(submodels)
     request = Request(prompts, max_new_tokens, sampling, seed, eod, model.model.max_seq_len)
-    if len(chosen) != len(prompts):
-        raise UserError(
-            f"{len(chosen)} submodels were given for {len(prompts)} prompts; give one for all, or "
-            "one for each"
-        )
+    given = [submodels] if isinstance(submodels, Submodel) else submodels
+    chosen = one_each(given, len(prompts))
     kinds = list(dict.fromkeys(chosen))
     for submodel in [*kinds, *([drafting.submodel] if drafting else [])]:
         _check_layers(model, submodel)
@@ -55,6 +51,16 @@ def decode(
     for submodel in kinds:
         check_draft(drafting.submodel, submodel)
     return speculate(model, rows, chosen, drafting, statistics or Statistics())
+
+
+def one_each(submodels: Sequence[Submodel], prompts: int) -> list[Submodel]:
+    """The submodel of each prompt, where one for all or one for each is given; else UserError."""
+    if len(submodels) not in (1, prompts):
+        raise UserError(
+            f"{len(submodels)} submodels were given for {prompts} prompts; give one for all, or "
+            "one for each"
+        )
+    return list(submodels) * (prompts // len(submodels))
 
 
 def _check_layers(model: MatLM, submodel: Submodel) -> None:

@@ -131,15 +131,16 @@ def speak(
             prompts, submodels, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
             drafting=drafting, statistics=statistics,
         )  # fmt: skip
-        names = [str(model.parse(notation)) for notation in submodels] or [str(model.submodel)]
-    elif submodels or draft:
+    elif draft is not None:
         raise UserError(
-            f"{source} is in format hf, which is run as one submodel; leave {submodels or draft} "
-            "out, or give the run or a native model"
+            f"{source} is in format hf, of which nothing drafts here; leave --draft {draft} out, "
+            "or give the run or a native model"
         )
     else:
-        pieces = model.stream(prompts, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed)
-        names = [str(source)]
+        pieces = model.stream(
+            prompts, submodels, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed
+        )
+    names = [str(model.parse(notation)) for notation in submodels] or [str(model.submodel)]
     names = names * len(prompts) if len(names) == 1 else names
     heads = list(prompts)
     if len(prompts) > 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from matformer_dist.checkpoints.universal import load_universal
 from matformer_dist.checkpoints.verify import BackgroundCheck
@@ -16,9 +17,11 @@ from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.errors import UserError
 from matformer_dist.inference.decoding import decode
+from matformer_dist.inference.held import HoldsSubmodels
 from matformer_dist.inference.sampling import Sampling
 from matformer_dist.inference.speculative import Drafting, Statistics
 from matformer_dist.inference.texts import Piece, as_text, encode_prompts
+from matformer_dist.models.forward_pass import Pass
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.nesting import Submodel
 from matformer_dist.parallel.layers import Initializer
@@ -26,16 +29,13 @@ from matformer_dist.run_directory import find_checkpoint
 from matformer_dist.submodels.entry import is_extracted
 from matformer_dist.submodels.native import read_native_config
 from matformer_dist.submodels.safetensors_files import read_weights
-from matformer_dist.submodels.slices import find_submodel
 
 
 @dataclass(frozen=True)
-class LoadedModel:
-    """`submodel` is all of `model`; submodels that are nowhere wider run on it too."""
-
+class LoadedModel(HoldsSubmodels):
     model: MatLM
     submodel: Submodel
-    directory: Path  # of the run or the extracted model
+    directory: Path
     step: int | None = None  # of the run
 
     @cached_property
@@ -43,25 +43,10 @@ class LoadedModel:
         """UserError where its files are gone."""
         return load_tokenizer(self.directory)
 
-    def holds(self, submodel: Submodel) -> bool:
-        """Whether it is nowhere wider than this model."""
-        pairs = zip(submodel.granularities, self.submodel.granularities, strict=True)
-        return all(wanted <= own for wanted, own in pairs)
-
-    def parse(self, notation: str) -> Submodel:
-        """The submodel of that notation, or of that name in the run's slices.json.
-
-        UserError where there is none, or the model does not hold it.
-        """
-        submodel = find_submodel(
-            notation, self.submodel.nesting, self.model.model.n_layers, self.directory
-        )
-        if not self.holds(submodel):
-            raise UserError(
-                f"submodel {notation!r} is wider than {self.directory}, which holds "
-                f"{self.submodel}; choose one that is nowhere wider, or load the run"
-            )
-        return submodel
+    def run_pass(self, tokens: Tensor, targets: Tensor, plan: Pass) -> Tensor:
+        """Statistics of a pass over tokens, targets [b, s]; see MatLM.forward."""
+        statistics: Tensor = self.model(tokens, targets, plan)[1]
+        return statistics
 
     def generate(
         self,
@@ -129,7 +114,7 @@ class LoadedModel:
             )
         passes = decode(
             self.model,
-            chosen[0] if len(chosen) == 1 else chosen,
+            chosen,
             ids,
             max_new_tokens=max_new_tokens,
             sampling=sampling,

@@ -7,7 +7,6 @@ take turns, and none always goes first, so that a busy machine disturbs all alik
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from matformer_dist.checkpoints.files import replace_file
+from matformer_dist.checkpoints.files import replace_json
 from matformer_dist.config_file import load_config
 from matformer_dist.data.datasets import build_datasets
 from matformer_dist.errors import UserError
@@ -60,6 +59,7 @@ class Terms:
     temperature: float = 0.0
     repetitions: int = 3
     seed: int = 0
+    device: str | None = None  # the GPU, if there is one
 
 
 def measure_speedups(
@@ -73,7 +73,7 @@ def measure_speedups(
     if is_extracted(Path(run)):
         raise UserError(f"{run} is an extracted model; give a run, whose submodels draft")
     sampling = Sampling(terms.temperature)
-    loaded = load_model(run, device=choose_device())
+    loaded = load_model(run, device=choose_device(terms.device))
     assert loaded.step is not None, "it is a run's"
     verifier = loaded.parse(terms.verifier) if terms.verifier else loaded.submodel
     draftings = _draftings(loaded, verifier, terms)
@@ -89,6 +89,8 @@ def measure_speedups(
         return answer
 
     seen = [Statistics() for _ in draftings]
+    for drafting in (None, *draftings):
+        way(drafting, Statistics())(0)  # what is slow at first only is not measured
     ways = [way(None, Statistics()), *map(way, draftings, seen)]
     seconds = take_turns(ways, len(prompts), terms.repetitions, progress)
     tokens = len(prompts) * terms.new_tokens
@@ -105,7 +107,7 @@ def measure_speedups(
         ],
     )
     file = loaded.directory / SPECULATIVE
-    replace_file(file, json.dumps(asdict(result), indent=1).encode())
+    replace_json(file, asdict(result))
     return file, result
 
 
@@ -115,12 +117,7 @@ def take_turns(
     repetitions: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[list[float]]:
-    """Seconds of each way for all prompts, in each repetition: [ways][repetitions].
-
-    Each answers the first prompt once before, unmeasured.
-    """
-    for way in ways:
-        way(0)
+    """Seconds of each way for all prompts, in each repetition: [ways][repetitions]."""
     seconds = [[0.0] * repetitions for _ in ways]
     done, total = 0, repetitions * prompts * len(ways)
     for repetition in range(repetitions):

@@ -9,6 +9,8 @@ from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.errors import UserError
 from matformer_dist.inference.batch import New
 
+_KEPT = 16  # tokens of a text that are decoded again with each new one, at least
+
 
 class Piece(NamedTuple):
     """Text that follows on a prompt and the pieces before it; empty in a last one, perhaps."""
@@ -38,7 +40,12 @@ def as_text(
 
 
 class _Text:
-    """A prompt's continuation, of which a part was given out already."""
+    """A prompt's continuation, of which a part was given out already.
+
+    Only the last tokens are decoded again, not the whole text: `_ids` begin `_KEPT` tokens or more
+    before what is new, so that a piece has before it what decides how it reads (the space at the
+    beginning of a text, the first bytes of a character).
+    """
 
     def __init__(self, prompt: Sequence[int], tokenizer: Tokenizer) -> None:
         self._ids = list(prompt)
@@ -52,7 +59,16 @@ class _Text:
         ready = text if done else text.rstrip("\ufffd")
         piece = ready[self._given :]
         self._given = max(self._given, len(ready))
+        if len(self._ids) > 4 * _KEPT and ready == text:
+            self._shorten(text)
         return piece
+
+    def _shorten(self, text: str) -> None:
+        """Forget all but the last tokens, where what they read alone is what they read here."""
+        ids = self._ids[-_KEPT:]
+        short = self._tokenizer.decode(ids)
+        if short and text.endswith(short):
+            self._ids, self._given = ids, len(short)
 
 
 def in_order(pieces: Iterable[Piece]) -> Iterator[Piece]:

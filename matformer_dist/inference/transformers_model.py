@@ -1,4 +1,4 @@
-"""Text from an `hf` directory, by transformers: one submodel, one prompt after another."""
+"""Text from an `hf` directory, by transformers: one prompt after another."""
 
 from __future__ import annotations
 
@@ -13,15 +13,25 @@ from torch import Tensor
 from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.errors import UserError
 from matformer_dist.inference.batch import New, Request, Rows
-from matformer_dist.inference.decoding import one_by_one
+from matformer_dist.inference.decoding import one_by_one, one_each
+from matformer_dist.inference.held import HoldsSubmodels
 from matformer_dist.inference.sampling import Sampling
 from matformer_dist.inference.texts import Piece, as_text, encode_prompts
+from matformer_dist.nesting import Nesting, Submodel
+from matformer_dist.submodels.entry import read_entry
 
 
-class TransformersModel:
-    """One that `load_transformers` loads, and what of its last text it has read."""
+class TransformersModel(HoldsSubmodels):
+    """One that `load_transformers` loads, and what of its last text it has read.
+
+    UserError where the directory's submodel.json or its model cannot be read.
+    """
 
     def __init__(self, directory: Path, dtype: torch.dtype | None, device: torch.device) -> None:
+        entry = read_entry(directory)
+        nesting = Nesting.from_widths(entry["nesting"]["widths"], entry["nesting"]["names"])
+        self.submodel = nesting.parse(entry["submodel"], len(entry["widths"]))
+        self.nested = bool(entry["nested"])
         self.directory = directory
         self.device = device
         self.tokenizer = load_tokenizer(directory)
@@ -29,9 +39,16 @@ class TransformersModel:
         self._cache: Any = None
         self._read = torch.empty(1, 0, dtype=torch.long, device=device)
 
+    def choose(self, submodel: Submodel) -> None:
+        """Run it from now on; it is one that the model holds."""
+        if self.nested:
+            self.model.set_submodel(str(submodel))
+        self._cache, self._read = None, self._read[:, :0]
+
     def stream(
         self,
         prompts: Sequence[str],
+        submodels: Sequence[str] = (),
         *,
         max_new_tokens: int,
         sampling: Sampling,
@@ -39,12 +56,15 @@ class TransformersModel:
     ) -> Iterator[Piece]:
         """As that of LoadedModel."""
         ids = encode_prompts(self.tokenizer, prompts)
+        chosen = [self.parse(notation) for notation in submodels] or [self.submodel]
+        chosen = one_each(chosen, len(prompts))
         eod, context = self.tokenizer.eod, self.model.config.max_position_embeddings
         request = Request(ids, max_new_tokens, sampling, seed, eod, context)
-        return as_text(self._passes(request), ids, self.tokenizer)
+        return as_text(self._passes(request, chosen), ids, self.tokenizer)
 
-    def _passes(self, request: Request) -> Iterator[list[New]]:
-        for i in range(len(request.prompts)):
+    def _passes(self, request: Request, submodels: Sequence[Submodel]) -> Iterator[list[New]]:
+        for i, submodel in enumerate(submodels):
+            self.choose(submodel)
             rows = Rows(request, [i], self.device)
 
             def next_logits(rows: Rows = rows) -> Tensor:

@@ -106,10 +106,10 @@ def join_points(run: Run) -> Points:
             f"{slices.step:,}, which the charts show; run matformer evaluate again."
         )
         return Points(searched, searched, [note])
-    if evaluation.tokens != slices.tokens:
+    if (evaluation.tokens, evaluation.data_sha256) != (slices.tokens, slices.data_sha256):
         note = (
             f"The charts show losses on the {slices.tokens:,} validation tokens of the search; "
-            f"those of evaluation.json are on {evaluation.tokens:,}."
+            f"those of evaluation.json are on {evaluation.tokens:,} others."
         )
         return Points(searched, searched, [note])
     known = {point.submodel for point in searched}

@@ -12,9 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-
-def _finite_or_nan(value: Any) -> Any:
-    return nan if value is None else value
+from matformer_dist.submodels.slices import Number
 
 
 def _two_numbers(value: Any) -> Any:
@@ -25,8 +23,6 @@ def _whole_characters(value: Any) -> Any:
     return re.sub("[\ud800-\udfff]", "\ufffd", value) if isinstance(value, str) else value
 
 
-# JSON has no NaN: a writer may leave the bare word or null where a number was not finite.
-Number = Annotated[float, BeforeValidator(_finite_or_nan)]
 Interval = Annotated[tuple[Number, Number], BeforeValidator(_two_numbers)]
 # JSON can spell half a surrogate pair (a prompt of undecodable bytes), which no file can hold.
 Text = Annotated[str, BeforeValidator(_whole_characters)]
@@ -80,6 +76,7 @@ class Evaluated(Entry):
 class Evaluation(Entry):
     step: int
     tokens: int  # of validation
+    data_sha256: Text = ""  # of the validation sequences
     submodels: list[Evaluated]
 
     def uniform(self, name: str) -> Evaluated | None:

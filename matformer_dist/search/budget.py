@@ -106,6 +106,8 @@ class Costs:
     base: Mapping[Cost, float]
     added: Mapping[Cost, tuple[float, ...]]  # by granularity, the narrowest's is 0
     embeddings: int  # parameters of embedding and head
+    seq_len: int  # of FLOPs, and of the cache in memory
+    dtype: str  # of memory
 
     @classmethod
     def of(
@@ -142,6 +144,8 @@ class Costs:
                 for kind, of in totals.items()
             },
             embeddings=counted[0].total - counted[0].non_embedding,
+            seq_len=seq_len,
+            dtype=dtype,
         )
 
     def cost(self, kind: Cost, submodel: Submodel) -> float:

@@ -18,8 +18,9 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, Validati
 from matformer_dist.checkpoints.files import replace_file
 from matformer_dist.config import ModelConfig
 from matformer_dist.errors import UserError
-from matformer_dist.inference.loading import LoadedModel
+from matformer_dist.inference.loading import LoadedModel, load_model
 from matformer_dist.nesting import Submodel
+from matformer_dist.submodels.parts import TORCH_DTYPES
 
 FORMAT = 1
 _WARM_UP, _ROUNDS = 3, 31
@@ -32,7 +33,7 @@ class LatencyTable(BaseModel):
 
     format: int = FORMAT
     device: str  # in words: processor or GPU, threads
-    dtype: str
+    dtype: str  # fp32, bf16, fp16
     sequences: PositiveInt  # decoded together
     context: PositiveInt  # tokens before the one that is timed
     model: ModelConfig
@@ -54,13 +55,18 @@ class LatencyTable(BaseModel):
 
 
 def latency_table(
-    path: Path, loaded: LoadedModel, *, sequences: int | None, context: int | None
+    path: Path,
+    loaded: LoadedModel,
+    *,
+    sequences: int | None,
+    context: int | None,
+    dtype: str | None = None,
 ) -> LatencyTable:
     """The table at `path`, or one that is measured now and written there.
 
-    sequences and context: None takes those of a table that is there; else 1, and half of the
-    model's context. UserError for a file that is no table, or one of
-    another model, widths or settings.
+    sequences, context and dtype: None takes those of a table that is there; else 1, half of the
+    model's context, and bf16 on a GPU, fp32 on a CPU. UserError for a file that is no table, or one
+    of another model, widths or settings.
     """
     model = loaded.model.model
     if context is not None and not 1 <= context < model.max_seq_len:
@@ -71,7 +77,9 @@ def latency_table(
     if not path.exists():
         if not path.parent.is_dir():
             raise UserError(f"--latency-table {path}: there is no folder {path.parent}; make it")
-        table = measure(loaded, sequences or 1, context or model.max_seq_len // 2)
+        where = loaded.model.embedding.weight.device.type
+        dtype = dtype or ("bf16" if where == "cuda" else "fp32")
+        table = measure(loaded, sequences or 1, context or model.max_seq_len // 2, dtype)
         replace_file(path, (table.model_dump_json(indent=1) + "\n").encode())
         return table
     table = _read(path)
@@ -81,6 +89,7 @@ def latency_table(
         "widths": list(loaded.submodel.nesting.widths),
         "sequences": sequences or table.sequences,
         "context": context or table.context,
+        "dtype": dtype or table.dtype,
     }
     for name, value in wanted.items():
         if getattr(table, name) != value:
@@ -106,8 +115,15 @@ def _read(path: Path) -> LatencyTable:
 
 
 @torch.no_grad()
-def measure(loaded: LoadedModel, sequences: int, context: int) -> LatencyTable:
-    """Medians of single decoding steps of every uniform submodel, which take turns."""
+def measure(loaded: LoadedModel, sequences: int, context: int, dtype: str) -> LatencyTable:
+    """Medians of single decoding steps of every uniform submodel, which take turns.
+
+    loaded: of a run; it is read again where its weights are of another dtype.
+    """
+    weight = loaded.model.embedding.weight
+    if weight.dtype != TORCH_DTYPES[dtype]:
+        source = f"{loaded.directory}@{loaded.step}"
+        loaded = load_model(source, TORCH_DTYPES[dtype], weight.device)
     model = loaded.model
     uniforms = loaded.submodel.nesting.uniforms(model.model.n_layers)[::-1]
     steps = [_decoding_step(loaded, submodel, sequences, context) for submodel in uniforms]
@@ -117,10 +133,9 @@ def measure(loaded: LoadedModel, sequences: int, context: int) -> LatencyTable:
             elapsed = step()
             if i >= _WARM_UP:
                 of_step.append(elapsed)
-    weight = model.embedding.weight
     return LatencyTable(
         device=_device(weight.device),
-        dtype=str(weight.dtype).removeprefix("torch."),
+        dtype=dtype,
         sequences=sequences,
         context=context,
         model=model.model,

@@ -31,12 +31,12 @@ class Measurements(Mapping[Submodel, Measured]):
     def __init__(self, loaded: LoadedModel, validation: Validation, checkpoint_sha256: str) -> None:
         self.loaded = loaded
         self.validation = validation
+        self.checkpoint_sha256 = checkpoint_sha256
         decides = f"{checkpoint_sha256} {validation.digest}"
         name = hashlib.sha256(decides.encode()).hexdigest()[:16]
         self.path = loaded.directory / FOLDER / f"{name}.jsonl"
         self._found = dict(self._read())
-        model = loaded.model
-        self._run_pass = sparing(lambda tokens, targets, plan: model(tokens, targets, plan)[1])
+        self._run_pass = sparing(loaded.run_pass)
         self.new = 0  # measured here, not read
 
     def __getitem__(self, submodel: Submodel) -> Measured:

@@ -51,14 +51,13 @@ class Options:
     table: Path | None = None  # None: RUN/latency.json
     sequences: int | None = None  # decoded together, for latency; None: the table's, else 1
     context: int | None = None  # tokens before the one that is timed
+    latency_dtype: str | None = None  # of latency; the table's, else bf16 on a GPU, fp32 on a CPU
     device: str | None = None  # None: the GPU, if there is one
 
     def __post_init__(self) -> None:
-        if self.dtype not in BYTES_OF:
-            raise UserError(
-                f"--dtype {self.dtype!r} must be one of {', '.join(BYTES_OF)}: memory is that of "
-                "weights and cache in it"
-            )
+        for name, dtype in (("dtype", self.dtype), ("latency-dtype", self.latency_dtype)):
+            if dtype is not None and dtype not in BYTES_OF:
+                raise UserError(f"--{name} {dtype!r} must be one of {', '.join(BYTES_OF)}")
         for name, value, least in (
             ("points", self.points, 2),
             ("candidates", self.candidates, 1),
@@ -103,40 +102,25 @@ def search(
     with _alone(checkpoint.path.parent.parent):
         loaded = load_model(checkpoint.path, device=device)
         config = load_config(loaded.directory / "config.yaml")
-        seq_len = config.training.seq_len
-        kinds = {budget.kind for budget in budgets} or {kind}
         validation = Validation.of(config, loaded.tokenizer, options.batches, options.data)
-        sha256 = checkpoint.manifest.manifest_sha256
-        before = _before(loaded.directory, sha256, validation.digest, seq_len)
+        known = Measurements(loaded, validation, checkpoint.manifest.manifest_sha256)
+        before = _before(known)
+        kinds = {budget.kind for budget in budgets} or {kind}
         latency_ms, latency_on = _latency(loaded, options, "latency" in kinds, before)
         costs = Costs.of(
             loaded.model.model,
             loaded.submodel.nesting,
             loaded.model.vocab_size,
-            seq_len=seq_len,
+            seq_len=validation.tokens.shape[1],
             dtype=options.dtype,
             latency_ms=latency_ms,
         )
         for budget in budgets:
             costs.check(budget)
         wanted = list(dict.fromkeys(budgets)) or _frontier(costs, kind, options.points)
-        known = Measurements(loaded, validation, sha256)
         earlier = _still_meant(before, costs)
         _measure(known, costs, wanted, earlier, options, progress)
-        whole = Slices(
-            step=checkpoint.step,
-            checkpoint_sha256=sha256,
-            data_sha256=validation.digest,
-            seq_len=seq_len,
-            tokens=next(iter(known.values())).tokens,
-            dtype=options.dtype,
-            latency_on=latency_on,
-            slices=choose(known, costs, [*wanted, *map(_budget, earlier)]),
-            measured=sorted(
-                (describe(known[one], costs, one) for one in known),
-                key=lambda one: (one.parameters, one.loss),
-            ),
-        )
+        whole = _all_slices(known, costs, [*wanted, *map(_budget, earlier)], latency_on)
         write_slices(loaded.directory, whole)
         ours = {(budget.kind, str(best_within(known, costs, budget))) for budget in wanted}
         named = [one for one in whole.slices if (one.kind, one.submodel) in ours]
@@ -162,13 +146,33 @@ def _budget(one: Slice) -> Budget:
     return Budget(one.kind, one.budget)
 
 
-def _before(run_dir: Path, sha256: str, data_sha256: str, seq_len: int) -> Slices | None:
+def _before(known: Measurements) -> Slices | None:
     """What earlier searches of the same weights and sequences chose; UserError if it is broken."""
-    before = read_slices(run_dir)
-    same = (sha256, data_sha256, seq_len)
-    if before and (before.checkpoint_sha256, before.data_sha256, before.seq_len) == same:
+    before = read_slices(known.loaded.directory)
+    same = (known.checkpoint_sha256, known.validation.digest)
+    if before and (before.checkpoint_sha256, before.data_sha256) == same:
         return before
     return None
+
+
+def _all_slices(
+    known: Measurements, costs: Costs, budgets: Sequence[Budget], latency_on: str
+) -> Slices:
+    assert known.loaded.step is not None, "it is a run's"
+    return Slices(
+        step=known.loaded.step,
+        checkpoint_sha256=known.checkpoint_sha256,
+        data_sha256=known.validation.digest,
+        seq_len=costs.seq_len,
+        tokens=known.validation.targets.numel(),
+        dtype=costs.dtype,
+        latency_on=latency_on,
+        slices=choose(known, costs, budgets),
+        measured=sorted(
+            (describe(known[one], costs, one) for one in known),
+            key=lambda one: (one.parameters, one.loss),
+        ),
+    )
 
 
 def _latency(
@@ -187,7 +191,13 @@ def _latency(
             return [ms for ms in found if ms], before.latency_on
     if not is_wanted and options.table is None and not path.exists():
         return (), ""
-    table = latency_table(path, loaded, sequences=options.sequences, context=options.context)
+    table = latency_table(
+        path,
+        loaded,
+        sequences=options.sequences,
+        context=options.context,
+        dtype=options.latency_dtype,
+    )
     return table.rising_ms, table.describe()
 
 

@@ -12,6 +12,7 @@ from matformer_dist.errors import UserError
 from matformer_dist.run_directory import Manifest
 from matformer_dist.submodels.formats import FORMATS
 from matformer_dist.submodels.parts import Export, Source
+from matformer_dist.submodels.slices import read_slices
 
 ENTRY = "submodel.json"
 
@@ -19,7 +20,7 @@ ENTRY = "submodel.json"
 def describe(source: Source, export: Export, run_dir: Path, format: str) -> dict[str, Any]:
     """submodel.json. Losses are nats per token; parameters are those of the exact widths.
 
-    UserError where the run's evaluation.json cannot be read.
+    UserError where the run's evaluation.json or slices.json cannot be read.
     """
     universal, submodel = source.universal, source.submodel
     count = count_parameters(universal.model, universal.vocab_size, submodel)
@@ -51,8 +52,18 @@ def _origin(manifest: Manifest) -> str:
 
 
 def _measured_loss(run_dir: Path, step: int, submodel: str) -> float | None:
-    """Validation loss from the run's evaluation.json, if it is of this step and submodel."""
-    path = run_dir / "evaluation.json"
+    """Validation loss from the run's evaluation.json or slices.json, if it was measured there at
+    this step.
+    """
+    loss = _evaluated_loss(run_dir / "evaluation.json", step, submodel)
+    slices = read_slices(run_dir)
+    if loss is None and slices and slices.step == step:
+        found = (one.loss for one in slices.measured if one.submodel == submodel)
+        loss = next(found, None)
+    return loss if loss is not None and isfinite(loss) else None
+
+
+def _evaluated_loss(path: Path, step: int, submodel: str) -> float | None:
     if not path.exists():
         return None
     try:
@@ -61,7 +72,7 @@ def _measured_loss(run_dir: Path, step: int, submodel: str) -> float | None:
             return None
         losses = {entry["submodel"]: entry["loss"] for entry in evaluation["submodels"]}
         loss = losses.get(submodel)
-        return float(loss) if loss is not None and isfinite(loss) else None
+        return None if loss is None else float(loss)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"cannot read {path} ({type(error).__name__}: {error}); evaluate the run again, or "

@@ -7,17 +7,26 @@ validation tokens; intervals hold 95%, by bootstrap over sequences.
 from __future__ import annotations
 
 import json
+from math import nan
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from matformer_dist.errors import UserError
 from matformer_dist.nesting import Nesting, Submodel
 
 SLICES = "slices.json"
 Cost: TypeAlias = Literal["params", "flops", "memory", "latency"]
-Interval: TypeAlias = tuple[float, float]
+
+
+def _finite_or_nan(value: Any) -> Any:
+    return nan if value is None else value
+
+
+# JSON has no NaN: a writer may leave the bare word or null where a number was not finite.
+Number = Annotated[float, BeforeValidator(_finite_or_nan)]
+Interval: TypeAlias = tuple[Number, Number]
 
 
 class _Entry(BaseModel):

@@ -21,7 +21,7 @@ from matformer_dist.errors import UserError
 from matformer_dist.submodels.formats import has_transformers_architecture
 from matformer_dist.submodels.parts import Export, Part, Parts, Source, layer_of
 from matformer_dist.submodels.safetensors_files import SafetensorsFiles
-from matformer_dist.submodels.transformers_tokenizer import tokenizer_files
+from matformer_dist.submodels.transformers_tokenizer import pad_id, tokenizer_files
 
 _OUTER = {
     "embedding.weight": "model.embed_tokens.weight",
@@ -70,6 +70,8 @@ def transformers_files(source: Source, config: dict[str, Any]) -> dict[str, str 
     """
     eod = source.tokenizer.eod
     generation = {"bos_token_id": eod, "eos_token_id": eod}
+    if (pad := pad_id(source.tokenizer)) is not None:
+        generation["pad_token_id"] = pad  # not in config.json, where its embedding is not trained
     return {
         "config.json": json.dumps(config, indent=2) + "\n",
         "generation_config.json": json.dumps(generation, indent=2) + "\n",

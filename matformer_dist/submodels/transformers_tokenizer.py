@@ -35,6 +35,8 @@ def tokenizer_files(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, str | b
         "bos_token": names[tokenizer.eod],
         "eos_token": names[tokenizer.eod],
         "unk_token": names[proto.trainer_spec.unk_id],
+        "pad_token": names[proto.trainer_spec.unk_id],
+        "padding_side": "left",  # as what generates needs it
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
     }
@@ -43,6 +45,18 @@ def tokenizer_files(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, str | b
         "tokenizer.json": json.dumps(_tokenizer_json(proto), ensure_ascii=False),
         "tokenizer_config.json": json.dumps(config, indent=2),
     }
+
+
+def pad_id(tokenizer: Tokenizer) -> int | None:
+    """The id that fills up batches; None where the tokenizer's own files say, or nothing does.
+
+    That of the unknown piece, which no text has, since bytes are pieces: trainers that leave
+    padding out of the loss would leave the end of a document out with it, if that were the padding.
+    """
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        unknown: int = tokenizer.proto().trainer_spec.unk_id
+        return unknown
+    return None
 
 
 def exact_pieces(tokenizer: SentencePieceTokenizer, reader: str) -> Any:

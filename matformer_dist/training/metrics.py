@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from matformer_dist.checkpoints.files import json_text
 from matformer_dist.config import Config
 from matformer_dist.errors import UserError
 from matformer_dist.models.forward_pass import Pass
@@ -111,7 +111,7 @@ class MetricsLog:
         return self._last_step == step
 
     def write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+        self._file.write(json_text(line) + "\n")
         self._file.flush()
 
     @staticmethod
@@ -128,9 +128,3 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

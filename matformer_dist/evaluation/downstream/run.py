@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from matformer_dist.checkpoints.files import replace_file
+from matformer_dist.checkpoints.files import replace_json
 from matformer_dist.errors import UserError
 from matformer_dist.evaluation.downstream.quiet import quiet
 from matformer_dist.inference.device import choose_device
@@ -80,6 +80,7 @@ def evaluate_tasks(
     skip_missing: bool = False,
     storycloze: Path | None = None,
     output: Path | None = None,
+    device: str | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> DownstreamEvaluation:
     """Tasks of lm-eval at each submodel of RUN[@STEP] or of an extracted `native` model.
@@ -101,8 +102,8 @@ def evaluate_tasks(
         ) from None
     if output and not output.absolute().parent.is_dir():
         raise UserError(f"there is no folder for --output {output}; make it, or name another file")
-    device = choose_device()
-    loaded = load_model(source, torch.float32 if device.type == "cpu" else None, device)
+    where = choose_device(device)
+    loaded = load_model(source, torch.float32 if where.type == "cpu" else None, where)
     submodels = [loaded.parse(text) for text in notations] or _held(loaded)
     progress("loading tasks", 0, 0)
     with quiet():
@@ -126,7 +127,7 @@ def evaluate_tasks(
             content["requests"], content["truncated_requests"] = lm.requests, lm.truncated
     file = output or (loaded.directory / FILE if loaded.step is not None else None)
     if file:
-        replace_file(file, json.dumps(content, indent=1).encode())
+        replace_json(file, content)
     return DownstreamEvaluation(content, file)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from matformer_dist.checkpoints.files import HashingStream, hash_file, replace_file, write_file
+from matformer_dist.checkpoints.files import (
+    HashingStream,
+    hash_file,
+    replace_file,
+    replace_json,
+    write_file,
+)
 from matformer_dist.checkpoints.writer import CheckpointWriter
 
 
@@ -27,6 +34,13 @@ def test_what_is_hashed_while_writing_is_what_is_read_back(tmp_path: Path) -> No
     assert hash_file(path, seen.append) == saved
     assert sum(seen) == len(content)
     assert torch.equal(torch.load(path)["weights"], weights)
+
+
+def test_json_has_null_where_a_number_is_not_finite(tmp_path: Path) -> None:
+    inf = float("inf")
+    replace_json(tmp_path / "x.json", {"a": inf, "b": [(-inf, 1.5)], "c": {"d": inf - inf}, "e": 2})
+    read = json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail)
+    assert read == {"a": None, "b": [[None, 1.5]], "c": {"d": None}, "e": 2}
 
 
 def test_a_full_disk_is_named_with_its_file() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from typer.testing import CliRunner
 
+from matformer_dist.cli import app
 from matformer_dist.config_file import load_config
 from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.errors import UserError
@@ -99,6 +102,29 @@ def test_extracted_models_match_the_run(
         assert "S" in results(evaluation)
 
 
+def test_every_submodel_of_a_nested_export_matches_the_run(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    (one,) = extract(str(run), ["XL"], output=tmp_path / "hf", format="hf", nested=True)
+    expected = results(evaluate_run(str(run), [MIX], heuristic=True, device="cpu"))
+    found = results(evaluate_run(str(one.path), [MIX], heuristic=True, device="cpu"))
+    assert found.keys() == expected.keys()
+    for notation, entry in found.items():
+        for name in ("loss", "agreement", "kl", "bits_per_byte"):
+            assert entry[name] == pytest.approx(expected[notation][name], abs=1e-5)
+
+
+def test_one_sequence_alone_has_no_interval(run: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["training"] |= {"micro_batch_size": 1, "global_batch_size": 1}
+    config["evaluation"]["batches"] = 1
+    one = shutil.copytree(run, tmp_path / "one")
+    (one / "config.yaml").write_text(yaml.safe_dump(config))
+    shown = CliRunner().invoke(app, ["evaluate", str(one), "--device", "cpu"])
+    assert shown.exit_code == 0 and "–" in shown.output and "nan" not in shown.output
+    written = json.loads((one / "evaluation.json").read_text(), parse_constant=pytest.fail)
+    assert written["submodels"][0]["loss_interval"] == [None, None]
+
+
 def test_an_extracted_model_is_replaced_with_its_evaluation(run: Path, tmp_path: Path) -> None:
     for force in (False, True):
         extract(str(run), ["S"], output=tmp_path / "s", force=force)
@@ -178,6 +204,12 @@ def test_what_does_not_fit_is_named(run: Path, tmp_path: Path) -> None:
     (one,) = extract(str(run), ["M"], output=tmp_path / "m")
     with pytest.raises(UserError, match=r"wider than|no granularity 'XL'"):
         evaluate_run(str(one.path), ["XL"], device="cpu")
+    (fixed,) = extract(str(run), ["M"], output=tmp_path / "hf", format="hf")
+    if importlib.util.find_spec("transformers"):
+        with pytest.raises(UserError, match=r"submodel 'S' is not in .* which is M alone"):
+            evaluate_run(str(fixed.path), ["S"], device="cpu")
+        with pytest.raises(UserError, match="leave --heuristic out"):
+            evaluate_run(str(fixed.path), heuristic=True, device="cpu")
     with pytest.raises(UserError, match="for extracted models"):
         evaluate_run(str(run), run=run, device="cpu")
     with pytest.raises(UserError, match="covers 2 layers"):

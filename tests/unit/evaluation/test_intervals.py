@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import sqrt
+from math import isnan, sqrt
 
 import pytest
 import torch
@@ -45,6 +45,14 @@ def test_long_sequences_weigh_more() -> None:
     assert measured.loss == pytest.approx(14 / 11) and measured.tokens == 11
     assert measured.mean(1) == pytest.approx(6 / 11)
     assert measured.bits_per_byte == pytest.approx(14 / 28 / 0.693147, rel=1e-5)
+
+
+def test_one_sequence_has_no_interval() -> None:
+    alone = Measured(of_sequences(torch.tensor([3.0])), text_bytes=0)
+    described = alone.described()
+    assert described["loss"] == 3.0 and all(map(isnan, described["loss_interval"]))
+    gained, ends = gain(alone, alone)
+    assert gained == 0 and all(map(isnan, ends))
 
 
 def test_gain_of_pairs_is_narrower_than_the_losses() -> None:

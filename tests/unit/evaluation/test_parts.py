@@ -52,6 +52,15 @@ def test_the_last_part_joins_all(tmp_path: Path, order: tuple[int, ...]) -> None
     assert not (tmp_path / FOLDER).exists()
 
 
+def test_a_damaged_part_is_named(tmp_path: Path) -> None:
+    join(tmp_path, Part(1, 2), WHOLE, [{"n": 1}])
+    (file,) = (tmp_path / FOLDER).iterdir()
+    file.write_text(file.read_text()[:3])
+    with pytest.raises(UserError, match=r"1-of-2\.json is damaged .*; delete it, and run the part"):
+        join(tmp_path, Part(2, 2), WHOLE, [{"n": 2}])
+    assert join(tmp_path, Part(1, 2), WHOLE, [{"n": 1}]) == [{"n": 1}, {"n": 2}]
+
+
 def test_parts_that_end_together_are_joined_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     for _ in range(20):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,6 +101,31 @@ def test_passes_tell_what_is_new() -> None:
         assert sorted(news) == [New(row, [expected[row][i]], 1, i == 3) for row in range(3)]
 
 
+def test_long_texts_in_pieces_match_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever ids come; and each piece takes as long as the first."""
+    tokenizer = small_tokenizer()
+    decode = type(tokenizer).decode
+    whole = partial(decode, tokenizer)
+    lengths: list[int] = []
+
+    def counted(self: Any, ids: Any) -> str:
+        lengths.append(len(ids))
+        return decode(self, ids)
+
+    monkeypatch.setattr(type(tokenizer), "decode", counted)
+    for seed in range(20):
+        chance = random.Random(seed)
+        prompt = [chance.randrange(tokenizer.vocab_size) for _ in range(300)]
+        ids = tokenizer.encode("die größte Lücke: 試 🙂, \n\t  " * 20) if seed < 3 else []
+        ids += [chance.randrange(tokenizer.vocab_size) for _ in range(1000)]
+        passes = [[New(0, [token], 1, i == len(ids) - 1)] for i, token in enumerate(ids)]
+        lengths.clear()
+        pieces = as_text(passes, [prompt], tokenizer)
+        text = "".join(piece.text for piece in pieces)
+        assert text == whole(prompt + ids)[len(whole(prompt)) :]
+        assert max(lengths[20:]) < 100  # at first, perhaps, no character is whole
+
+
 def test_pieces_are_whole_characters_and_come_in_order() -> None:
     tokenizer = small_tokenizer()
     text = "def ümläut(€):"
@@ -150,3 +177,20 @@ def test_long_ragged_generation_matches_transformers(
         )  # fmt: skip
         assert row == theirs[0, len(prompt) :].tolist()
         assert len(set(row[100:])) > 15, "varied enough to tell"
+
+
+def test_transformers_pads_ragged_prompts(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    lm = random_model(model_config(init_std=1.0))
+    run = write_run(tmp_path / "run", lm)
+    (one,) = extract(str(run), ["M"], output=tmp_path / "hf", format="hf")
+    texts = ["def total", "x", "return sum(numbers)"]
+    ids = list(map(small_tokenizer().encode, texts))
+    m = NESTING.uniform(1, 3)
+    expected = generate(lm, m, ids, max_new_tokens=20, sampling=GREEDY)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(one.path)
+    hf = transformers.AutoModelForCausalLM.from_pretrained(one.path)
+    assert hf.model.embed_tokens.padding_idx is None
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    found = hf.generate(**batch, max_new_tokens=20, do_sample=False, eos_token_id=None)
+    assert found[:, batch["input_ids"].shape[1] :].tolist() == expected

@@ -109,10 +109,36 @@ def test_hf_models_answer_prompt_after_prompt(run: Path, tmp_path: Path) -> None
     limits = ["--max-new-tokens", 9, "--temperature", 0.8]
     shown, _ = invoke("generate", one.path, *options("prompt", PROMPTS), *limits)
     ours, _ = invoke("generate", run, "--submodel", "L", *options("prompt", PROMPTS), *limits)
-    assert shown == ours.replace("--- L\n", f"--- {one.path}\n")
-    for extra in (["--submodel", "S"], ["--draft", "S"]):
-        with pytest.raises(UserError, match="is in format hf, which is run as one submodel"):
-            invoke("generate", one.path, *extra)
+    assert shown == ours
+    with pytest.raises(UserError, match=r"submodel 'S' is not in .*, which is L alone"):
+        invoke("generate", one.path, "--submodel", "S")
+    with pytest.raises(UserError, match="of which nothing drafts here; leave --draft S out"):
+        invoke("generate", one.path, "--draft", "S")
+
+
+def test_nested_hf_models_answer_each_prompt_by_its_submodel(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    (one,) = extract(str(run), ["XL"], output=tmp_path / "hf", format="hf", nested=True)
+    asked = [*options("prompt", PROMPTS), *options("submodel", SUBMODELS), "--temperature", 0]
+    # The same prompt twice: the second must not go on from what the first submodel has read.
+    asked += [*options("prompt", PROMPTS[:1]), "--submodel", "M", "--max-new-tokens", 20]
+    shown, _ = invoke("generate", one.path, *asked)
+    ours, _ = invoke("generate", run, *asked)
+    assert shown == ours
+    (small,) = extract(str(run), ["M"], output=tmp_path / "m", format="hf", nested=True)
+    with pytest.raises(UserError, match="submodel 'L' is wider than"):
+        invoke("generate", small.path, "--submodel", "L")
+    with pytest.raises(UserError, match="2 submodels were given for 1 prompts"):
+        invoke("generate", small.path, "--submodel", "S", "--submodel", "M")
+
+
+@pytest.mark.parametrize(
+    "words", [["generate"], ["speculate"], ["evaluate"], ["evaluate", "--tasks", "stdlib"]]
+)
+def test_devices_that_are_not_there_are_named(run: Path, words: list[str]) -> None:
+    command, *more = words
+    with pytest.raises(UserError, match="--device 'tpu' must be cpu, cuda or cuda:N"):
+        invoke(command, run, *more, "--device", "tpu")
 
 
 def test_sample_takes_runs(run: Path) -> None:

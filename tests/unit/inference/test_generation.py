@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,26 @@ def test_logits_that_are_no_numbers_are_named(
     with pytest.raises(UserError, match=r"logits are not numbers: .* an earlier checkpoint"):
         generate(
             lm, NESTING.uniform(3, 3), PROMPTS, max_new_tokens=4, sampling=sampling,
+            drafting=drafting,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling()])
+@pytest.mark.parametrize("drafting", [None, Drafting(NESTING.uniform(0, 3))])
+@pytest.mark.parametrize("passes", range(1, 5))
+def test_numbers_that_end_behind_the_prompts_are_named(
+    monkeypatch: pytest.MonkeyPatch, sampling: Sampling, drafting: Drafting | None, passes: int
+) -> None:
+    lm = random_model(model_config())
+    logits, calls = lm.head.logits, itertools.count()
+
+    def broken(*arguments: Any) -> torch.Tensor:
+        return logits(*arguments) * (float("nan") if next(calls) >= passes else 1.0)
+
+    monkeypatch.setattr(lm.head, "logits", broken)
+    with pytest.raises(UserError, match="logits are not numbers"):
+        generate(
+            lm, NESTING.uniform(3, 3), PROMPTS, max_new_tokens=9, sampling=sampling,
             drafting=drafting,
         )  # fmt: skip
 

@@ -116,6 +116,16 @@ def test_every_shape_of_model_has_a_page(make_run: Any, granularities: int, laye
     assert len(written["measured"]) >= 1
 
 
+def test_losses_on_other_sequences_are_not_joined(make_run: Any) -> None:
+    """As many tokens are not the same tokens."""
+    run = make_run()
+    write_search(run)
+    assert not join_points(read_run(run)).notes
+    edit(run / "evaluation.json", lambda e: e.update(data_sha256="of others"))
+    (note,) = join_points(read_run(run)).notes
+    assert "those of evaluation.json are on" in note
+
+
 def test_evaluation_shows_intervals_kl_and_bits_where_it_has_them(make_run: Any) -> None:
     run = make_run()
     old = page_of(run)

@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from matformer_dist.cli import app
@@ -18,11 +19,13 @@ from matformer_dist.errors import EXIT_INTERRUPTED, UserError
 from matformer_dist.evaluation.loss import measure_sequences
 from matformer_dist.evaluation.run import evaluate_run
 from matformer_dist.inference.loading import load_model
+from matformer_dist.models.matlm import MatLM
 from matformer_dist.nesting import Nesting, Submodel, mix_n_match
 from matformer_dist.search import measurements
 from matformer_dist.search.budget import Budget, short_cost
 from matformer_dist.search.picture import draw_frontier
 from matformer_dist.search.search import Options, search
+from matformer_dist.submodels.entry import read_entry
 from matformer_dist.submodels.extract import extract
 from matformer_dist.submodels.slices import read_slices
 from tests.unit.submodels import synthetic_run
@@ -146,6 +149,7 @@ def test_slices_are_taken_by_name(run: Path, tmp_path: Path) -> None:
     one = next(one for one in found.slices if one.found_by == "search")
     (taken,) = extract(str(run), [one.name], output=tmp_path / "taken")
     assert (taken.submodel, taken.parameters) == (one.submodel, one.parameters)
+    assert read_entry(taken.path)["loss"] == one.loss  # as the search measured it
     with pytest.raises(UserError, match="is an extracted model"):
         search(str(taken.path))
     with pytest.raises(UserError, match=f"no slice '77M'.*its slices are .*{one.name}"):
@@ -191,9 +195,28 @@ def test_latency_is_measured_once_and_read_again(run: Path, tmp_path: Path) -> N
         search(str(run), [Budget.parse("latency=0.5ms")], options=options)
     with pytest.raises(UserError, match="is of another sequences"):
         search(str(run), kind="latency", options=Options(table=table, sequences=4))
+    with pytest.raises(UserError, match="is of another dtype"):
+        search(str(run), kind="latency", options=Options(table=table, latency_dtype="bf16"))
     table.write_text("{}")
     with pytest.raises(UserError, match="is no latency table"):
         search(str(run), kind="latency", options=options)
+
+
+def test_latency_is_of_weights_in_its_dtype(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+    logits = MatLM.logits
+
+    def watched(lm: MatLM, *arguments: Any) -> Any:
+        seen.add(lm.embedding.weight.dtype)
+        return logits(lm, *arguments)
+
+    monkeypatch.setattr(MatLM, "logits", watched)
+    options = Options(points=3, table=tmp_path / "table.json", latency_dtype="bf16")
+    found = search(str(run), kind="latency", options=options)
+    assert seen == {torch.bfloat16}
+    assert ", bf16, behind" in found.all.latency_on
 
 
 @pytest.mark.parametrize(
@@ -202,6 +225,7 @@ def test_latency_is_measured_once_and_read_again(run: Path, tmp_path: Path) -> N
         ({"dtype": "fp8"}, "--dtype 'fp8' must be one of"), ({"points": 1}, "--points 1 must be 2"),
         ({"candidates": 0}, "--candidates 0"), ({"rounds": -1}, "--rounds -1"),
         ({"sequences": 0}, "--latency-sequences 0"),
+        ({"latency_dtype": "fp8"}, "--latency-dtype 'fp8' must be one of"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_fit_are_named(options: Any, message: str) -> None:
