@@ -31,7 +31,8 @@ from matformer_dist.evaluation.validation import Validation
 from matformer_dist.inference.loading import LoadedModel, load_model
 from matformer_dist.nesting import Submodel
 from matformer_dist.parallel.topology import cpu_environment
-from matformer_dist.report.inputs import read_metrics
+from matformer_dist.report.inputs import read_run
+from matformer_dist.report.machine import training_seconds
 from matformer_dist.search.search import Options, search
 from matformer_dist.submodels.slices import MeasuredSubmodel, Slices
 
@@ -77,12 +78,12 @@ def main() -> None:
     print_slices(rows)
     neighbours = _against_neighbours(found.all, loaded)
     print_neighbours(neighbours)
-    config = load_config(run / "config.yaml")
-    last = read_metrics(run / "metrics.jsonl")[-1]
+    trained = read_run(run)
     settings = {
-        "config": config.model_dump(mode="json", exclude={"run"}),
+        "config": trained.config.model_dump(mode="json", exclude={"run"}),
         "step": found.all.step,
-        "trained_tokens": last.tokens,
+        "trained_tokens": trained.last.tokens,
+        "training_seconds": round(training_seconds(trained)),
         "measured_submodels": len(found.all.measured),
         "tokens_chosen_on": found.all.tokens,
         "tokens_judged_on": next(iter(judged.values())).tokens,
