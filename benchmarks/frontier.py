@@ -70,12 +70,14 @@ def main() -> None:
     found = search(str(run), options=Options(batches=args.batches), progress=progress)
     loaded = load_model(run)
     unseen = _unseen(loaded, args.batches)
-    notations = dict.fromkeys(
-        name for one in found.slices for name in (one.submodel, one.heuristic)
-    )
+    uniform = loaded.submodel.nesting.names
+    chosen = (name for one in found.slices for name in (one.submodel, one.heuristic))
+    notations = dict.fromkeys([*uniform, *chosen])
     judged = _measure(loaded, unseen, [loaded.parse(name) for name in notations])
+    unseen_losses = {name: judged[loaded.parse(name)].loss for name in uniform}
     rows = [_row(one, loaded, judged) for one in found.slices]
     print_slices(rows)
+    print("unseen:", ", ".join(f"{name} {loss:.4f}" for name, loss in unseen_losses.items()))
     neighbours = _against_neighbours(found.all, loaded)
     print_neighbours(neighbours)
     trained = read_run(run)
@@ -91,7 +93,7 @@ def main() -> None:
     measured = [one.model_dump(include=_KEPT) for one in found.all.measured]
     write_result(
         args.output, "cpu", ("torch", "deepspeed"), settings, slices=rows, neighbours=neighbours,
-        measured=measured,
+        unseen_losses=unseen_losses, measured=measured,
     )  # fmt: skip
 
 
