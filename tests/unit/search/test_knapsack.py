@@ -11,11 +11,12 @@ import pytest
 from matformer_dist.config import ModelConfig
 from matformer_dist.counting import count_parameters, flops_per_token
 from matformer_dist.errors import UserError
-from matformer_dist.nesting import Nesting, Submodel
+from matformer_dist.nesting import Nesting, Submodel, mix_n_match
 from matformer_dist.search import knapsack
 from matformer_dist.search.budget import KINDS, Budget, Costs, short_cost
 from matformer_dist.search.knapsack import Knapsack
 from matformer_dist.search.predictor import Predictor, one_layer_changes
+from matformer_dist.search.search import _frontier
 from matformer_dist.submodels.slices import Cost
 
 NESTING = Nesting.from_widths([8, 16, 40, 64])
@@ -120,6 +121,31 @@ def test_predictions_are_exact_at_granularities_and_near_elsewhere(seed: int) ->
     corrected = first.corrected(more)
     later = [abs(corrected.loss(one) - truth[one]) for one in EVERY]
     assert np.mean(later) < np.mean(errors)
+
+
+def test_the_correction_is_as_strong_as_what_was_measured_allows() -> None:
+    """Where losses are sums over layers, many of them leave nothing to guess; where they are noise
+    around the first guess, it stays."""
+    moved = []
+    for seed in range(20):
+        truth, guess = random_predictor(seed), random_predictor(seed + 100)
+        sums = {one: truth.loss(one) for one in EVERY[::3]}
+        exact = guess.corrected(sums)
+        assert max(abs(exact.loss(one) - truth.loss(one)) for one in EVERY) < 1e-3
+        noise = 0.1 * np.random.default_rng(seed).standard_normal(len(EVERY))
+        kept = guess.corrected(
+            {EVERY[i]: guess.loss(EVERY[i]) + noise[i] for i in range(0, 256, 8)}
+        )
+        moved.append(np.mean([abs(kept.loss(one) - guess.loss(one)) for one in EVERY]))
+    assert np.mean(moved) < 0.02  # 0.04 without a thought of the noise
+
+
+def test_budgets_of_a_frontier_lie_from_end_to_end() -> None:
+    found = costs()
+    ladder = [found.cost("params", one) for one in mix_n_match(NESTING, LAYERS)]
+    budgets = [budget.limit for budget in _frontier(found, "params", 5)]
+    evenly, uniform = {0, 3, 6, 9, 12}, {0, 4, 8, 12}
+    assert budgets == [ladder[i] for i in sorted(evenly | uniform)]
 
 
 def test_one_layer_changes_are_each_step_of_each_layer_from_both_sides() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -23,7 +24,9 @@ from matformer_dist.models.matlm import MatLM
 from matformer_dist.nesting import Nesting, Submodel, mix_n_match
 from matformer_dist.search import measurements
 from matformer_dist.search.budget import Budget, short_cost
+from matformer_dist.search.choice import _named
 from matformer_dist.search.picture import draw_frontier
+from matformer_dist.search.predictor import Predictor
 from matformer_dist.search.search import Options, search
 from matformer_dist.submodels.entry import read_entry
 from matformer_dist.submodels.extract import extract
@@ -282,6 +285,69 @@ def test_slices_of_other_data_are_not_joined(run: Path, tmp_path: Path) -> None:
     assert {one.kind for one in second.all.slices} == {"memory"}
 
 
+def test_losses_of_other_sequences_are_not_taken_for_known(run: Path, tmp_path: Path) -> None:
+    """Nor are as many of other data."""
+    first = search(str(run), options=Options(points=3, rounds=0))
+    for file in (run / "texts").iterdir():
+        file.write_text(" ".join(reversed(file.read_text().split())))
+    other = tmp_path / "other"
+    prepare_data([run / "texts"], other, tokenizer=run / "tokenizer.model", workers=1)
+    second = search(str(run), options=Options(points=3, rounds=0, data=other))
+    assert second.all.tokens == first.all.tokens
+    assert second.measured_now == first.measured_now
+    assert second.all.measured[0].loss != first.all.measured[0].loss
+
+
+def test_slices_whose_memory_is_counted_anew_are_not_kept(run: Path) -> None:
+    search(str(run), [Budget.parse("memory=70kB"), Budget.parse("params=32k")])
+    (written,) = {one.memory_bytes for one in read_slices(run).slices if one.kind == "memory"}  # type: ignore[union-attr]
+    kept = search(str(run), [Budget.parse("flops=60k")], options=Options(dtype="fp16"))
+    assert {one.kind for one in kept.all.slices} == {"params", "flops", "memory"}
+    other = search(str(run), [Budget.parse("flops=60k")], options=Options(dtype="fp32"))
+    assert {one.kind for one in other.all.slices} == {"params", "flops"}
+    assert written not in {one.memory_bytes for one in other.all.measured}
+
+
+def test_each_round_predicts_from_all_that_is_known(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    narrow = Predictor(1.0, -np.ones((3, 3)))  # in whose eyes the narrowest are best
+
+    def corrected(self: Predictor, losses: Any) -> Predictor:
+        told.append(len(losses))
+        return narrow if len(told) == 2 else self
+
+    monkeypatch.setattr(Predictor, "corrected", corrected)
+    search(str(run), [Budget.parse("params=36k")], options=Options(rounds=2, candidates=2))
+    assert told[1] == told[0] + 2
+    (file,) = (run / "measurements").iterdir()
+    names = [json.loads(line)["submodel"] for line in file.read_text().splitlines() if line]
+    measured = [NESTING.parse(name, 3) for name in names]
+    steps = [
+        sum(chosen)
+        for chosen in product(range(4), repeat=3)
+        if Submodel(NESTING, chosen) not in measured[:-2]
+    ]
+    assert sorted(sum(one.granularities) for one in measured[-2:]) == sorted(steps)[:2]
+
+
+def test_latency_is_of_a_token_behind_its_context(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+    logits = MatLM.logits
+
+    def watched(lm: MatLM, tokens: Any, submodel: Any, cache: Any) -> Any:
+        seen.add((tuple(tokens.shape), tuple(cache.lengths)))
+        return logits(lm, tokens, submodel, cache)
+
+    monkeypatch.setattr(MatLM, "logits", watched)
+    options = Options(points=3, table=tmp_path / "table.json", sequences=2, context=20)
+    search(str(run), kind="latency", options=options)
+    assert seen == {((2, 1), (20, 20))}
+
+
 def test_slices_within_a_latency_outlast_a_search_without(run: Path, tmp_path: Path) -> None:
     table = tmp_path / "table.json"
     options = Options(table=table, sequences=2, context=20)
@@ -302,6 +368,21 @@ def test_slices_within_a_latency_outlast_a_search_without(run: Path, tmp_path: P
     table.write_text(json.dumps({**written, "token_ms": [1.0, 2.0, 3.0, float("inf")]}))
     with pytest.raises(UserError, match="is no latency table"):
         search(str(run), kind="latency", options=Options(table=table))
+
+
+def test_names_have_as_many_digits_as_tell_them_apart(run: Path) -> None:
+    one = next(one for one in search(str(run)).slices if one.found_by == "search")
+    near = [
+        one.model_copy(update={"parameters": size, "name": ""})
+        for size in (1_314_000, 1_314_400, 1_322_000)
+    ]
+    uniform = one.model_copy(update={"parameters": 1_322_000, "name": "M"})
+    assert [found.name for found in _named([*near, uniform])] == [
+        "1.3140M",
+        "1.3144M",
+        "1.32M",
+        "M",
+    ]
 
 
 def test_a_slice_keeps_its_name_where_others_collide(run: Path) -> None:
