@@ -37,7 +37,6 @@ from matformer_dist.inference.speedup import Terms, find_prompts, take_turns
 from matformer_dist.submodels.extract import extract
 
 GREEDY = Sampling(temperature=0)
-VERIFIER = "XL"
 # Of transformers: without a threshold it drafts as many as it is told; by default it stops where it
 # is unsure.
 RULES = {"assistant_confidence_threshold": 0.0, "num_assistant_tokens_schedule": "constant"}
@@ -79,7 +78,7 @@ def main() -> None:
     drafts = [*args.draft, *([args.slice] if args.slice else [])]
     cases = our_cases(loaded, drafts, args)
     with tempfile.TemporaryDirectory() as folder:
-        cases += their_cases(drafts, args, Path(folder))
+        cases += their_cases(str(loaded.submodel), drafts, args, Path(folder))
     ways = [way(case, prompts) for case in cases]
     for case in cases:
         case.answer(prompts[0], Statistics())  # what is slow at first only is not measured
@@ -134,7 +133,9 @@ def our_cases(loaded: LoadedModel, drafts: list[str], args: argparse.Namespace) 
     return [case(), *(case(*way) for way in ways)]
 
 
-def their_cases(drafts: list[str], args: argparse.Namespace, folder: Path) -> list[Case]:
+def their_cases(
+    verifier: str, drafts: list[str], args: argparse.Namespace, folder: Path
+) -> list[Case]:
     """transformers, on exports of the verifier and the drafts."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -142,7 +143,7 @@ def their_cases(drafts: list[str], args: argparse.Namespace, folder: Path) -> li
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     models = {}
-    for i, notation in enumerate([VERIFIER, *drafts]):
+    for i, notation in enumerate([verifier, *drafts]):
         (one,) = extract(args.run, [notation], output=folder / str(i), format="hf")
         models[notation] = AutoModelForCausalLM.from_pretrained(one.path).eval()
 
@@ -153,7 +154,7 @@ def their_cases(drafts: list[str], args: argparse.Namespace, folder: Path) -> li
             assistant: Any = models.get(draft)
             for name, value in rule.items() if assistant else ():
                 setattr(assistant.generation_config, name, value)
-            return transformers_answer(models[VERIFIER], assistant, prompt, args.new_tokens, seen)
+            return transformers_answer(models[verifier], assistant, prompt, args.new_tokens, seen)
 
         return Case("transformers", draft, "own" if tokens else "", tokens, answer)
 

@@ -271,7 +271,11 @@ def find_checkpoint(run: str | Path) -> Checkpoint:
     if at and not path.exists():
         if not step.isdigit():
             raise UserError(f"{run}: the step behind @ must be a number, as in {name}@1000")
-        return _read_chosen(Path(name) / "checkpoints" / f"step-{step}")
+        chosen = Path(name) / "checkpoints" / f"step-{step}"
+        if not chosen.exists() and Path(name).is_dir():
+            there = ", ".join(f"{name}@{number}" for number in _step_folders(Path(name)))
+            raise UserError(f"{run} is not there; checkpoints are: {there or 'none yet'}")
+        return _read_chosen(chosen)
     if not path.is_dir():
         raise UserError(f"there is no run directory {run}; give the run.dir of a training run")
     found = read_checkpoints(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import isnan
 from typing import Annotated
 
@@ -22,6 +23,11 @@ out = Console(highlight=False, soft_wrap=True)
 def print_wide(part: RenderableType, width: int = 160) -> None:
     """As wide as its tables are: a number is never cut, in a pipe or a narrow window."""
     Console(highlight=False, soft_wrap=True, width=max(out.width, width)).print(part)
+
+
+def number(value: float, format: str) -> str:
+    """ "–" where there is none."""
+    return "–" if isnan(value) else f"{value:{format}}"
 
 
 def interval_text(ends: tuple[float, float]) -> str:
@@ -58,3 +64,10 @@ def whole_numbers(option: str, text: str | None) -> list[int] | None:
         raise UserError(
             f"{option} {text!r} must be whole numbers with commas between them, such as 256,1024"
         ) from None
+
+
+def leave_out(options: Mapping[str, object], why: str) -> None:
+    """UserError for the first of them that is given."""
+    for name, value in options.items():
+        if value is not None and value is not False:
+            raise UserError(f"{name} {why}")

@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from matformer_dist.cli.app import DeviceOption, RunArgument, app, interval_text, out, print_wide
+from matformer_dist.cli.app import (
+    DeviceOption,
+    RunArgument,
+    app,
+    interval_text,
+    leave_out,
+    out,
+    print_wide,
+)
 from matformer_dist.errors import UserError
 
 
@@ -23,18 +31,30 @@ def search_command(
         ),
     ] = None,
     frontier: Annotated[
-        str, typer.Option(help="What a whole frontier is over: params, flops, memory, latency.")
-    ] = "params",
-    points: Annotated[int, typer.Option(help="Budgets of a frontier, beside S to XL.")] = 24,
+        str | None,
+        typer.Option(
+            help="What a whole frontier is over: params, flops, memory or latency; params if left "
+            "out."
+        ),
+    ] = None,
+    points: Annotated[
+        int | None, typer.Option(help="Budgets of a frontier, beside S to XL; 24 if left out.")
+    ] = None,
     candidates: Annotated[int, typer.Option(help="Measured of each budget and round.")] = 3,
-    rounds: Annotated[int, typer.Option(help="Of candidates; 0: the heuristic alone.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Of candidates; 0: one-layer changes alone.")] = 2,
     batches: Annotated[
         int | None, typer.Option(min=1, help="Global batches; else the run's evaluation.batches.")
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Prefix of token files; else the run's validation data.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="That memory is of: fp32, bf16 or fp16.")] = "bf16",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Of memory, which is weights and the cache of a sequence of training.seq_len: "
+            "fp32, bf16 or fp16."
+        ),
+    ] = "bf16",
     latency_table: Annotated[
         Path | None,
         typer.Option(help="Times a width, measured where it is not there; RUN/latency.json."),
@@ -59,11 +79,16 @@ def search_command(
     from matformer_dist.search.picture import draw_frontier
     from matformer_dist.search.search import Options, search
 
-    kind = next((kind for kind in KINDS if kind == frontier), None)
+    if budget:
+        leave_out(
+            {"--frontier": frontier, "--points": points},
+            "is for whole frontiers; leave it out, or --budget",
+        )
+    kind = next((kind for kind in KINDS if kind == (frontier or "params")), None)
     if kind is None:
         raise UserError(f"--frontier {frontier!r} must be one of {', '.join(KINDS)}")
     options = Options(
-        points=points,
+        points=24 if points is None else points,
         candidates=candidates,
         rounds=rounds,
         batches=batches,
@@ -98,6 +123,8 @@ def search_command(
             interval_text(one.gain_interval),
         )  # fmt: skip
     print_wide(table)
+    if found.replaced:
+        out.print(f"the slices of {found.replaced} that were there are replaced")
     out.print(
         f"step {found.all.step}, {len(found.all.measured)} submodels measured "
         f"({found.measured_now} of them now) on {found.all.tokens:,} tokens; gain: nats a token "

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.table import Table
 
-from matformer_dist.cli.app import DeviceOption, RunArgument, app, out
+from matformer_dist.cli.app import DeviceOption, RunArgument, app, leave_out, number, out
 from matformer_dist.errors import UserError
 
 
@@ -36,15 +37,25 @@ def generate_command(
     draft: Annotated[
         str | None, typer.Option(help="A smaller submodel that drafts; the text stays exact.")
     ] = None,
-    draft_tokens: Annotated[str, typer.Option(metavar="N|auto", help="To draft at a time.")] = "4",
+    draft_tokens: Annotated[
+        str | None, typer.Option(metavar="N|auto", help="To draft at a time; 4 if left out.")
+    ] = None,
     draft_cache: Annotated[
-        str, typer.Option(metavar="own|shared", help="Of the draft's keys and values.")
-    ] = "shared",
+        str | None,
+        typer.Option(
+            metavar="own|shared", help="Of the draft's keys and values; shared if left out."
+        ),
+    ] = None,
     device: DeviceOption = None,
 ) -> None:
     """Sample text from a run, at any of its submodels, or from an extracted model."""
     from matformer_dist.inference.generation import Sampling, speak
 
+    if draft is None:
+        leave_out(
+            {"--draft-tokens": draft_tokens, "--draft-cache": draft_cache},
+            "is for --draft; name one, or leave it out",
+        )
     statistics = speak(
         model,
         prompt or [""],
@@ -53,15 +64,16 @@ def generate_command(
         sampling=Sampling(temperature, top_k, top_p),
         seed=seed,
         draft=draft,
-        draft_tokens=_draft_tokens(draft_tokens),
-        draft_cache=draft_cache,  # type: ignore[arg-type] # checked there
+        draft_tokens=_draft_tokens(draft_tokens or "4"),
+        draft_cache=draft_cache or "shared",  # type: ignore[arg-type] # checked there
         device=device,
         on_text=lambda text: typer.echo(text, nl=False),
     )
     typer.echo()
     if statistics:
+        accepted = number(statistics.acceptance, ".1%")
         typer.echo(
-            f"{draft} drafted {statistics.drafted} tokens, of which {statistics.acceptance:.1%} "
+            f"{draft} drafted {statistics.drafted} tokens, of which {accepted} "
             f"were accepted: {statistics.tokens_per_verify:.2f} tokens a verify",
             err=True,
         )
@@ -83,11 +95,14 @@ def speculate_command(
         Path | None, typer.Option(help="File with a prompt a line; else the run's validation data.")
     ] = None,
     prompt_count: Annotated[int, typer.Option(min=1, help="At most so many prompts.")] = 8,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of those of validation data.")] = 32,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of those of validation data; else up to 32.")
+    ] = None,
     new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest.")] = 0.0,
     repetitions: Annotated[int, typer.Option(min=1, help="Of which medians are shown.")] = 3,
     device: DeviceOption = None,
+    output: Annotated[Path | None, typer.Option(help="File to write instead.")] = None,
 ) -> None:
     """Time speculative decoding against plain decoding, into RUN/speculative.json."""
     from rich.progress import Progress
@@ -108,6 +123,7 @@ def speculate_command(
         temperature=temperature,
         repetitions=repetitions,
         device=device,
+        output=output,
     )
     with Progress(console=out, transient=True) as progress:
         task = progress.add_task("decoding", total=None)
@@ -115,7 +131,7 @@ def speculate_command(
             run, terms, lambda n, total: progress.update(task, completed=n, total=total)
         )
     table = Table(
-        "draft", "cache", "drafted", "accepted", "tokens a verify", "tokens/s", "speed-up"
+        "draft", "cache", "draft tokens", "accepted", "tokens a verify", "tokens/s", "speed-up"
     )
     for column in table.columns[2:]:
         column.justify = "right"
@@ -124,7 +140,7 @@ def speculate_command(
     for entry in found.drafts:
         table.add_row(
             entry["draft"], entry["cache"], str(entry["draft_tokens"]),
-            f"{entry['acceptance']:.1%}", f"{entry['tokens_per_verify']:.2f}",
+            number(entry["acceptance"], ".1%"), number(entry["tokens_per_verify"], ".2f"),
             f"{entry['tokens_per_second']:.1f}", f"{entry['speedup']:.2f}",
         )  # fmt: skip
     out.print(table)
@@ -137,6 +153,6 @@ def speculate_command(
 def _draft_tokens(text: str) -> int | Literal["auto"]:
     if text == "auto":
         return "auto"
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"--draft-tokens {text!r} must be a number from 1 on, or auto")
+    if not re.fullmatch("0*[1-9][0-9]{0,5}", text):
+        raise UserError(f"--draft-tokens {text[:40]!r} must be a number from 1 on, or auto")
     return int(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +11,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from matformer_dist.cli.app import DeviceOption, app, interval_text, items, out, print_wide
-from matformer_dist.errors import UserError
+from matformer_dist.cli.app import (
+    DeviceOption,
+    app,
+    interval_text,
+    items,
+    leave_out,
+    number,
+    out,
+    print_wide,
+)
 
 _LOSSES, _TASKS = "Validation losses", "Tasks of lm-eval, in place of losses"
 
@@ -27,6 +35,7 @@ def evaluate_command(
         typer.Option(help="A Mix'n'Match submodel or a slice; may be repeated."),
     ] = None,
     device: DeviceOption = None,
+    output: Annotated[Path | None, typer.Option(help="File to write instead.")] = None,
     heuristic: Annotated[
         bool,
         typer.Option(
@@ -93,26 +102,23 @@ def evaluate_command(
         Path | None,
         typer.Option(help="Folder of the CSV files of Story Cloze 2016.", rich_help_panel=_TASKS),
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="File to write instead.", rich_help_panel=_TASKS)
-    ] = None,
 ) -> None:
     """Validation loss and consistency with XL of every granularity, into RUN/evaluation.json."""
     if tasks is None:
-        _leave_out(
+        leave_out(
             {
                 "--limit": limit, "--num-fewshot": num_fewshot, "--include-path": include_path,
                 "--batch-size": batch_size, "--skip-missing": skip_missing,
-                "--storycloze": storycloze, "--output": output,
+                "--storycloze": storycloze,
             },
             "is for --tasks; name some, or leave it out",
         )  # fmt: skip
         _evaluate_losses(
             model, submodel or (), heuristic=heuristic, batches=batches, data=data, run=run,
-            part=part, device=device,
+            part=part, device=device, output=output,
         )  # fmt: skip
     else:
-        _leave_out(
+        leave_out(
             {
                 "--heuristic": heuristic, "--batches": batches, "--part": part, "--data": data,
                 "--run": run,
@@ -151,15 +157,18 @@ def _evaluate_losses(
         table.add_row(
             entry["submodel"], f"{entry['parameters']:,}", f"{entry['loss']:.4f}",
             interval_text(entry["loss_interval"]), f"{entry['perplexity']:.2f}",
-            f"{entry['bits_per_byte']:.4f}", f"{entry['agreement']:.1%}", f"{entry['kl']:.4f}",
+            f"{entry['bits_per_byte']:.4f}", number(entry["agreement"], ".1%"),
+            number(entry["kl"], ".4f"),
         )  # fmt: skip
     print_wide(table)
-    file = evaluation.directory / "evaluation.json"
+    file = evaluation.file
     where = f"written to {file}" if evaluation.is_whole else f"other parts are to come for {file}"
     out.print(
         f"step {evaluation.step}, {evaluation.tokens:,} validation tokens; loss and KL in nats per "
-        f"token, agreement and KL with the largest submodel; {where}"
+        f"token, agreement and KL with XL; {where}"
     )
+    if evaluation.note:
+        out.print(evaluation.note, markup=False)
 
 
 def _evaluate_tasks(
@@ -190,10 +199,3 @@ def _evaluate_tasks(
     print_wide(table, 60 + 24 * len(evaluation.submodels))
     for note in evaluation.notes():
         out.print(note, markup=False)
-
-
-def _leave_out(options: Mapping[str, object], why: str) -> None:
-    """UserError for the first of them that is given."""
-    for name, value in options.items():
-        if value is not None and value is not False:
-            raise UserError(f"{name} {why}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from matformer_dist.checkpoints.files import replace_json
 from matformer_dist.counting import count_parameters, flops_per_token
+from matformer_dist.errors import UserError
 from matformer_dist.evaluation.loss import measure_sequences, sparing
 from matformer_dist.evaluation.measured import Measured
 from matformer_dist.evaluation.parts import Part, join
@@ -28,11 +29,12 @@ _AT_ONCE = 4  # submodels of a pass, XL among them
 class RunEvaluation:
     """What `evaluation.json` holds, or a part of it; see `evaluate_run`."""
 
-    directory: Path
+    file: Path
     step: int
     tokens: int
     results: list[dict[str, Any]]
     is_whole: bool  # else the results are one part's, of which others are not there yet
+    note: str  # what there is to know beside the numbers; empty where nothing
 
 
 def evaluate_run(
@@ -45,6 +47,7 @@ def evaluate_run(
     run: Path | None = None,
     part: Part | None = None,
     device: str | None = None,
+    output: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> RunEvaluation:
     """Validation losses of the uniform submodels, those in `notations`, and the heuristic's.
@@ -53,10 +56,13 @@ def evaluate_run(
     which what it holds is evaluated. `batches` of the run's global batch size (default: its
     evaluation.batches), so that the sequences are those that training evaluated; `data`: the prefix
     of other token files to take them from; `run`: where an extracted model's run is now. Writes
-    evaluation.json into the directory of the run or model; with a `part` of the submodels, the last
-    part to come to its end does so. `progress` is called with micro-batches done and in all.
+    `output`, else evaluation.json in the directory of the run or model; with a `part` of the
+    submodels, the last part to come to its end does so. Agreement and KL are with XL of the run,
+    and NaN where its checkpoint is gone. `progress` is called with micro-batches done and in all.
     UserError for what is not there, a submodel that does not fit, or more parts than submodels.
     """
+    if output and not output.absolute().parent.is_dir():
+        raise UserError(f"there is no folder for --output {output}; make it, or name another file")
     model = open_source(source, notations, heuristic, run, choose_device(device))
     mine = part.take(model.chosen) if part else model.chosen
     validation = Validation.of(model.config, model.tokenizer, batches, data)
@@ -69,14 +75,15 @@ def evaluate_run(
         "bytes": validation.text_bytes,
         "data_sha256": validation.digest,
     }
+    file = output or model.directory / EVALUATION
     joined: list[dict[str, Any]] | None = results
     if part:
         seal = {"source": model.identity, "submodels": [*map(str, model.chosen)]}
         joined = join(model.directory, part, {**written, **seal}, results)
     results = sorted(joined or results, key=lambda entry: entry["parameters"])
     if joined:
-        replace_json(model.directory / EVALUATION, {**written, "submodels": results})
-    return RunEvaluation(model.directory, model.step, tokens, results, bool(joined))
+        replace_json(file, {**written, "submodels": results})
+    return RunEvaluation(file, model.step, tokens, results, bool(joined), model.lacks_largest)
 
 
 @torch.no_grad()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import nan
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +26,17 @@ from matformer_dist.nesting import Submodel, mix_n_match
 from matformer_dist.run_directory import find_checkpoint
 from matformer_dist.submodels.entry import is_extracted, read_entry
 
+# Tokens [1, s] and a submodel -> logits [1, s, V].
+_Logits: TypeAlias = Callable[[Tensor, Submodel], Tensor]
+
 
 @dataclass(frozen=True)
 class Source:
     """A model in memory, and what of it is evaluated.
 
-    `config`: of its run; `step`: of its weights; `chosen`: submodels and their kind; `run_pass`:
-    what a pass gives, see MatLM.forward.
+    `config`: of its run; `step`: of its weights; `largest`: XL, which others are to agree with;
+    `chosen`: submodels and their kind; `run_pass`: what a pass gives, see MatLM.forward, `largest`
+    first.
     """
 
     directory: Path
@@ -41,7 +48,8 @@ class Source:
     largest: Submodel
     chosen: dict[Submodel, str]
     run_pass: RunPass
-    identity: str  # equal for equal weights
+    identity: str  # of the weights, or of the directory that they lie in
+    lacks_largest: str = ""  # why nothing can agree with XL: agreements and KL are NaN
 
 
 def open_source(
@@ -49,26 +57,76 @@ def open_source(
 ) -> Source:
     """See evaluate_run, whose arguments these are."""
     directory = Path(name)
-    if not is_extracted(directory):
-        if run is not None:
-            raise UserError(
-                f"--run {run} is for extracted models, and {name} is a run; leave it out"
-            )
-        checkpoint = find_checkpoint(name)
-        loaded = load_model(checkpoint.path, device=device)
-        config = load_config(loaded.directory / "config.yaml")
-        identity = checkpoint.manifest.manifest_sha256
-        return _ours(loaded, config, checkpoint.step, identity, notations, heuristic)
+    if is_extracted(directory):
+        return _extracted(directory, notations, heuristic, run, device)
+    if run is not None:
+        raise UserError(f"--run {run} is for extracted models, and {name} is a run; leave it out")
+    checkpoint = find_checkpoint(name)
+    loaded = load_model(checkpoint.path, device=device)
+    return Source(
+        loaded.directory,
+        load_config(loaded.directory / "config.yaml"),
+        checkpoint.step,
+        loaded.tokenizer,
+        loaded.model.vocab_size,
+        device,
+        loaded.submodel,
+        _chosen(loaded, notations, heuristic),
+        loaded.run_pass,
+        checkpoint.manifest.manifest_sha256,
+    )
+
+
+def _extracted(
+    directory: Path,
+    notations: Sequence[str],
+    heuristic: bool,
+    run: Path | None,
+    device: torch.device,
+) -> Source:
+    """Agreement and KL are with XL of the run that it was taken out of, if it is not XL itself."""
     entry = read_entry(directory)
-    config, step = _config(directory, run or Path(entry["run"])), int(entry["step"])
+    run, step = run or Path(entry["run"]), int(entry["step"])
+    config = _config(directory, run)
+    model: LoadedModel | TransformersModel
+    logits: _Logits
     if entry["format"] == "native":
-        loaded = load_model(name, device=device)
-        return _ours(loaded, config, step, str(directory), notations, heuristic)
-    if entry["format"] == "hf":
-        return _of_transformers(directory, config, step, notations, heuristic, device)
-    raise UserError(
-        f"{name} is in format {entry['format']}, which llama.cpp runs; evaluate the run, or "
-        "extract with --format native or hf"
+        model = load_model(directory, device=device)
+        vocab_size = model.model.vocab_size
+        logits = model.model.logits
+    elif entry["format"] == "hf":
+        model = TransformersModel(directory, torch.float32, device)
+        vocab_size = model.model.config.vocab_size
+        logits = model.logits
+    else:
+        raise UserError(
+            f"{directory} is in format {entry['format']}, which llama.cpp runs; evaluate the run, "
+            "or extract with --format native or hf"
+        )
+    largest, largest_logits, lacks = model.submodel, logits, ""
+    if min(largest.widths) < config.granularities.d_ff:
+        largest = config.granularities.uniform(config.granularities.largest, config.model.n_layers)
+        try:
+            largest_logits = load_model(f"{run}@{step}", device=device).model.logits
+        except UserError as error:
+            lacks = f"no agreement with XL, which is not to be had: {error}"
+    run_pass: RunPass
+    if isinstance(model, LoadedModel) and largest == model.submodel:
+        run_pass = model.run_pass
+    else:
+        run_pass = partial(_pass_by_logits, logits, None if lacks else largest_logits)
+    return Source(
+        directory,
+        config,
+        step,
+        model.tokenizer,
+        vocab_size,
+        device,
+        largest,
+        _chosen(model, notations, heuristic),
+        run_pass,
+        str(directory),
+        lacks,
     )
 
 
@@ -81,35 +139,11 @@ def _config(directory: Path, run: Path) -> Config:
     )
 
 
-def _ours(
-    loaded: LoadedModel,
-    config: Config,
-    step: int,
-    identity: str,
-    notations: Sequence[str],
-    heuristic: bool,
-) -> Source:
-    return Source(
-        loaded.directory,
-        config,
-        step,
-        loaded.tokenizer,
-        loaded.model.vocab_size,
-        loaded.model.embedding.weight.device,
-        loaded.submodel,
-        _chosen(loaded, notations, heuristic),
-        loaded.run_pass,
-        identity,
-    )
-
-
 def _chosen(
     model: HoldsSubmodels, notations: Sequence[str], heuristic: bool
 ) -> dict[Submodel, str]:
     """The uniform submodels that it holds, all of it, and what was asked for."""
-    nesting, layers = model.submodel.nesting, len(model.submodel)
-    chosen = {one: "uniform" for one in nesting.uniforms(layers) if model.holds(one)}
-    chosen.setdefault(model.submodel, "mix")
+    chosen = {one: "uniform" if one.is_uniform else "mix" for one in model.usual()}
     for notation in notations:
         chosen.setdefault(model.parse(notation), "mix")
     if heuristic:
@@ -118,51 +152,32 @@ def _chosen(
                 f"{model.directory} is {model.submodel} alone; leave --heuristic out, or evaluate "
                 "the run, a native model or one of format hf --nested"
             )
-        for submodel in filter(model.holds, mix_n_match(nesting, layers)):
-            chosen.setdefault(submodel, "heuristic")
+        for submodel in mix_n_match(model.submodel.nesting, len(model.submodel)):
+            if model.holds(submodel):
+                chosen.setdefault(submodel, "heuristic")
     return chosen
 
 
-def _of_transformers(
-    directory: Path,
-    config: Config,
-    step: int,
-    notations: Sequence[str],
-    heuristic: bool,
-    device: torch.device,
-) -> Source:
-    """A sequence at a time, whose logits transformers makes whole."""
-    theirs = TransformersModel(directory, torch.float32, device)
-
-    def run_pass(tokens: Tensor, targets: Tensor, plan: Pass) -> Tensor:
-        found: list[Tensor] = []
-        largest: list[Tensor] = []  # log-probabilities of each sequence
-        for segment in plan.segments:
-            theirs.choose(segment.submodel)
-            for i, (row, of) in enumerate(zip(tokens.split(1), targets, strict=True)):
-                logs = theirs.model(row, use_cache=False).logits[0].log_softmax(-1)
-                if segment is plan.segments[0]:
-                    largest.append(logs)
-                found.append(_statistics(logs, largest[i], of))
-        return torch.stack(found)
-
-    return Source(
-        directory,
-        config,
-        step,
-        theirs.tokenizer,
-        theirs.model.config.vocab_size,
-        device,
-        theirs.submodel,
-        _chosen(theirs, notations, heuristic),
-        run_pass,
-        str(directory),
-    )
+def _pass_by_logits(
+    own: _Logits, largest: _Logits | None, tokens: Tensor, targets: Tensor, plan: Pass
+) -> Tensor:
+    """As LoadedModel.run_pass, by whole logits, a sequence at a time; the first segment is XL."""
+    first, *others = [segment.submodel for segment in plan.segments]
+    found: list[list[Tensor]] = [[] for _ in plan.segments]
+    for row, of in zip(tokens.split(1), targets, strict=True):
+        reference = None if largest is None else largest(row, first)[0].log_softmax(-1)
+        of_largest = torch.full((4,), nan) if reference is None else _sums(reference, reference, of)
+        found[0].append(of_largest.to(row.device))
+        for i, submodel in enumerate(others, start=1):
+            found[i].append(_sums(own(row, submodel)[0].log_softmax(-1), reference, of))
+    return torch.stack([row for rows in found for row in rows])
 
 
-def _statistics(logs: Tensor, largest: Tensor, targets: Tensor) -> Tensor:
+def _sums(logs: Tensor, largest: Tensor | None, targets: Tensor) -> Tensor:
     """Of log-probabilities [s, V], those of XL, and targets [s], as MatLM.forward has them: [4]."""
     nll = F.nll_loss(logs, targets, reduction="sum")
-    agreed = (logs.argmax(-1) == largest.argmax(-1)).sum()
-    kl = (largest.exp() * (largest - logs)).sum()
-    return torch.stack([nll, agreed.to(nll), kl, torch.full_like(nll, len(targets))])
+    agreed = kl = torch.full_like(nll, nan)
+    if largest is not None:
+        agreed = (logs.argmax(-1) == largest.argmax(-1)).sum().to(nll)
+        kl = (largest.exp() * (largest - logs)).sum()
+    return torch.stack([nll, agreed, kl, torch.full_like(nll, len(targets))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from matformer_dist.errors import UserError
@@ -14,6 +15,7 @@ class HoldsSubmodels:
 
     submodel: Submodel
     directory: Path  # of the run or the extracted model
+    step: int | None = None  # of the run
     nested: bool = True
 
     def holds(self, submodel: Submodel) -> bool:
@@ -21,12 +23,23 @@ class HoldsSubmodels:
         pairs = list(zip(submodel.widths, self.submodel.widths, strict=True))
         return all(a <= b if self.nested else a == b for a, b in pairs)
 
-    def parse(self, notation: str) -> Submodel:
-        """The submodel of that notation, or of that name in the run's slices.json.
+    def usual(self) -> list[Submodel]:
+        """What is looked at where nothing is named: uniform submodels and all of it, smallest
+        first.
+        """
+        uniforms = self.submodel.nesting.uniforms(len(self.submodel))[::-1]
+        return list(dict.fromkeys([*filter(self.holds, uniforms), self.submodel]))
+
+    def parse(self, notation: str | Sequence[str]) -> Submodel:
+        """The submodel of that notation, or of that name in the run's slices.json; or of a list of
+        granularities, one a layer.
 
         UserError where there is none, or the model does not hold it.
         """
-        found = find_submodel(notation, self.submodel.nesting, len(self.submodel), self.directory)
+        if not isinstance(notation, str):
+            notation = ",".join(notation)
+        nesting, layers = self.submodel.nesting, len(self.submodel)
+        found = find_submodel(notation, nesting, layers, self.directory, self.step)
         if self.holds(found):
             return found
         if self.nested:

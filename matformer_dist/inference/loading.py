@@ -36,7 +36,7 @@ class LoadedModel(HoldsSubmodels):
     model: MatLM
     submodel: Submodel
     directory: Path
-    step: int | None = None  # of the run
+    step: int | None = None
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -51,7 +51,7 @@ class LoadedModel(HoldsSubmodels):
     def generate(
         self,
         prompts: Sequence[str],
-        submodels: Sequence[str] | str = (),
+        submodels: Sequence[str | Sequence[str]] | str | None = None,
         *,
         max_new_tokens: int = 128,
         temperature: float = 0.8,
@@ -95,7 +95,7 @@ class LoadedModel(HoldsSubmodels):
     def stream(
         self,
         prompts: Sequence[str],
-        submodels: Sequence[str] | str = (),
+        submodels: Sequence[str | Sequence[str]] | str | None = None,
         *,
         max_new_tokens: int,
         sampling: Sampling,
@@ -105,7 +105,7 @@ class LoadedModel(HoldsSubmodels):
     ) -> Iterator[Piece]:
         """The same in pieces, as they come; what does not fit is said at once."""
         ids = encode_prompts(self.tokenizer, prompts)
-        notations = [submodels] if isinstance(submodels, str) else submodels
+        notations = [submodels] if isinstance(submodels, str) else submodels or ()
         chosen = [self.parse(notation) for notation in notations] or [self.submodel]
         if drafting is not None and drafting.submodel in chosen:
             raise UserError(

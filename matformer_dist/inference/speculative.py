@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import nan
 from typing import Literal
 
 import torch
@@ -58,7 +59,8 @@ class Drafting:
 class Statistics:
     """Sums over the rows: a pass of the verifier over B rows counts as B verifies.
 
-    `verified` are the tokens that came of verifies: all new ones but the first of each row.
+    `verified` are the tokens that came of verifies: all new ones but the first of each row. What
+    was drafted behind the end of a document counts nowhere.
     """
 
     drafted: int = 0
@@ -68,12 +70,12 @@ class Statistics:
 
     @property
     def acceptance(self) -> float:
-        """Share of the drafted tokens that were accepted."""
-        return self.accepted / max(1, self.drafted)
+        """Share of the drafted tokens that were accepted; NaN where none was drafted."""
+        return self.accepted / self.drafted if self.drafted else nan
 
     @property
     def tokens_per_verify(self) -> float:
-        return self.verified / max(1, self.verifies)
+        return self.verified / self.verifies if self.verifies else nan
 
 
 def check_draft(draft: Submodel, verifier: Submodel) -> None:
@@ -175,8 +177,10 @@ def speculate(
         length.saw(sum(accepted), sum(verdicts))
         new = [[*more[:a], last] for more, a, last in zip(drafted, accepted, final, strict=True)]
         news = add(new)
-        statistics.drafted += sum(useful)
-        statistics.accepted += sum(accepted)
+        for one, u, a in zip(news, useful, accepted, strict=True):
+            ended = one.tokens <= a  # within what was drafted
+            statistics.drafted += one.tokens if ended else u
+            statistics.accepted += min(a, one.tokens)
         statistics.verifies += len(news)
         statistics.verified += sum(one.tokens for one in news)
         yield news

@@ -38,6 +38,7 @@ class Speedups:
     step: int
     verifier: str
     prompts: int
+    prompt_tokens: list[int]
     new_tokens: int  # of each prompt
     temperature: float
     plain_tokens_per_second: float
@@ -54,24 +55,29 @@ class Terms:
     draft_tokens: int | str = 4
     prompts: Path | None = None  # one a line; else the beginnings of validation samples
     n_prompts: int = 8  # at most
-    prompt_tokens: int = 32  # of those from validation data
+    prompt_tokens: int | None = None  # of those from validation data; 32, if they have as many
     new_tokens: int = 64
     temperature: float = 0.0
     repetitions: int = 3
     seed: int = 0
     device: str | None = None  # the GPU, if there is one
+    output: Path | None = None  # RUN/speculative.json
 
 
 def measure_speedups(
     run: str, terms: Terms, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> tuple[Path, Speedups]:
-    """Compare drafts on RUN[@STEP], and write RUN/speculative.json.
+    """Compare drafts on RUN[@STEP], and write `terms.output`.
 
     `progress` is told of turns done and in all. UserError where run, submodels or prompts do not
     fit, or there are no prompts.
     """
     if is_extracted(Path(run)):
         raise UserError(f"{run} is an extracted model; give a run, whose submodels draft")
+    if terms.output and not terms.output.absolute().parent.is_dir():
+        raise UserError(
+            f"there is no folder for --output {terms.output}; make it, or name another file"
+        )
     sampling = Sampling(terms.temperature)
     loaded = load_model(run, device=choose_device(terms.device))
     assert loaded.step is not None, "it is a run's"
@@ -98,6 +104,7 @@ def measure_speedups(
         step=loaded.step,
         verifier=str(verifier),
         prompts=len(prompts),
+        prompt_tokens=list(map(len, prompts)),
         new_tokens=terms.new_tokens,
         temperature=terms.temperature,
         plain_tokens_per_second=tokens / statistics.median(seconds[0]),
@@ -106,7 +113,7 @@ def measure_speedups(
             for drafting, counts, own in zip(draftings, seen, seconds[1:], strict=True)
         ],
     )
-    file = loaded.directory / SPECULATIVE
+    file = terms.output or loaded.directory / SPECULATIVE
     replace_json(file, asdict(result))
     return file, result
 
@@ -187,6 +194,8 @@ def find_prompts(loaded: LoadedModel, terms: Terms) -> list[list[int]]:
 def _lines(file: Path) -> list[str]:
     try:
         return file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read --prompts {file}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 ({error.reason}); write it as UTF-8") from None
 
@@ -198,9 +207,16 @@ def _validation_prompts(loaded: LoadedModel, terms: Terms) -> list[list[int]]:
         _, validation = build_datasets(config, loaded.tokenizer, 1, terms.n_prompts)
     except UserError as error:
         raise UserError(
-            f"there are no prompts, for the validation data of {loaded.directory} cannot be had "
-            f"({error}); give --prompts FILE, with a prompt a line"
+            f"the validation data of {loaded.directory} have not {terms.n_prompts} prompts "
+            f"({error}); give a smaller --prompt-count, or --prompts FILE, with a prompt a line"
         ) from None
+    most = config.training.seq_len
+    if terms.prompt_tokens and terms.prompt_tokens > most:
+        raise UserError(
+            f"--prompt-tokens {terms.prompt_tokens} is more than the run's validation samples "
+            f"have, training.seq_len {most}; give at most that, or --prompts"
+        )
+    length = terms.prompt_tokens or min(32, most)
     assert validation is not None, "samples were asked for"
-    beginnings = [validation[i]["tokens"][: terms.prompt_tokens] for i in range(terms.n_prompts)]
+    beginnings = [validation[i]["tokens"][:length] for i in range(terms.n_prompts)]
     return [beginning.tolist() for beginning in beginnings]

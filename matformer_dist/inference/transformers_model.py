@@ -45,6 +45,12 @@ class TransformersModel(HoldsSubmodels):
             self.model.set_submodel(str(submodel))
         self._cache, self._read = None, self._read[:, :0]
 
+    def logits(self, tokens: Tensor, submodel: Submodel) -> Tensor:
+        """tokens [b, s] -> next-token logits [b, s, V]."""
+        self.choose(submodel)
+        logits: Tensor = self.model(tokens, use_cache=False).logits
+        return logits
+
     def stream(
         self,
         prompts: Sequence[str],

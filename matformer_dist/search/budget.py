@@ -171,8 +171,9 @@ class Costs:
             if budget.limit < low
             else f"above {names[-1]}, the largest"
         )
+        asked = f"{budget.kind}={_exact_cost(budget.kind, budget.limit)}"
         span = [_exact_cost(budget.kind, value) for value in (smallest, largest)]
         raise UserError(
-            f"the budget {budget} is {where}; this model's submodels cost {span[0]} ({names[0]}) "
+            f"the budget {asked} is {where}; this model's submodels cost {span[0]} ({names[0]}) "
             f"to {span[1]} ({names[-1]}): give one of these or between them"
         )

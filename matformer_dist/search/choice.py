@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from typing import Literal
 
 from matformer_dist.evaluation.measured import Measured, gain
 from matformer_dist.nesting import Submodel, mix_n_match
@@ -14,43 +15,63 @@ from matformer_dist.submodels.slices import Cost, MeasuredSubmodel, Slice
 _MOST_DIGITS = 12  # of a name
 
 
-def heuristic_within(costs: Costs, budget: Budget) -> Submodel:
-    """The paper's submodel within a budget: the widest of its ladder from S to XL."""
+def widest_within(costs: Costs, budget: Budget) -> Submodel:
+    """Of the paper's heuristic, whose submodels are a ladder from S to XL, what fills a budget."""
     *_, widest = (
         one for one in mix_n_match(costs.nesting, costs.n_layers) if costs.fits(one, budget)
     )
     return widest
 
 
-def best_within(known: Measurements, costs: Costs, budget: Budget) -> Submodel:
-    """Of the lowest loss, the cheapest of several; every budget's heuristic is among the known."""
-    within = (one for one in known if costs.fits(one, budget))
+def best_within(
+    known: Measurements, costs: Costs, budget: Budget, among: Container[Submodel] | None = None
+) -> Submodel:
+    """Of the lowest loss, the cheapest of several. `among`: None for all that was measured."""
+    within = (one for one in known if costs.fits(one, budget) and (among is None or one in among))
     return min(within, key=lambda one: (known[one].loss, costs.cost(budget.kind, one)))
 
 
 def choose(known: Measurements, costs: Costs, budgets: Sequence[Budget]) -> list[Slice]:
-    """A slice each, by kind and budget; the best of several budgets of a kind is one, at the
-    smallest of them.
+    """The slice within each budget, in their order; the widest of the heuristic within each of them
+    is known. Equal submodels have equal names.
     """
     ladder = set(mix_n_match(costs.nesting, costs.n_layers))
-    once: dict[tuple[Cost, Submodel], Slice] = {}
-    for budget in sorted(budgets, key=lambda budget: (budget.kind, budget.limit)):
+    slices = []
+    for budget in budgets:
         best = best_within(known, costs, budget)
-        if (budget.kind, best) in once:
-            continue
-        heuristic = heuristic_within(costs, budget)
+        heuristic = best_within(known, costs, budget, ladder)
         gained, interval = gain(known[best], known[heuristic])
-        once[budget.kind, best] = Slice(
-            **describe(known[best], costs, best).model_dump(),
-            name=str(best) if best.is_uniform else "",
-            kind=budget.kind,
-            budget=budget.limit,
-            found_by="uniform" if best.is_uniform else "heuristic" if best in ladder else "search",
-            heuristic=str(heuristic),
-            gain=gained,
-            gain_interval=interval,
+        slices.append(
+            Slice(
+                **describe(known[best], costs, best).model_dump(),
+                name=str(best) if best.is_uniform else "",
+                kind=budget.kind,
+                budget=budget.limit,
+                found_by=_found_by(best, ladder),
+                heuristic=str(heuristic),
+                gain=gained,
+                gain_interval=interval,
+            )
         )
-    return _named(list(once.values()))
+    distinct = without_repetitions(slices)
+    names = {(one.kind, one.submodel): one.name for one in _named(distinct)}
+    return [one.model_copy(update={"name": names[one.kind, one.submodel]}) for one in slices]
+
+
+def _found_by(
+    one: Submodel, ladder: Container[Submodel]
+) -> Literal["uniform", "heuristic", "search"]:
+    if one.is_uniform:
+        return "uniform"
+    return "heuristic" if one in ladder else "search"
+
+
+def without_repetitions(slices: Sequence[Slice]) -> list[Slice]:
+    """By kind and budget; what is best within several budgets, at the smallest of them."""
+    once: dict[tuple[Cost, str], Slice] = {}
+    for one in sorted(slices, key=lambda one: (one.kind, one.budget)):
+        once.setdefault((one.kind, one.submodel), one)
+    return list(once.values())
 
 
 def _named(slices: Sequence[Slice]) -> list[Slice]:

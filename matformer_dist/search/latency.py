@@ -7,6 +7,7 @@ submodels tell all: a layer at granularity j adds (t_j - t_0) / layers to t_0, t
 from __future__ import annotations
 
 import json
+import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -61,11 +62,13 @@ def latency_table(
     sequences: int | None,
     context: int | None,
     dtype: str | None = None,
+    is_of_here: bool = False,
 ) -> LatencyTable:
     """The table at `path`, or one that is measured now and written there.
 
     sequences, context and dtype: None takes those of a table that is there; else 1, half of the
-    model's context, and bf16 on a GPU, fp32 on a CPU. UserError for a file that is no table, or one
+    model's context, and bf16 on a GPU, fp32 on a CPU. is_of_here: a table of another machine is
+    measured again, in place of being taken as it is. UserError for a file that is no table, or one
     of another model, widths or settings.
     """
     model = loaded.model.model
@@ -74,15 +77,15 @@ def latency_table(
             f"--latency-context {context} must be 1 to {model.max_seq_len - 1}: a token behind it "
             "must fit into the model's context"
         )
-    if not path.exists():
+    device = loaded.model.embedding.weight.device
+    table = _read(path) if path.exists() else None
+    if table is None or (is_of_here and table.device != _device(device)):
         if not path.parent.is_dir():
             raise UserError(f"--latency-table {path}: there is no folder {path.parent}; make it")
-        where = loaded.model.embedding.weight.device.type
-        dtype = dtype or ("bf16" if where == "cuda" else "fp32")
+        dtype = dtype or ("bf16" if device.type == "cuda" else "fp32")
         table = measure(loaded, sequences or 1, context or model.max_seq_len // 2, dtype)
         replace_file(path, (table.model_dump_json(indent=1) + "\n").encode())
         return table
-    table = _read(path)
     wanted = {
         "model": model,
         "vocab_size": loaded.model.vocab_size,
@@ -149,7 +152,17 @@ def _device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"CPU, {threads} {'thread' if threads == 1 else 'threads'}"
+    return f"{_processor()}, {threads} {'thread' if threads == 1 else 'threads'}"
+
+
+def _processor() -> str:
+    """As Linux names its model; elsewhere its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"CPU {next(models, platform.machine())}"
 
 
 def _decoding_step(

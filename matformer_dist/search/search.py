@@ -3,8 +3,9 @@
 1. Measure the uniform submodels, the paper's heuristic at the budgets, and one-layer changes.
 2. A knapsack over what they foretell names a few candidates a budget; these are measured, and
    correct what is foretold. Again, `rounds` times.
-3. Of all that was measured, the best within a budget is its slice. The heuristic's are among it:
-   on the sequences that were measured, a slice is never worse than the heuristic.
+3. Of all that was measured, the best within a budget is its slice. It is compared with the best of
+   the heuristic's that were measured within the same budget, of which the widest is one: on these
+   sequences, a slice is never worse.
 
 Everything runs in the universal model: nothing is extracted.
 """
@@ -26,7 +27,7 @@ from matformer_dist.inference.loading import LoadedModel, load_model
 from matformer_dist.nesting import Nesting, Submodel, mix_n_match
 from matformer_dist.run_directory import find_checkpoint
 from matformer_dist.search.budget import BYTES_OF, Budget, Costs
-from matformer_dist.search.choice import best_within, choose, describe, heuristic_within
+from matformer_dist.search.choice import choose, describe, widest_within, without_repetitions
 from matformer_dist.search.files import write_slices
 from matformer_dist.search.knapsack import Knapsack
 from matformer_dist.search.latency import latency_table
@@ -70,13 +71,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search has found: the slices of its budgets, and all that slices.json holds."""
+    """What a search has found: a slice for each budget, or those of a frontier; and all that
+    slices.json holds.
+    """
 
     run: Path
     nesting: Nesting
     slices: list[Slice]
     all: Slices
     measured_now: int  # submodels; the others were known
+    replaced: str  # of what the slices were that these took the place of; empty where of none
 
 
 def search(
@@ -104,7 +108,7 @@ def search(
         config = load_config(loaded.directory / "config.yaml")
         validation = Validation.of(config, loaded.tokenizer, options.batches, options.data)
         known = Measurements(loaded, validation, checkpoint.manifest.manifest_sha256)
-        before = _before(known)
+        before, replaced = _before(known)
         kinds = {budget.kind for budget in budgets} or {kind}
         latency_ms, latency_on = _latency(loaded, options, "latency" in kinds, before)
         costs = Costs.of(
@@ -120,11 +124,12 @@ def search(
         wanted = list(dict.fromkeys(budgets)) or _frontier(costs, kind, options.points)
         earlier = _still_meant(before, costs)
         _measure(known, costs, wanted, earlier, options, progress)
-        whole = _all_slices(known, costs, [*wanted, *map(_budget, earlier)], latency_on)
+        slices = choose(known, costs, [*wanted, *map(_budget, earlier)])
+        whole = _all_slices(known, costs, without_repetitions(slices), latency_on)
         write_slices(loaded.directory, whole)
-        ours = {(budget.kind, str(best_within(known, costs, budget))) for budget in wanted}
-        named = [one for one in whole.slices if (one.kind, one.submodel) in ours]
-        return Found(loaded.directory, costs.nesting, named, whole, known.new)
+        asked = slices[: len(wanted)]
+        asked = asked if budgets else without_repetitions(asked)
+        return Found(loaded.directory, costs.nesting, asked, whole, known.new, replaced)
 
 
 @contextmanager
@@ -146,18 +151,21 @@ def _budget(one: Slice) -> Budget:
     return Budget(one.kind, one.budget)
 
 
-def _before(known: Measurements) -> Slices | None:
-    """What earlier searches of the same weights and sequences chose; UserError if it is broken."""
+def _before(known: Measurements) -> tuple[Slices | None, str]:
+    """What earlier searches of the same weights and sequences chose; of what else the slices are
+    that this search replaces, in words. UserError if the file is broken.
+    """
     before = read_slices(known.loaded.directory)
-    same = (known.checkpoint_sha256, known.validation.digest)
-    if before and (before.checkpoint_sha256, before.data_sha256) == same:
-        return before
-    return None
+    if before is None:
+        return None, ""
+    if before.checkpoint_sha256 != known.checkpoint_sha256:
+        return None, f"step {before.step}"
+    if before.data_sha256 != known.validation.digest:
+        return None, f"{before.tokens:,} other validation tokens"
+    return before, ""
 
 
-def _all_slices(
-    known: Measurements, costs: Costs, budgets: Sequence[Budget], latency_on: str
-) -> Slices:
+def _all_slices(known: Measurements, costs: Costs, slices: list[Slice], latency_on: str) -> Slices:
     assert known.loaded.step is not None, "it is a run's"
     return Slices(
         step=known.loaded.step,
@@ -167,7 +175,7 @@ def _all_slices(
         tokens=known.validation.targets.numel(),
         dtype=costs.dtype,
         latency_on=latency_on,
-        slices=choose(known, costs, budgets),
+        slices=slices,
         measured=sorted(
             (describe(known[one], costs, one) for one in known),
             key=lambda one: (one.parameters, one.loss),
@@ -180,16 +188,18 @@ def _latency(
 ) -> tuple[Sequence[float], str]:
     """Of the uniform submodels in ms, narrowest first, and what it was measured on, in words.
 
-    Where no budget is of latency, and no table is named: that of the searches before, else that of
-    the run, else none.
+    Where no budget is of latency, and no option is about it: that of the searches before, else that
+    of the run, else none.
     """
     path = options.table or loaded.directory / "latency.json"
-    if before and before.latency_on and not is_wanted and options.table is None:
+    asked = (options.table, options.sequences, options.context, options.latency_dtype)
+    is_wanted = is_wanted or any(one is not None for one in asked)
+    if before and before.latency_on and not is_wanted:
         of = {one.submodel: one.latency_ms for one in before.measured}
         found = [of.get(name) for name in loaded.submodel.nesting.names]
         if all(found):
             return [ms for ms in found if ms], before.latency_on
-    if not is_wanted and options.table is None and not path.exists():
+    if not is_wanted and not path.exists():
         return (), ""
     table = latency_table(
         path,
@@ -197,6 +207,7 @@ def _latency(
         sequences=options.sequences,
         context=options.context,
         dtype=options.latency_dtype,
+        is_of_here=options.table is None,
     )
     return table.rising_ms, table.describe()
 
@@ -242,7 +253,7 @@ def _measure(
     first = [
         *nesting.uniforms(layers),
         *(nesting.parse(one.submodel, layers) for one in earlier),
-        *(heuristic_within(costs, budget) for budget in (*budgets, *map(_budget, earlier))),
+        *(widest_within(costs, budget) for budget in (*budgets, *map(_budget, earlier))),
         *(changed for _, _, changed in one_layer_changes(nesting, layers)),
     ]
     first = list(dict.fromkeys(first))

@@ -103,7 +103,13 @@ def extract(
     text = _tokenizer(universal, run_dir, tokenizer)
     chosen = list(
         dict.fromkeys(
-            find_submodel(notation, universal.nesting, universal.model.n_layers, run_dir)
+            find_submodel(
+                notation,
+                universal.nesting,
+                universal.model.n_layers,
+                run_dir,
+                universal.checkpoint.step,
+            )
             for notation in submodels
         )
     )

@@ -107,14 +107,30 @@ def read_slices(run_dir: Path) -> Slices | None:
         ) from None
 
 
-def find_submodel(notation: str, nesting: Nesting, n_layers: int, run_dir: Path) -> Submodel:
-    """The submodel of a notation (see Nesting.parse), or of a slice's name in `run_dir`."""
+def find_submodel(
+    notation: str, nesting: Nesting, n_layers: int, run_dir: Path, step: int | None
+) -> Submodel:
+    """The submodel of a notation (see Nesting.parse), or of a slice's name in `run_dir`.
+
+    UserError for a slice of another step than `step`: it was chosen for other weights.
+    """
     text = notation.strip()
     if text and not text[0].isdigit():  # as names of granularities never begin
         return nesting.parse(text, n_layers)
     found = read_slices(run_dir)
     if found and (chosen := found.named(text)):
+        if step not in (None, found.step):
+            raise UserError(
+                f"the slice {text} of {run_dir / SLICES} was chosen for step {found.step}, and "
+                f"this is step {step}; search again, name the run as {run_dir}@{found.step}, or "
+                f"take {chosen.submodel} all the same"
+            )
         return nesting.parse(chosen.submodel, n_layers)
+    if found is None and step is None:
+        raise UserError(
+            f"submodel {notation!r}: slices have names in the run that was searched, not in "
+            f"{run_dir}; write the submodel as S:8,M:8, of {', '.join(nesting.names)}"
+        )
     names = ", ".join(one.name for one in found.slices) if found else ""
     raise UserError(
         f"there is no slice {notation!r} in {run_dir / SLICES}; "

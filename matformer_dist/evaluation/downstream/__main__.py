@@ -1,7 +1,7 @@
 """lm-eval's own command, which then knows the model `matformer`:
 
 python -m matformer_dist.evaluation.downstream --model matformer \\
-    --model_args pretrained=RUN submodel=M --tasks hellaswag
+    --model_args pretrained=RUN,submodel=S:2+M:2 --tasks hellaswag
 """
 
 from __future__ import annotations

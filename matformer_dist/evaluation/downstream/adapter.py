@@ -40,7 +40,8 @@ class MatformerLM(TemplateLM):
     """One submodel of a loaded model. Adapters of the same LoadedModel share its weights.
 
     `pretrained` is that, or RUN[@STEP], or a `native` directory; `submodel` as in
-    `LoadedModel.parse`, else all of it. `on_progress` is called with the kind of requests, those
+    `LoadedModel.parse`, or with + for its commas, since those of --model_args are lm-eval's; else
+    all of it. `on_progress` is called with the kind of requests, those
     done and their number; without it, a bar shows them. UserError for arguments that do not fit.
     """
 
@@ -63,7 +64,7 @@ class MatformerLM(TemplateLM):
         self.loaded = pretrained
         self.submodel = pretrained.submodel
         if submodel is not None:
-            self.submodel = pretrained.parse(str(submodel))
+            self.submodel = pretrained.parse(str(submodel).replace("+", ","))
         self.batch_size = int(batch_size)
         self.on_progress = on_progress
         self.requests = 0  # answered so far

@@ -21,6 +21,7 @@ from matformer_dist.evaluation.downstream.quiet import quiet
 from matformer_dist.inference.device import choose_device
 from matformer_dist.inference.loading import LoadedModel, load_model
 from matformer_dist.nesting import Submodel
+from matformer_dist.submodels.entry import is_extracted, read_entry
 
 if TYPE_CHECKING:
     from matformer_dist.evaluation.downstream.task_loading import LoadedTasks
@@ -102,9 +103,15 @@ def evaluate_tasks(
         ) from None
     if output and not output.absolute().parent.is_dir():
         raise UserError(f"there is no folder for --output {output}; make it, or name another file")
+    kind = read_entry(Path(source))["format"] if is_extracted(Path(source)) else "run"
+    if kind not in ("run", "native"):
+        raise UserError(
+            f"{source} is in format {kind}; give --tasks the run or a native model"
+            + (", or run lm-eval's own model hf on it" if kind == "hf" else "")
+        )
     where = choose_device(device)
     loaded = load_model(source, torch.float32 if where.type == "cpu" else None, where)
-    submodels = [loaded.parse(text) for text in notations] or _held(loaded)
+    submodels = [loaded.parse(text) for text in notations] or loaded.usual()
     progress("loading tasks", 0, 0)
     with quiet():
         chosen = task_loading.load_tasks(
@@ -129,14 +136,6 @@ def evaluate_tasks(
     if file:
         replace_json(file, content)
     return DownstreamEvaluation(content, file)
-
-
-def _held(loaded: LoadedModel) -> list[Submodel]:
-    """The uniform submodels up to the narrowest layer, and all of the model; smallest first."""
-    own = loaded.submodel
-    layers = loaded.model.model.n_layers
-    uniforms = [own.nesting.uniform(i, layers) for i in range(min(own.granularities) + 1)]
-    return uniforms if uniforms[-1] == own else [*uniforms, own]
 
 
 def _report(progress: Progress, submodel: Submodel, kind: str, done: int, total: int) -> None:

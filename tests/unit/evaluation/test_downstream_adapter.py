@@ -194,6 +194,8 @@ def test_sampled_texts_differ_and_repeat(loaded: LoadedModel) -> None:
 
 def test_adapters_share_weights(loaded: LoadedModel) -> None:
     small, large = (MatformerLM(loaded, submodel) for submodel in ("S", "XL"))
+    mixed = MatformerLM(loaded, "S:1+L:2")  # as --model_args can have it
+    assert str(mixed.submodel) == "S:1,L:2"
     assert small._model is large._model
     requests = _instances("loglikelihood", [("def", " total")])
     before = small.loglikelihood(requests)

@@ -95,7 +95,8 @@ def test_extracted_models_match_the_run(
     assert found["loss_interval"] == pytest.approx(expected["loss_interval"], abs=1e-5)
     for name in ("parameters", "non_embedding_parameters", "flops_per_token"):
         assert found[name] == expected[name]
-    assert (found["agreement"], found["kl"]) == (1.0, 0.0)  # its largest is itself
+    for name in ("agreement", "kl", "agreement_interval", "kl_interval"):  # with the run's XL
+        assert found[name] == pytest.approx(expected[name], abs=1e-5)
     written = json.loads((one.path / "evaluation.json").read_text())
     assert written["step"] == 5 and len(written["submodels"]) == len(evaluation.results)
     if kind == "native":  # is nested still
@@ -111,6 +112,50 @@ def test_every_submodel_of_a_nested_export_matches_the_run(run: Path, tmp_path: 
     for notation, entry in found.items():
         for name in ("loss", "agreement", "kl", "bits_per_byte"):
             assert entry[name] == pytest.approx(expected[notation][name], abs=1e-5)
+
+
+def test_xl_that_is_gone_is_not_agreed_with(run: Path, tmp_path: Path) -> None:
+    (one,) = extract(str(run), ["M"], output=tmp_path / "m")
+    (xl,) = extract(str(run), ["XL"], output=tmp_path / "xl")
+    moved = shutil.copytree(run, tmp_path / "moved")
+    shutil.rmtree(moved / "checkpoints")
+    words = ["--run", str(moved), "--device", "cpu"]
+    shown = CliRunner().invoke(app, ["evaluate", str(one.path), *words])
+    assert shown.exit_code == 0 and "no agreement with XL" in shown.output
+    assert "step-5" in shown.output or "@5 is not there" in shown.output
+    written = json.loads((one.path / "evaluation.json").read_text())["submodels"]
+    assert {(entry["agreement"], entry["kl"]) for entry in written} == {(None, None)}
+    loss = results(evaluate_run(str(run), device="cpu"))["M"]["loss"]
+    assert written[-1]["loss"] == pytest.approx(loss, abs=1e-5)
+    whole = evaluate_run(str(xl.path), run=moved, device="cpu")  # holds XL itself
+    expected = results(evaluate_run(str(run), device="cpu"))["S"]["kl"]
+    assert results(whole)["S"]["kl"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_evaluation_goes_where_it_is_told(run: Path, tmp_path: Path) -> None:
+    evaluate_run(str(run), device="cpu")
+    before = (run / "evaluation.json").read_text()
+    evaluation = evaluate_run(str(run), batches=1, output=tmp_path / "other.json", device="cpu")
+    assert evaluation.file == tmp_path / "other.json"
+    assert json.loads(evaluation.file.read_text())["tokens"] == evaluation.tokens
+    assert (run / "evaluation.json").read_text() == before
+    with pytest.raises(UserError, match="there is no folder for --output"):
+        evaluate_run(str(run), output=tmp_path / "no" / "x.json", device="cpu")
+
+
+def test_bytes_are_those_of_the_text(run: Path) -> None:
+    """Each target is as long as the text grows by it; the end of a document has none."""
+    data, tokenizer = validation_of(run), load_tokenizer(run)
+    total = 0
+    for tokens, targets in zip(data.tokens.tolist(), data.targets.tolist(), strict=True):
+        before = [token for token in tokens[:1] if token != tokenizer.eod]
+        # Behind a letter, so that nothing at the beginning of a text is special.
+        anchor = tokenizer.encode("x")
+        behind = [token for token in targets if token != tokenizer.eod]
+        whole = tokenizer.decode([*anchor, *before, *behind]).encode(errors="surrogateescape")
+        total += len(whole) - len(tokenizer.decode([*anchor, *before]).encode())
+    assert "\ufffd" not in tokenizer.decode(data.targets.flatten().tolist())
+    assert data.text_bytes == total > 0
 
 
 def test_one_sequence_alone_has_no_interval(run: Path, tmp_path: Path) -> None:

@@ -155,12 +155,30 @@ def test_sample_takes_runs(run: Path) -> None:
         (["--submodel", "S", "--draft", "M"], "submodel M cannot draft for S: it is wider"),
         (["--draft", "S", "--draft-tokens", "0"], "--draft-tokens '0' must be a number from 1 on"),
         (["--draft", "S", "--draft-cache", "none"], "cache 'none' must be own or shared"),
+        (["--draft", "S", "--draft-tokens", "9" * 5000], "must be a number from 1 on"),
+        (["--draft-tokens", "3"], "--draft-tokens is for --draft; name one"),
+        (["--draft-cache", "own"], "--draft-cache is for --draft; name one"),
         (["--max-new-tokens", "48"], "both together at most 48, the model's context"),
     ],
 )
 def test_what_does_not_fit_is_named(run: Path, words: list[str], says: str) -> None:
     with pytest.raises(UserError, match=says):
         invoke("generate", run, "--max-new-tokens", 9, *words)
+
+
+def test_a_list_of_granularities_is_a_submodel(run: Path) -> None:
+    model = load_model(run)
+    lists = model.generate(PROMPTS, ["S", ["S", "L", "L"], "XL"], max_new_tokens=5, temperature=0)
+    names = model.generate(PROMPTS, ["S", "S:1,L:2", "XL"], max_new_tokens=5, temperature=0)
+    assert lists == names
+    assert model.generate(PROMPTS, None, max_new_tokens=5, temperature=0) == model.generate(
+        PROMPTS, "XL", max_new_tokens=5, temperature=0
+    )
+
+
+def test_a_step_that_is_not_there_is_named_with_those_that_are(run: Path) -> None:
+    with pytest.raises(UserError, match=r"@9 is not there; checkpoints are: .*@5"):
+        load_model(f"{run}@9")
 
 
 def test_an_empty_draft_is_no_submodel(run: Path) -> None:
@@ -213,13 +231,26 @@ def test_speculate_takes_prompts_of_the_validation_data(lm: MatLM, tmp_path: Pat
     invoke("speculate", run, "--new-tokens", 4, "--repetitions", 1, "--prompt-count", 3)
     found = json.loads((run / "speculative.json").read_text())
     assert [one["draft"] for one in found["drafts"]] == ["S", "S", "M", "M", "L", "L"]
-    assert found["prompts"] == 3
+    assert found["prompts"] == 3 and found["prompt_tokens"] == [8] * 3
+    other = tmp_path / "one.json"
+    shown, _ = invoke(
+        "speculate", run, "--new-tokens", 1, "--repetitions", 1, "--draft", "S", "--output", other
+    )
+    drafts = json.loads(other.read_text())["drafts"]
+    assert {(one["acceptance"], one["tokens_per_verify"]) for one in drafts} == {(None, None)}
+    assert "–" in shown and json.loads((run / "speculative.json").read_text()) == found
+    with pytest.raises(UserError, match="--prompt-tokens 300 is more than"):
+        invoke("speculate", run, "--prompt-tokens", 300)
+    with pytest.raises(UserError, match=r"have not 99999 prompts .* a smaller --prompt-count"):
+        invoke("speculate", run, "--prompt-count", 99999)
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "there are no prompts, for the validation data of .* cannot be had .* --prompts FILE"),
+        ([], "the validation data of .* have not 8 prompts .* --prompts FILE"),
+        (["--prompts", "/nonexistent"], "cannot read --prompts /nonexistent: No such file"),
+        (["--output", "/nonexistent/x.json"], "there is no folder for --output"),
         (["--verifier", "S"], "no granularity is below S"),
         (["--verifier", "M", "--draft", "L"], "submodel L cannot draft for M: it is wider"),
         (["--draft", "XL"], "submodel XL cannot draft for itself"),

@@ -100,6 +100,14 @@ def test_documents_end_within_accepted_tokens(cache: Cache) -> None:
         )  # fmt: skip
         assert found == plain[: plain.index(eod)]
         assert seen.verified == len(found)  # the end counts, the first token does not
+        itself = Statistics()
+        generate(
+            lm, XL, [PROMPTS[0]], max_new_tokens=20, sampling=GREEDY, eod=eod,
+            drafting=Drafting(XL, 4, cache), statistics=itself,
+        )  # fmt: skip
+        # Of a round's five tokens the last is the verifier's; what is behind the end is no draft.
+        whole, rest = divmod(len(found), 5)
+        assert itself.drafted == itself.accepted == 4 * whole + min(rest, 4)
 
 
 @pytest.mark.parametrize("cache", CACHES)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 from matformer_dist.cli import app
+from matformer_dist.counting import count_parameters
 from matformer_dist.data.prepare import prepare_data
 from matformer_dist.errors import EXIT_INTERRUPTED, UserError
 from matformer_dist.evaluation.loss import measure_sequences
@@ -30,7 +34,7 @@ from matformer_dist.search.predictor import Predictor
 from matformer_dist.search.search import Options, search
 from matformer_dist.submodels.entry import read_entry
 from matformer_dist.submodels.extract import extract
-from matformer_dist.submodels.slices import read_slices
+from matformer_dist.submodels.slices import Slice, read_slices
 from tests.unit.submodels import synthetic_run
 from tests.unit.submodels.run_with_data import write_run_with_data
 from tests.unit.submodels.synthetic_run import NESTING, model_config, random_model
@@ -41,6 +45,10 @@ LADDER = [str(one) for one in mix_n_match(NESTING, 3)]
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     return write_run_with_data(tmp_path / "run", random_model(model_config(n_kv_heads=2)))
+
+
+def fits(submodel: Submodel, one: Slice) -> bool:
+    return count_parameters(model_config(n_kv_heads=2), 307, submodel).total <= one.budget
 
 
 def test_frontier_is_never_worse_than_the_heuristic(run: Path) -> None:
@@ -54,7 +62,11 @@ def test_frontier_is_never_worse_than_the_heuristic(run: Path) -> None:
         within = [other for other in known.values() if other.parameters <= one.budget]
         assert one.loss == min(other.loss for other in within)
         ladder = [other for other in within if other.submodel in LADDER]
-        assert one.heuristic == max(ladder, key=lambda other: other.parameters).submodel
+        assert one.heuristic == min(ladder, key=lambda other: other.loss).submodel
+        widest = max(mix_n_match(NESTING, 3), key=lambda rung: (fits(rung, one), rung.widths))
+        assert str(widest) in {other.submodel for other in ladder}
+        if one.submodel in LADDER:
+            assert one.gain == 0 and one.found_by != "search"
         gain = known[one.heuristic].loss - one.loss
         assert one.gain == pytest.approx(gain, abs=1e-9) and one.gain >= 0
         assert one.gain_interval[0] - 1e-9 <= one.gain <= one.gain_interval[1] + 1e-9
@@ -285,6 +297,82 @@ def test_slices_of_other_data_are_not_joined(run: Path, tmp_path: Path) -> None:
     assert {one.kind for one in second.all.slices} == {"memory"}
 
 
+def test_each_budget_that_is_asked_for_has_its_answer(run: Path) -> None:
+    """Also where one submodel is the best within several, and where an earlier search knew it."""
+    first = search(str(run), options=Options(points=30))
+    best = next(one for one in first.slices if one.found_by == "search")
+    budgets = [one.budget for one in first.all.slices if one.budget > best.budget]
+    largest = first.all.measured[-1].parameters
+    between = Budget("params", (best.budget + min(budgets, default=largest)) / 2)
+    asked = [between, Budget("params", best.budget), between]
+    found = search(str(run), asked, options=Options(rounds=0))
+    assert [one.budget for one in found.slices] == [between.limit, best.budget]
+    assert {(one.submodel, one.name) for one in found.slices} == {(best.submodel, best.name)}
+    assert [one.budget for one in found.all.slices if one.submodel == best.submodel] == [
+        best.budget
+    ]
+
+
+def test_two_searches_at_once_are_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def meanwhile(*arguments: Any, **options: Any) -> Any:
+        if not said:
+            command = [sys.executable, "-m", "matformer_dist.cli", "search", str(run)]
+            other = subprocess.run(command, capture_output=True, text=True, check=False)
+            said.append(f"{other.returncode} {other.stderr}")
+        return measure_sequences(*arguments, **options)
+
+    monkeypatch.setattr(measurements, "measure_sequences", meanwhile)
+    search(str(run), options=Options(points=3, rounds=0))
+    assert said[0].startswith("2 error: another search of") and "Traceback" not in said[0]
+
+
+def test_slices_of_other_weights_are_not_taken_by_name(run: Path) -> None:
+    found = search(str(run), options=Options(points=6))
+    one = next(one for one in found.slices if one.found_by == "search")
+    written = json.loads((run / "slices.json").read_text())
+    (run / "slices.json").write_text(json.dumps({**written, "step": 4}))
+    with pytest.raises(UserError, match=f"chosen for step 4, and this is step 5.*{one.submodel}"):
+        load_model(run).parse(one.name)
+
+
+def test_what_a_search_replaces_is_said(run: Path) -> None:
+    assert search(str(run), options=Options(points=3, rounds=0)).replaced == ""
+    assert search(str(run), options=Options(points=3, rounds=0)).replaced == ""
+    other = search(str(run), options=Options(points=3, rounds=0, batches=1))
+    assert "other validation tokens" in other.replaced
+    written = json.loads((run / "slices.json").read_text())
+    (run / "slices.json").write_text(json.dumps({**written, "checkpoint_sha256": "0", "step": 3}))
+    assert search(str(run), options=Options(points=3, rounds=0)).replaced == "step 3"
+
+
+@pytest.mark.parametrize("words", [["--frontier", "flops"], ["--points", "3"]])
+def test_options_of_a_frontier_are_refused_with_a_budget(run: Path, words: list[str]) -> None:
+    done = CliRunner().invoke(app, ["search", str(run), "--budget", "params=32k", *words])
+    assert isinstance(done.exception, UserError) or done.exit_code == 2
+    assert "is for whole frontiers" in f"{done.exception} {done.output}"
+
+
+def test_a_table_of_another_machine_is_measured_again(run: Path) -> None:
+    search(str(run), kind="latency", options=Options(points=3, rounds=0, context=20))
+    table = run / "latency.json"
+    written = json.loads(table.read_text())
+    table.write_text(json.dumps({**written, "device": "a GPU", "token_ms": [1.0, 2.0, 3.0, 4.0]}))
+    options = Options(points=3, rounds=0, context=20)
+    named = search(str(run), kind="latency", options=replace(options, table=table))
+    assert named.all.latency_on.startswith("a GPU")  # as it was meant
+    (run / "slices.json").unlink()
+    found = search(str(run), kind="latency", options=options)
+    assert found.all.latency_on.startswith("CPU")
+    assert json.loads(table.read_text())["device"] == written["device"]
+
+
+def test_options_of_latency_ask_for_it(run: Path) -> None:
+    found = search(str(run), options=Options(points=3, rounds=0, context=7))
+    assert "behind 7 tokens" in found.all.latency_on
+
+
 def test_losses_of_other_sequences_are_not_taken_for_known(run: Path, tmp_path: Path) -> None:
     """Nor are as many of other data."""
     first = search(str(run), options=Options(points=3, rounds=0))
@@ -339,13 +427,13 @@ def test_latency_is_of_a_token_behind_its_context(
     logits = MatLM.logits
 
     def watched(lm: MatLM, tokens: Any, submodel: Any, cache: Any) -> Any:
-        seen.add((tuple(tokens.shape), tuple(cache.lengths)))
+        seen.add((str(submodel), tuple(tokens.shape), tuple(cache.lengths)))
         return logits(lm, tokens, submodel, cache)
 
     monkeypatch.setattr(MatLM, "logits", watched)
     options = Options(points=3, table=tmp_path / "table.json", sequences=2, context=20)
     search(str(run), kind="latency", options=options)
-    assert seen == {((2, 1), (20, 20))}
+    assert seen == {(name, (2, 1), (20, 20)) for name in NESTING.names}
 
 
 def test_slices_within_a_latency_outlast_a_search_without(run: Path, tmp_path: Path) -> None:
