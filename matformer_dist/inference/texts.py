@@ -43,8 +43,8 @@ class _Text:
     """A prompt's continuation, of which a part was given out already.
 
     Only the last tokens are decoded again, not the whole text: `_ids` begin `_KEPT` tokens or more
-    before what is new, so that a piece has before it what decides how it reads (the space at the
-    beginning of a text, the first bytes of a character).
+    before what is new, so that a piece has before it what decides how it reads (a space is dropped
+    at the beginning of a text), and `_given` is of them alone.
     """
 
     def __init__(self, prompt: Sequence[int], tokenizer: Tokenizer) -> None:
@@ -60,15 +60,9 @@ class _Text:
         piece = ready[self._given :]
         self._given = max(self._given, len(ready))
         if len(self._ids) > 4 * _KEPT and ready == text:
-            self._shorten(text)
+            self._ids = self._ids[-_KEPT:]
+            self._given = len(self._tokenizer.decode(self._ids))
         return piece
-
-    def _shorten(self, text: str) -> None:
-        """Forget all but the last tokens, where what they read alone is what they read here."""
-        ids = self._ids[-_KEPT:]
-        short = self._tokenizer.decode(ids)
-        if short and text.endswith(short):
-            self._ids, self._given = ids, len(short)
 
 
 def in_order(pieces: Iterable[Piece]) -> Iterator[Piece]:

@@ -125,6 +125,12 @@ def test_nested_hf_models_answer_each_prompt_by_its_submodel(run: Path, tmp_path
     shown, _ = invoke("generate", one.path, *asked)
     ours, _ = invoke("generate", run, *asked)
     assert shown == ours
+    # The second goes on from the very tokens that the first has read, by another submodel.
+    pairs = [("def total", "def total(numbers"), ("return", "return sum"), ("x", "x y z")]
+    for pair in pairs:
+        asked = [*options("prompt", list(pair)), *options("submodel", ["S", "XL"])]
+        asked += ["--temperature", 0, "--max-new-tokens", 1]
+        assert invoke("generate", one.path, *asked) == invoke("generate", run, *asked)
     (small,) = extract(str(run), ["M"], output=tmp_path / "m", format="hf", nested=True)
     with pytest.raises(UserError, match="submodel 'L' is wider than"):
         invoke("generate", small.path, "--submodel", "L")

@@ -90,6 +90,8 @@ def test_draws_follow_the_limited_distribution() -> None:
     assert close(frequencies(Sampling(top_k=3, top_p=0.7)), [0, 0.4, 0, 0, 0.25])
     assert close(frequencies(Sampling(temperature=0.5)), [0.01, 0.16, 0.04, 0.0025, 0.0625])
     assert frequencies(GREEDY) == [0, 1, 0, 0, 0]
+    # The fewest that hold half: one of two that are as likely.
+    assert (Sampling(top_p=0.5).probabilities(torch.zeros(1, 2)) > 0).sum() == 1
 
 
 def test_a_seed_gives_the_same_text_again() -> None:
