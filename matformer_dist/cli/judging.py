@@ -162,7 +162,8 @@ def _evaluate_losses(
         )  # fmt: skip
     print_wide(table)
     file = evaluation.file
-    where = f"written to {file}" if evaluation.is_whole else f"other parts are to come for {file}"
+    to_come = f"other parts, called with the same options, are to come for {file}"
+    where = f"written to {file}" if evaluation.is_whole else to_come
     out.print(
         f"step {evaluation.step}, {evaluation.tokens:,} validation tokens; loss and KL in nats per "
         f"token, agreement and KL with XL; {where}"

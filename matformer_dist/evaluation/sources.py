@@ -110,6 +110,8 @@ def _extracted(
             largest_logits = load_model(f"{run}@{step}", device=device).model.logits
         except UserError as error:
             lacks = f"no agreement with XL, which is not to be had: {error}"
+        except torch.OutOfMemoryError:
+            lacks = f"no agreement with XL, which does not fit the memory of {device} beside it"
     run_pass: RunPass
     if isinstance(model, LoadedModel) and largest == model.submodel:
         run_pass = model.run_pass

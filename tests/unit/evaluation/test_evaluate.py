@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from matformer_dist.cli import app
 from matformer_dist.config_file import load_config
 from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.errors import UserError
+from matformer_dist.evaluation import sources
 from matformer_dist.evaluation.parts import Part
 from matformer_dist.evaluation.run import evaluate_run
 from matformer_dist.evaluation.validation import Validation
+from matformer_dist.inference.loading import load_model
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.submodels.extract import extract
 from tests.unit.submodels.run_with_data import SEQ_LEN, SEQUENCES, write_run_with_data
@@ -130,6 +133,22 @@ def test_xl_that_is_gone_is_not_agreed_with(run: Path, tmp_path: Path) -> None:
     whole = evaluate_run(str(xl.path), run=moved, device="cpu")  # holds XL itself
     expected = results(evaluate_run(str(run), device="cpu"))["S"]["kl"]
     assert results(whole)["S"]["kl"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_xl_that_does_not_fit_the_memory_is_not_agreed_with(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (one,) = extract(str(run), ["M"], output=tmp_path / "m")
+
+    def load(source: Any, **options: Any) -> Any:
+        if "@" in str(source):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return load_model(source, **options)
+
+    monkeypatch.setattr(sources, "load_model", load)
+    evaluation = evaluate_run(str(one.path), device="cpu")
+    assert "does not fit the memory of cpu" in evaluation.note
+    assert isnan(results(evaluation)["M"]["kl"]) and results(evaluation)["M"]["loss"] > 0
 
 
 def test_an_evaluation_goes_where_it_is_told(run: Path, tmp_path: Path) -> None:
