@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from matformer_dist.errors import UserError
 from matformer_dist.run_directory import SavedFile
 
 BLOCK_BYTES = 1 << 22
@@ -119,6 +120,13 @@ def replace_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def check_output(file: Path | None) -> None:
+    """UserError where what --output asks for cannot be a file: before hours of work for it."""
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        why = "is a folder" if file.is_dir() else f"has no folder {file.absolute().parent}"
+        raise UserError(f"--output {file} {why}; name a file in a folder that is there")
 
 
 def replace_json(path: Path, content: object) -> None:

@@ -123,8 +123,8 @@ def search_command(
             interval_text(one.gain_interval),
         )  # fmt: skip
     print_wide(table)
-    if found.replaced:
-        out.print(f"the slices of {found.replaced} that were there are replaced")
+    for note in found.notes:
+        out.print(note)
     out.print(
         f"step {found.all.step}, {len(found.all.measured)} submodels measured "
         f"({found.measured_now} of them now) on {found.all.tokens:,} tokens; gain: nats a token "

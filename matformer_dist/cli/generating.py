@@ -64,8 +64,8 @@ def generate_command(
         sampling=Sampling(temperature, top_k, top_p),
         seed=seed,
         draft=draft,
-        draft_tokens=_draft_tokens(draft_tokens or "4"),
-        draft_cache=draft_cache or "shared",  # type: ignore[arg-type] # checked there
+        draft_tokens=_draft_tokens("4" if draft_tokens is None else draft_tokens),
+        draft_cache="shared" if draft_cache is None else draft_cache,  # type: ignore[arg-type] # checked there
         device=device,
         on_text=lambda text: typer.echo(text, nl=False),
     )

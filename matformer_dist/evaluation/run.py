@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matformer_dist.checkpoints.files import replace_json
+from matformer_dist.checkpoints.files import check_output, replace_json
 from matformer_dist.counting import count_parameters, flops_per_token
-from matformer_dist.errors import UserError
 from matformer_dist.evaluation.loss import measure_sequences, sparing
 from matformer_dist.evaluation.measured import Measured
 from matformer_dist.evaluation.parts import Part, join
@@ -61,8 +60,7 @@ def evaluate_run(
     and NaN where its checkpoint is gone. `progress` is called with micro-batches done and in all.
     UserError for what is not there, a submodel that does not fit, or more parts than submodels.
     """
-    if output and not output.absolute().parent.is_dir():
-        raise UserError(f"there is no folder for --output {output}; make it, or name another file")
+    check_output(output)
     model = open_source(source, notations, heuristic, run, choose_device(device))
     mine = part.take(model.chosen) if part else model.chosen
     validation = Validation.of(model.config, model.tokenizer, batches, data)
@@ -73,6 +71,7 @@ def evaluate_run(
         "step": model.step,
         "tokens": tokens,
         "bytes": validation.text_bytes,
+        "data": None if data is None else str(data),
         "data_sha256": validation.digest,
     }
     file = output or model.directory / EVALUATION

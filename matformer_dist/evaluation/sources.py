@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import nan
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -86,12 +86,12 @@ def _extracted(
 ) -> Source:
     """Agreement and KL are with XL of the run that it was taken out of, if it is not XL itself."""
     entry = read_entry(directory)
+    config = _config(directory, entry, run)
     run, step = run or Path(entry["run"]), int(entry["step"])
-    config = _config(directory, run)
     model: LoadedModel | TransformersModel
     logits: _Logits
     if entry["format"] == "native":
-        model = load_model(directory, device=device)
+        model = load_model(directory, torch.float32, device)
         vocab_size = model.model.vocab_size
         logits = model.model.logits
     elif entry["format"] == "hf":
@@ -107,7 +107,10 @@ def _extracted(
     if min(largest.widths) < config.granularities.d_ff:
         largest = config.granularities.uniform(config.granularities.largest, config.model.n_layers)
         try:
-            largest_logits = load_model(f"{run}@{step}", device=device).model.logits
+            whole = load_model(f"{run}@{step}", device=device)
+            largest_logits = whole.model.logits
+            if whole.checkpoint_sha256 != entry.get("checkpoint_sha256"):
+                lacks = f"no agreement with XL: {run}@{step} holds other weights by now"
         except UserError as error:
             lacks = f"no agreement with XL, which is not to be had: {error}"
         except torch.OutOfMemoryError:
@@ -132,13 +135,24 @@ def _extracted(
     )
 
 
-def _config(directory: Path, run: Path) -> Config:
-    if (run / "config.yaml").exists():
-        return load_config(run / "config.yaml")
-    raise UserError(
-        f"{directory} was extracted from a run at {run}, which holds no config.yaml now; that says "
-        "what to validate on: name the run by --run DIR"
-    )
+def _config(directory: Path, entry: Mapping[str, Any], run: Path | None) -> Config:
+    """Of the run, which says what to validate on."""
+    file = (run or Path(entry["run"])) / "config.yaml"
+    if not file.exists() and run is None:
+        raise UserError(
+            f"{directory} was extracted from a run at {entry['run']}, which holds no config.yaml "
+            "now; that says what to validate on: name the run by --run DIR"
+        )
+    if not file.exists():
+        raise UserError(f"--run {run} holds no config.yaml; give the directory of the run")
+    config = load_config(file)
+    nesting, layers = config.granularities, config.model.n_layers
+    if (list(nesting.widths), layers) != (entry["nesting"]["widths"], len(entry["widths"])):
+        raise UserError(
+            f"{directory} was not extracted from {file.parent}, whose model has {layers} layers of "
+            f"the widths {list(nesting.widths)}; name its own run by --run DIR"
+        )
+    return config
 
 
 def _chosen(
@@ -167,19 +181,25 @@ def _pass_by_logits(
     first, *others = [segment.submodel for segment in plan.segments]
     found: list[list[Tensor]] = [[] for _ in plan.segments]
     for row, of in zip(tokens.split(1), targets, strict=True):
-        reference = None if largest is None else largest(row, first)[0].log_softmax(-1)
-        of_largest = torch.full((4,), nan) if reference is None else _sums(reference, reference, of)
-        found[0].append(of_largest.to(row.device))
-        for i, submodel in enumerate(others, start=1):
-            found[i].append(_sums(own(row, submodel)[0].log_softmax(-1), reference, of))
+        reference = None if largest is None else _logs(largest(row, first))
+        own_logs = [_logs(own(row, submodel)) for submodel in others]
+        for rows, logs in zip(found, [reference, *own_logs], strict=True):
+            rows.append(_sums(logs, reference, of))
     return torch.stack([row for rows in found for row in rows])
 
 
-def _sums(logs: Tensor, largest: Tensor | None, targets: Tensor) -> Tensor:
+def _logs(logits: Tensor) -> Tensor:
+    """Logits [1, s, V] of any dtype -> log-probabilities [s, V]."""
+    return logits[0].float().log_softmax(-1)
+
+
+def _sums(logs: Tensor | None, largest: Tensor | None, targets: Tensor) -> Tensor:
     """Of log-probabilities [s, V], those of XL, and targets [s], as MatLM.forward has them: [4]."""
-    nll = F.nll_loss(logs, targets, reduction="sum")
-    agreed = kl = torch.full_like(nll, nan)
-    if largest is not None:
-        agreed = (logs.argmax(-1) == largest.argmax(-1)).sum().to(nll)
-        kl = (largest.exp() * (largest - logs)).sum()
-    return torch.stack([nll, agreed, kl, torch.full_like(nll, len(targets))])
+    sums = torch.full((4,), nan, dtype=torch.float64, device=targets.device)
+    sums[3] = len(targets)
+    if logs is not None:
+        sums[0] = F.nll_loss(logs, targets, reduction="none").double().sum()
+    if logs is not None and largest is not None:
+        sums[1] = (logs.argmax(-1) == largest.argmax(-1)).sum()
+        sums[2] = (largest.exp() * (largest - logs)).sum(-1).double().sum()
+    return sums

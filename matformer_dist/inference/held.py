@@ -15,7 +15,7 @@ class HoldsSubmodels:
 
     submodel: Submodel
     directory: Path  # of the run or the extracted model
-    step: int | None = None  # of the run
+    checkpoint_sha256: str | None = None  # of the manifest; None: extracted
     nested: bool = True
 
     def holds(self, submodel: Submodel) -> bool:
@@ -39,7 +39,7 @@ class HoldsSubmodels:
         if not isinstance(notation, str):
             notation = ",".join(notation)
         nesting, layers = self.submodel.nesting, len(self.submodel)
-        found = find_submodel(notation, nesting, layers, self.directory, self.step)
+        found = find_submodel(notation, nesting, layers, self.directory, self.checkpoint_sha256)
         if self.holds(found):
             return found
         if self.nested:

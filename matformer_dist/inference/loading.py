@@ -36,7 +36,8 @@ class LoadedModel(HoldsSubmodels):
     model: MatLM
     submodel: Submodel
     directory: Path
-    step: int | None = None
+    step: int | None = None  # of the run
+    checkpoint_sha256: str | None = None
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -143,7 +144,8 @@ def load_model(
     largest = universal.nesting.uniform(universal.nesting.largest, universal.model.n_layers)
     directory = checkpoint.path.parent.parent
     model.to(device=device, dtype=dtype or torch.float32)
-    return LoadedModel(model.eval(), largest, directory, checkpoint.step)
+    sha256 = checkpoint.manifest.manifest_sha256
+    return LoadedModel(model.eval(), largest, directory, checkpoint.step, sha256)
 
 
 def load_native(

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from matformer_dist.checkpoints.files import replace_json
+from matformer_dist.checkpoints.files import check_output, replace_json
 from matformer_dist.config_file import load_config
 from matformer_dist.data.datasets import build_datasets
 from matformer_dist.errors import UserError
@@ -74,10 +74,7 @@ def measure_speedups(
     """
     if is_extracted(Path(run)):
         raise UserError(f"{run} is an extracted model; give a run, whose submodels draft")
-    if terms.output and not terms.output.absolute().parent.is_dir():
-        raise UserError(
-            f"there is no folder for --output {terms.output}; make it, or name another file"
-        )
+    check_output(terms.output)
     sampling = Sampling(terms.temperature)
     loaded = load_model(run, device=choose_device(terms.device))
     assert loaded.step is not None, "it is a run's"
@@ -180,6 +177,11 @@ def _draftings(loaded: LoadedModel, verifier: Submodel, terms: Terms) -> list[Dr
 def find_prompts(loaded: LoadedModel, terms: Terms) -> list[list[int]]:
     """Ids of the prompts; UserError where there are none, or one does not fit the context."""
     if terms.prompts is not None:
+        if terms.prompt_tokens is not None:
+            raise UserError(
+                f"--prompt-tokens {terms.prompt_tokens} is for prompts of the validation data; "
+                "leave it out, or --prompts"
+            )
         lines = [line for line in _lines(terms.prompts) if line.strip()]
         if not lines:
             raise UserError(f"{terms.prompts} holds no prompt; write one a line")

@@ -253,8 +253,9 @@ def _not_met(rank: int, error: str) -> LocalError:
             "use, most likely by another run on this machine; give this one a port of its own "
             "(deepspeed --master_port, else MASTER_PORT)"
         )
+    reason = next(iter(error.splitlines()), "no reason is told")
     return LocalError(
-        f"rank {rank} cannot meet the others at {point} ({error.splitlines()[0]}); MASTER_ADDR and "
+        f"rank {rank} cannot meet the others at {point} ({reason}); MASTER_ADDR and "
         "MASTER_PORT must name a port of rank 0's machine that all can reach"
     )
 

@@ -106,7 +106,8 @@ def join_points(run: Run) -> Points:
             f"{slices.step:,}, which the charts show; run matformer evaluate again."
         )
         return Points(searched, searched, [note])
-    if (evaluation.tokens, evaluation.data_sha256) != (slices.tokens, slices.data_sha256):
+    digests = {evaluation.data_sha256, slices.data_sha256} - {""}
+    if evaluation.tokens != slices.tokens or len(digests) > 1:
         note = (
             f"The charts show losses on the {slices.tokens:,} validation tokens of the search; "
             f"those of evaluation.json are on {evaluation.tokens:,} others."

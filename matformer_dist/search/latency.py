@@ -50,6 +50,10 @@ class LatencyTable(BaseModel):
             rising[i] = max(rising[i], rising[i - 1])
         return rising
 
+    def is_of(self, device: torch.device) -> bool:
+        """Whether it was measured on this machine, with as many threads."""
+        return self.device == _device(device)
+
     def describe(self) -> str:
         together = f", {self.sequences} sequences together" if self.sequences > 1 else ""
         return f"{self.device}, {self.dtype}, behind {self.context} tokens{together}"
@@ -78,8 +82,11 @@ def latency_table(
             "must fit into the model's context"
         )
     device = loaded.model.embedding.weight.device
-    table = _read(path) if path.exists() else None
-    if table is None or (is_of_here and table.device != _device(device)):
+    table = read_latency(path) if path.exists() else None
+    if table is None or (is_of_here and not table.is_of(device)):
+        if table is not None:
+            sequences, context = sequences or table.sequences, context or table.context
+            dtype = dtype or table.dtype
         if not path.parent.is_dir():
             raise UserError(f"--latency-table {path}: there is no folder {path.parent}; make it")
         dtype = dtype or ("bf16" if device.type == "cuda" else "fp32")
@@ -103,7 +110,8 @@ def latency_table(
     return table
 
 
-def _read(path: Path) -> LatencyTable:
+def read_latency(path: Path) -> LatencyTable:
+    """UserError for what is no table."""
     try:
         table = LatencyTable.model_validate(json.loads(path.read_bytes()))
         if len(table.token_ms) == len(table.widths) and table.format == FORMAT:

@@ -30,7 +30,7 @@ from matformer_dist.search.budget import BYTES_OF, Budget, Costs
 from matformer_dist.search.choice import choose, describe, widest_within, without_repetitions
 from matformer_dist.search.files import write_slices
 from matformer_dist.search.knapsack import Knapsack
-from matformer_dist.search.latency import latency_table
+from matformer_dist.search.latency import latency_table, read_latency
 from matformer_dist.search.measurements import Measurements
 from matformer_dist.search.predictor import Predictor, one_layer_changes
 from matformer_dist.submodels.entry import is_extracted
@@ -80,7 +80,7 @@ class Found:
     slices: list[Slice]
     all: Slices
     measured_now: int  # submodels; the others were known
-    replaced: str  # of what the slices were that these took the place of; empty where of none
+    notes: list[str]  # what became of the slices of earlier searches, where they are not kept
 
 
 def search(
@@ -108,7 +108,7 @@ def search(
         config = load_config(loaded.directory / "config.yaml")
         validation = Validation.of(config, loaded.tokenizer, options.batches, options.data)
         known = Measurements(loaded, validation, checkpoint.manifest.manifest_sha256)
-        before, replaced = _before(known)
+        before, notes = _before(known)
         kinds = {budget.kind for budget in budgets} or {kind}
         latency_ms, latency_on = _latency(loaded, options, "latency" in kinds, before)
         costs = Costs.of(
@@ -125,11 +125,17 @@ def search(
         earlier = _still_meant(before, costs)
         _measure(known, costs, wanted, earlier, options, progress)
         slices = choose(known, costs, [*wanted, *map(_budget, earlier)])
-        whole = _all_slices(known, costs, without_repetitions(slices), latency_on)
+        whole = _all_slices(known, costs, without_repetitions(slices), latency_on, options.data)
         write_slices(loaded.directory, whole)
         asked = slices[: len(wanted)]
         asked = asked if budgets else without_repetitions(asked)
-        return Found(loaded.directory, costs.nesting, asked, whole, known.new, replaced)
+        dropped = [one.name for one in before.slices if one not in earlier] if before else []
+        if dropped:
+            notes.append(
+                f"no slices any more: {', '.join(dropped)}, whose memory or latency is counted "
+                "otherwise now"
+            )
+        return Found(loaded.directory, costs.nesting, asked, whole, known.new, notes)
 
 
 @contextmanager
@@ -151,25 +157,28 @@ def _budget(one: Slice) -> Budget:
     return Budget(one.kind, one.budget)
 
 
-def _before(known: Measurements) -> tuple[Slices | None, str]:
-    """What earlier searches of the same weights and sequences chose; of what else the slices are
-    that this search replaces, in words. UserError if the file is broken.
+def _before(known: Measurements) -> tuple[Slices | None, list[str]]:
+    """What earlier searches of the same weights and sequences chose; and notes of what other slices
+    this search replaces. UserError if the file is broken.
     """
     before = read_slices(known.loaded.directory)
     if before is None:
-        return None, ""
+        return None, []
     if before.checkpoint_sha256 != known.checkpoint_sha256:
-        return None, f"step {before.step}"
+        return None, [f"replaced: slices of other weights, those of step {before.step}"]
     if before.data_sha256 != known.validation.digest:
-        return None, f"{before.tokens:,} other validation tokens"
-    return before, ""
+        return None, [f"replaced: slices chosen on {before.tokens:,} other validation tokens"]
+    return before, []
 
 
-def _all_slices(known: Measurements, costs: Costs, slices: list[Slice], latency_on: str) -> Slices:
+def _all_slices(
+    known: Measurements, costs: Costs, slices: list[Slice], latency_on: str, data: Path | None
+) -> Slices:
     assert known.loaded.step is not None, "it is a run's"
     return Slices(
         step=known.loaded.step,
         checkpoint_sha256=known.checkpoint_sha256,
+        data="" if data is None else str(data),
         data_sha256=known.validation.digest,
         seq_len=costs.seq_len,
         tokens=known.validation.targets.numel(),
@@ -189,7 +198,7 @@ def _latency(
     """Of the uniform submodels in ms, narrowest first, and what it was measured on, in words.
 
     Where no budget is of latency, and no option is about it: that of the searches before, else that
-    of the run, else none.
+    of the run, if it was measured here, else none.
     """
     path = options.table or loaded.directory / "latency.json"
     asked = (options.table, options.sequences, options.context, options.latency_dtype)
@@ -199,7 +208,8 @@ def _latency(
         found = [of.get(name) for name in loaded.submodel.nesting.names]
         if all(found):
             return [ms for ms in found if ms], before.latency_on
-    if not is_wanted and not path.exists():
+    device = loaded.model.embedding.weight.device
+    if not is_wanted and not (path.exists() and read_latency(path).is_of(device)):
         return (), ""
     table = latency_table(
         path,

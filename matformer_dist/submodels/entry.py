@@ -35,6 +35,7 @@ def describe(source: Source, export: Export, run_dir: Path, format: str) -> dict
         "nested": export.nested,
         "dtype": source.dtype,
         "step": universal.checkpoint.step,
+        "checkpoint_sha256": universal.checkpoint.manifest.manifest_sha256,
         "run": str(run_dir),
         "bytes": export.weights.bytes,
         "trained": _origin(universal.checkpoint.manifest),
@@ -53,14 +54,19 @@ def _origin(manifest: Manifest) -> str:
 
 def _measured_loss(run_dir: Path, step: int, submodel: str) -> float | None:
     """Validation loss from the run's evaluation.json or slices.json, if it was measured there at
-    this step.
+    this step, on the run's own data.
     """
     loss = _evaluated_loss(run_dir / "evaluation.json", step, submodel)
-    slices = read_slices(run_dir)
-    if loss is None and slices and slices.step == step:
-        found = (one.loss for one in slices.measured if one.submodel == submodel)
-        loss = next(found, None)
+    if loss is None:
+        loss = _searched_loss(run_dir, step, submodel)
     return loss if loss is not None and isfinite(loss) else None
+
+
+def _searched_loss(run_dir: Path, step: int, submodel: str) -> float | None:
+    slices = read_slices(run_dir)
+    if slices is None or slices.step != step or slices.data:
+        return None
+    return next((one.loss for one in slices.measured if one.submodel == submodel), None)
 
 
 def _evaluated_loss(path: Path, step: int, submodel: str) -> float | None:
@@ -68,7 +74,7 @@ def _evaluated_loss(path: Path, step: int, submodel: str) -> float | None:
         return None
     try:
         evaluation = json.loads(path.read_text())
-        if evaluation["step"] != step:
+        if evaluation["step"] != step or evaluation.get("data"):
             return None
         losses = {entry["submodel"]: entry["loss"] for entry in evaluation["submodels"]}
         loss = losses.get(submodel)

@@ -108,7 +108,7 @@ def extract(
                 universal.nesting,
                 universal.model.n_layers,
                 run_dir,
-                universal.checkpoint.step,
+                universal.checkpoint.manifest.manifest_sha256,
             )
             for notation in submodels
         )

@@ -76,6 +76,7 @@ class Slices(_Entry):
     format: Literal[1] = 1
     step: int
     checkpoint_sha256: str  # of the manifest
+    data: str = ""  # other token files than the run's validation data, which were named
     data_sha256: str = ""  # of the validation sequences
     seq_len: int
     tokens: int
@@ -108,25 +109,30 @@ def read_slices(run_dir: Path) -> Slices | None:
 
 
 def find_submodel(
-    notation: str, nesting: Nesting, n_layers: int, run_dir: Path, step: int | None
+    notation: str,
+    nesting: Nesting,
+    n_layers: int,
+    run_dir: Path,
+    checkpoint_sha256: str | None,
 ) -> Submodel:
     """The submodel of a notation (see Nesting.parse), or of a slice's name in `run_dir`.
 
-    UserError for a slice of another step than `step`: it was chosen for other weights.
+    UserError for a slice that was chosen for other weights than this checkpoint's. None: an
+    extracted model, which has no slices.
     """
     text = notation.strip()
     if text and not text[0].isdigit():  # as names of granularities never begin
         return nesting.parse(text, n_layers)
     found = read_slices(run_dir)
     if found and (chosen := found.named(text)):
-        if step not in (None, found.step):
+        if checkpoint_sha256 not in (None, found.checkpoint_sha256):
             raise UserError(
-                f"the slice {text} of {run_dir / SLICES} was chosen for step {found.step}, and "
-                f"this is step {step}; search again, name the run as {run_dir}@{found.step}, or "
-                f"take {chosen.submodel} all the same"
+                f"the slice {text} of {run_dir / SLICES} was chosen for other weights, those of "
+                f"step {found.step}; search again, name the run as {run_dir}@{found.step} if they "
+                f"are still there, or take {chosen.submodel} all the same"
             )
         return nesting.parse(chosen.submodel, n_layers)
-    if found is None and step is None:
+    if found is None and checkpoint_sha256 is None:
         raise UserError(
             f"submodel {notation!r}: slices have names in the run that was searched, not in "
             f"{run_dir}; write the submodel as S:8,M:8, of {', '.join(nesting.names)}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from matformer_dist.checkpoints.files import replace_json
+from matformer_dist.checkpoints.files import check_output, replace_json
 from matformer_dist.errors import UserError
 from matformer_dist.evaluation.downstream.quiet import quiet
 from matformer_dist.inference.device import choose_device
@@ -101,8 +101,7 @@ def evaluate_tasks(
         raise UserError(
             f"--tasks needs lm-eval ({error}); install it by `pip install matformer-dist[eval]`"
         ) from None
-    if output and not output.absolute().parent.is_dir():
-        raise UserError(f"there is no folder for --output {output}; make it, or name another file")
+    check_output(output)
     kind = read_entry(Path(source))["format"] if is_extracted(Path(source)) else "run"
     if kind not in ("run", "native"):
         raise UserError(

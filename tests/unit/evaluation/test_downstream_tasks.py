@@ -325,7 +325,10 @@ def test_an_extracted_model_gives_the_runs_numbers(run: Path, tmp_path: Path) ->
         (["--tasks", "hellaswg"], "there is no task 'hellaswg'; did you mean hellaswag"),
         (["--tasks", "stdlib", "--submodel", "S:9"], "S:9"),
         (["--tasks", "stdlib", "--include-path", "/absent"], "there is no folder /absent"),
-        (["--tasks", "stdlib", "--output", "/absent/x.json"], "there is no folder for --output"),
+        (
+            ["--tasks", "stdlib", "--output", "/absent/x.json"],
+            "--output /absent/x.json has no folder",
+        ),
     ],
 )
 def test_bad_options(run: Path, words: list[object], says: str) -> None:

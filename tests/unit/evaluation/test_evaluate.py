@@ -135,15 +135,44 @@ def test_xl_that_is_gone_is_not_agreed_with(run: Path, tmp_path: Path) -> None:
     assert results(whole)["S"]["kl"] == pytest.approx(expected, abs=1e-5)
 
 
+def test_models_of_another_run_are_told_apart(run: Path, tmp_path: Path) -> None:
+    """Of the same shape: nothing agrees. Of another: nothing is evaluated."""
+    (one,) = extract(str(run), ["M"], output=tmp_path / "m")
+    changes = load_model(run).model.model.model_copy(update={"init_std": 0.3})
+    other = write_run_with_data(tmp_path / "other", random_model(changes))
+    evaluation = evaluate_run(str(one.path), run=other, device="cpu")
+    assert "holds other weights by now" in evaluation.note
+    assert isnan(results(evaluation)["M"]["agreement"])
+    config = yaml.safe_load((other / "config.yaml").read_text())
+    config["model"]["n_layers"] = 4
+    (other / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=r"was not extracted from .* 4 layers"):
+        evaluate_run(str(one.path), run=other, device="cpu")
+    with pytest.raises(UserError, match=r"--run .*m holds no config\.yaml; give the directory"):
+        evaluate_run(str(one.path), run=one.path, device="cpu")
+
+
+def test_rounded_weights_are_evaluated_in_fp32(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    found = []
+    for kind in ("native", "hf"):
+        (one,) = extract(str(run), ["M"], output=tmp_path / kind, format=kind, dtype="bf16")
+        found.append(results(evaluate_run(str(one.path), device="cpu"))["M"])
+    whole = results(evaluate_run(str(run), device="cpu"))["M"]
+    for name in ("loss", "agreement", "kl", "loss_interval"):
+        assert found[0][name] == pytest.approx(found[1][name], abs=1e-5)
+    assert 1e-5 < abs(found[0]["loss"] - whole["loss"]) < 0.05
+
+
 def test_xl_that_does_not_fit_the_memory_is_not_agreed_with(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (one,) = extract(str(run), ["M"], output=tmp_path / "m")
 
-    def load(source: Any, **options: Any) -> Any:
+    def load(source: Any, *arguments: Any, **options: Any) -> Any:
         if "@" in str(source):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return load_model(source, **options)
+        return load_model(source, *arguments, **options)
 
     monkeypatch.setattr(sources, "load_model", load)
     evaluation = evaluate_run(str(one.path), device="cpu")
@@ -158,8 +187,10 @@ def test_an_evaluation_goes_where_it_is_told(run: Path, tmp_path: Path) -> None:
     assert evaluation.file == tmp_path / "other.json"
     assert json.loads(evaluation.file.read_text())["tokens"] == evaluation.tokens
     assert (run / "evaluation.json").read_text() == before
-    with pytest.raises(UserError, match="there is no folder for --output"):
+    with pytest.raises(UserError, match=r"--output .*x\.json has no folder"):
         evaluate_run(str(run), output=tmp_path / "no" / "x.json", device="cpu")
+    with pytest.raises(UserError, match=r"--output .* is a folder"):
+        evaluate_run(str(run), output=tmp_path, device="cpu")
 
 
 def test_bytes_are_those_of_the_text(run: Path) -> None:

@@ -256,7 +256,8 @@ def test_speculate_takes_prompts_of_the_validation_data(lm: MatLM, tmp_path: Pat
     [
         ([], "the validation data of .* have not 8 prompts .* --prompts FILE"),
         (["--prompts", "/nonexistent"], "cannot read --prompts /nonexistent: No such file"),
-        (["--output", "/nonexistent/x.json"], "there is no folder for --output"),
+        (["--output", "/nonexistent/x.json"], "--output /nonexistent/x.json has no folder"),
+        (["--prompts", "x", "--prompt-tokens", "5"], "--prompt-tokens 5 is for prompts of the"),
         (["--verifier", "S"], "no granularity is below S"),
         (["--verifier", "M", "--draft", "L"], "submodel L cannot draft for M: it is wider"),
         (["--draft", "XL"], "submodel XL cannot draft for itself"),

@@ -121,7 +121,9 @@ def test_losses_on_other_sequences_are_not_joined(make_run: Any) -> None:
     run = make_run()
     write_search(run)
     assert not join_points(read_run(run)).notes
-    edit(run / "evaluation.json", lambda e: e.update(data_sha256="of others"))
+    edit(run / "evaluation.json", lambda e: e.update(data_sha256="of these"))
+    assert not join_points(read_run(run)).notes  # where the search did not say
+    edit(run / "slices.json", lambda e: e.update(data_sha256="of others"))
     (note,) = join_points(read_run(run)).notes
     assert "those of evaluation.json are on" in note
 

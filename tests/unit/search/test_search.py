@@ -332,19 +332,37 @@ def test_slices_of_other_weights_are_not_taken_by_name(run: Path) -> None:
     found = search(str(run), options=Options(points=6))
     one = next(one for one in found.slices if one.found_by == "search")
     written = json.loads((run / "slices.json").read_text())
-    (run / "slices.json").write_text(json.dumps({**written, "step": 4}))
-    with pytest.raises(UserError, match=f"chosen for step 4, and this is step 5.*{one.submodel}"):
+    (run / "slices.json").write_text(json.dumps({**written, "checkpoint_sha256": "0", "step": 4}))
+    with pytest.raises(UserError, match=f"other weights, those of step 4.*{one.submodel}"):
         load_model(run).parse(one.name)
+    with pytest.raises(UserError, match="other weights"):
+        extract(str(run), [one.name], output=run / "taken")
 
 
-def test_what_a_search_replaces_is_said(run: Path) -> None:
-    assert search(str(run), options=Options(points=3, rounds=0)).replaced == ""
-    assert search(str(run), options=Options(points=3, rounds=0)).replaced == ""
-    other = search(str(run), options=Options(points=3, rounds=0, batches=1))
-    assert "other validation tokens" in other.replaced
+def test_what_becomes_of_earlier_slices_is_said(run: Path) -> None:
+    quick = Options(points=3, rounds=0)
+    assert search(str(run), options=quick).notes == []
+    assert search(str(run), options=quick).notes == []
+    (note,) = search(str(run), options=replace(quick, batches=1)).notes
+    assert note.startswith("replaced: slices chosen on 144 other validation tokens")
     written = json.loads((run / "slices.json").read_text())
     (run / "slices.json").write_text(json.dumps({**written, "checkpoint_sha256": "0", "step": 3}))
-    assert search(str(run), options=Options(points=3, rounds=0)).replaced == "step 3"
+    (note,) = search(str(run), options=quick).notes
+    assert note == "replaced: slices of other weights, those of step 3"
+    (gone,) = search(str(run), [Budget.parse("memory=70kB")], options=quick).slices
+    (note,) = search(str(run), options=replace(quick, dtype="fp32")).notes
+    assert note.startswith(f"no slices any more: {gone.name}, whose memory or latency")
+
+
+def test_a_loss_on_other_data_is_not_in_the_model_card(run: Path, tmp_path: Path) -> None:
+    for data in (run / "validation", None):
+        search(str(run), options=Options(points=3, rounds=0, data=data))
+        (one,) = extract(str(run), ["M"], output=tmp_path / "m", force=data is None)
+        assert (read_entry(one.path)["loss"] is None) == (data is not None)
+    (run / "slices.json").unlink()
+    evaluate_run(str(run), data=run / "validation", device="cpu")
+    (one,) = extract(str(run), ["M"], output=tmp_path / "m", force=True)
+    assert read_entry(one.path)["loss"] is None
 
 
 @pytest.mark.parametrize("words", [["--frontier", "flops"], ["--points", "3"]])
@@ -354,18 +372,24 @@ def test_options_of_a_frontier_are_refused_with_a_budget(run: Path, words: list[
     assert "is for whole frontiers" in f"{done.exception} {done.output}"
 
 
-def test_a_table_of_another_machine_is_measured_again(run: Path) -> None:
-    search(str(run), kind="latency", options=Options(points=3, rounds=0, context=20))
+def test_a_table_of_another_machine_is_measured_again_where_it_is_asked_for(run: Path) -> None:
+    options = Options(points=3, rounds=0, context=20, sequences=2)
+    search(str(run), kind="latency", options=options)
     table = run / "latency.json"
     written = json.loads(table.read_text())
-    table.write_text(json.dumps({**written, "device": "a GPU", "token_ms": [1.0, 2.0, 3.0, 4.0]}))
-    options = Options(points=3, rounds=0, context=20)
+    other = {**written, "device": "a GPU", "token_ms": [1.0, 2.0, 3.0, 4.0]}
+    table.write_text(json.dumps(other))
     named = search(str(run), kind="latency", options=replace(options, table=table))
     assert named.all.latency_on.startswith("a GPU")  # as it was meant
     (run / "slices.json").unlink()
-    found = search(str(run), kind="latency", options=options)
+    plain = Options(points=3, rounds=0)
+    assert search(str(run), options=plain).all.latency_on == ""
+    assert json.loads(table.read_text()) == other
+    found = search(str(run), kind="latency", options=plain)
     assert found.all.latency_on.startswith("CPU")
-    assert json.loads(table.read_text())["device"] == written["device"]
+    again = json.loads(table.read_text())
+    assert again["device"] == written["device"]
+    assert (again["context"], again["sequences"]) == (20, 2)  # as it was
 
 
 def test_options_of_latency_ask_for_it(run: Path) -> None:

@@ -15,7 +15,7 @@ from matformer_dist.counting import count_parameters
 from matformer_dist.data.sentencepiece_tokenizer import train_tokenizer
 from matformer_dist.errors import UserError
 from matformer_dist.report.shapes import Extracted
-from matformer_dist.run_directory import DamagedError
+from matformer_dist.run_directory import DamagedError, find_checkpoint
 from matformer_dist.submodels import extract as extract_module
 from matformer_dist.submodels.entry import read_entry
 from matformer_dist.submodels.extract import extract
@@ -128,8 +128,8 @@ def test_the_name_of_a_slice_is_its_submodel(run: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     slices = Slices.model_validate(
         {
-            "step": 5, "checkpoint_sha256": "", "seq_len": 8, "tokens": 8, "dtype": "fp32",
-            "slices": [named], "measured": [measured],
+            "step": 5, "checkpoint_sha256": find_checkpoint(run).manifest.manifest_sha256,
+            "seq_len": 8, "tokens": 8, "dtype": "fp32", "slices": [named], "measured": [measured],
         }
     )  # fmt: skip
     path = run / SLICES
@@ -279,7 +279,7 @@ def test_bad_requests_are_named_before_anything_is_written(run: Path, tmp_path: 
     ]:
         with pytest.raises(UserError, match=message):
             extract(str(run), output=output, **arguments)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="step-6 is not a whole checkpoint"):
+    with pytest.raises(UserError, match="@6 is not there; checkpoints are"):
         extract(f"{run}@6", ["S"], output=output)
     with pytest.raises(UserError, match="no run directory"):
         extract(str(tmp_path / "nowhere"), ["S"], output=output)
