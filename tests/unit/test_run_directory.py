@@ -80,7 +80,7 @@ def test_what_is_wrong_with_a_manifest_is_said(run: Path, change: Any, says: str
     ("name", "says"),
     [
         ("{run}@x", "must be a number"),
-        ("{run}@6", "not a whole"),
+        ("{run}@6", r"@6 is not there; checkpoints are: .*@5, .*@20$"),
         ("absent", "no run directory"),
     ],
 )
