@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -44,10 +45,9 @@ def device_name(device: str) -> str:
         import torch
 
         return str(torch.cuda.get_device_name(device))
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(":")[2].strip() for line in lines if "model name" in line), "")
-    cores = sum(line.startswith("processor") for line in lines)
-    return f"{platform.machine()}, {cores} cores, {model}".rstrip(", ")
+    from matformer_dist.inference.device import processor_name
+
+    return f"{platform.machine()}, {os.cpu_count()} cores, {processor_name()}".rstrip(", ")
 
 
 def write_result(

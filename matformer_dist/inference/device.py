@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from matformer_dist.errors import UserError
@@ -20,3 +22,13 @@ def choose_device(name: str | None = None) -> torch.device:
         there = f"cuda:0 to cuda:{gpus - 1}" if gpus else "no GPU that torch can use"
         raise UserError(f"--device {name}: here is {there}; choose one that is there, or cpu")
     return device
+
+
+def processor_name() -> str:
+    """The CPU's model, as Linux names it; empty where it does not."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, "")

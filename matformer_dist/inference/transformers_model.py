@@ -22,7 +22,7 @@ from matformer_dist.submodels.entry import read_entry
 
 
 class TransformersModel(HoldsSubmodels):
-    """One that `load_transformers` loads, and what of its last text it has read.
+    """One that `load_transformers` loads, and what its directory says of it.
 
     UserError where the directory's submodel.json or its model cannot be read.
     """
@@ -36,14 +36,11 @@ class TransformersModel(HoldsSubmodels):
         self.device = device
         self.tokenizer = load_tokenizer(directory)
         self.model = load_transformers(directory, dtype, device)
-        self._cache: Any = None
-        self._read = torch.empty(1, 0, dtype=torch.long, device=device)
 
     def choose(self, submodel: Submodel) -> None:
         """Run it from now on; it is one that the model holds."""
         if self.nested:
             self.model.set_submodel(str(submodel))
-        self._cache, self._read = None, self._read[:, :0]
 
     def logits(self, tokens: Tensor, submodel: Submodel) -> Tensor:
         """tokens [b, s] -> next-token logits [b, s, V]."""
@@ -70,26 +67,23 @@ class TransformersModel(HoldsSubmodels):
 
     def _passes(self, request: Request, submodels: Sequence[Submodel]) -> Iterator[list[New]]:
         for i, submodel in enumerate(submodels):
+            yield from self._text(Rows(request, [i], self.device), submodel)
+
+    def _text(self, rows: Rows, submodel: Submodel) -> Iterator[list[New]]:
+        """rows: of one prompt. What it has read lies in transformers' cache."""
+        cache: Any = None
+        held = 0  # tokens in it
+
+        def next_logits() -> Tensor:
+            nonlocal cache, held
             self.choose(submodel)
-            rows = Rows(request, [i], self.device)
+            new = torch.tensor([tokens[held:] for tokens in rows.tokens], device=self.device)
+            out = self.model(new, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, held = out.past_key_values, held + new.shape[1]
+            logits: Tensor = out.logits[:, -1]
+            return logits
 
-            def next_logits(rows: Rows = rows) -> Tensor:
-                return self._next_logits(torch.tensor(rows.tokens, device=self.device))
-
-            yield from one_by_one(rows, next_logits, lambda _: None)
-
-    def _next_logits(self, tokens: Tensor) -> Tensor:
-        """The ids [1, n] of a text, from its beginning -> logits [1, V] of the token behind the
-        last; what the text of the call before had is not run again.
-        """
-        held = self._read.shape[1]
-        if held >= tokens.shape[1] or not torch.equal(self._read, tokens[:, :held]):
-            self._cache, held = None, 0  # another text
-        new = tokens[:, held:]
-        out = self.model(new, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self._cache, self._read = out.past_key_values, tokens
-        logits: Tensor = out.logits[:, -1]
-        return logits
+        return one_by_one(rows, next_logits, lambda _: None)
 
 
 def load_transformers(directory: Path, dtype: torch.dtype | None, device: torch.device) -> Any:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, Validati
 from matformer_dist.checkpoints.files import replace_file
 from matformer_dist.config import ModelConfig
 from matformer_dist.errors import UserError
+from matformer_dist.inference.device import processor_name
 from matformer_dist.inference.loading import LoadedModel, load_model
 from matformer_dist.nesting import Submodel
 from matformer_dist.submodels.parts import TORCH_DTYPES
@@ -160,17 +161,8 @@ def _device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{_processor()}, {threads} {'thread' if threads == 1 else 'threads'}"
-
-
-def _processor() -> str:
-    """As Linux names its model; elsewhere its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"CPU {next(models, platform.machine())}"
+    processor = processor_name() or platform.machine()
+    return f"CPU {processor}, {threads} {'thread' if threads == 1 else 'threads'}"
 
 
 def _decoding_step(
