@@ -191,6 +191,7 @@ def test_transformers_pads_ragged_prompts(tmp_path: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(one.path)
     hf = transformers.AutoModelForCausalLM.from_pretrained(one.path)
     assert hf.model.embed_tokens.padding_idx is None
+    assert hf.generation_config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     found = hf.generate(**batch, max_new_tokens=20, do_sample=False, eos_token_id=None)
     assert found[:, batch["input_ids"].shape[1] :].tolist() == expected
