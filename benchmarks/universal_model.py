@@ -251,7 +251,7 @@ def _row(
     if way.name == "xl":
         widest, seq_len = bench.submodels[0], run.config.training.seq_len
         of_token = flops_per_token(run.config.model, bench.vocab_size, widest, seq_len)
-        flops = 3 * of_token * run.tokens_per_step
+        flops = 3 * of_token * run.units_per_step
     middle = statistics.median(taken)
     loop = all_seconds.get(Way("loop", way.micro_batch), []) if way.objective == "joint" else []
     ratios = [a / b for a, b in zip(loop, taken, strict=False)]
@@ -261,7 +261,7 @@ def _row(
         "micro_batch": way.micro_batch,
         "seconds": middle,
         "all_seconds": taken,
-        "tokens_per_second": run.tokens_per_step / middle,
+        "tokens_per_second": run.units_per_step / middle,
         "tflops_per_second": flops / middle / 1e12,
         "mfu": flops / middle / 1e12 / peak if peak else None,
         "loop_to_this": statistics.median(ratios) if ratios else None,

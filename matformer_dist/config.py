@@ -1,5 +1,6 @@
 """One tree of validated settings per run; config_file.py reads it.
 
+What all tasks share stands here; config_language.py and config_vision.py add each task's own.
 Every check that needs nothing but the settings themselves is made here, before a process group
 or a file is touched, so that a mistake costs a second and one message.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -34,28 +35,12 @@ class RunConfig(Section):
     dir: Path  # everything the run writes
 
 
-class RopeScaling(Section):
-    """Slower rotations for texts longer than those of training; see models/rotation.py."""
-
-    kind: Literal["linear", "llama3"]
-    factor: Annotated[float, Field(ge=1, strict=True)]
-    original_max_seq_len: Positive | None = None  # llama3: the context before
-    low_freq_factor: AboveZero = 1.0  # llama3: turns in it, up to which all of `factor` holds
-    high_freq_factor: AboveZero = 4.0  # llama3: from which none of it does
-
-    @model_validator(mode="after")
-    def _check(self) -> RopeScaling:
-        if self.kind == "llama3" and self.original_max_seq_len is None:
-            raise ValueError("model.rope_scaling of kind llama3 needs original_max_seq_len")
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise ValueError(
-                f"model.rope_scaling.low_freq_factor {self.low_freq_factor:g} must be below "
-                f"high_freq_factor, which is {self.high_freq_factor:g}"
-            )
-        return self
-
-
 class ModelConfig(Section):
+    """What every nested Transformer has; its embedding and head are a task's."""
+
+    task: ClassVar[str]
+    biases: ClassVar[bool]  # of attention and FFN
+
     d_model: Positive
     n_layers: Positive
     n_heads: Positive
@@ -65,11 +50,6 @@ class ModelConfig(Section):
     ffn: Literal["swiglu", "gelu"] = "swiglu"
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: AboveZero = 1e-5
-    tied_embeddings: Switch = False
-    vocab_size: Positive | None = None  # None: the tokenizer's
-    max_seq_len: Positive = 2048
-    rope_theta: AboveZero = 10000.0
-    rope_scaling: RopeScaling | None = None
     init_std: AboveZero = 0.02  # of weights at the start
 
     @property
@@ -90,21 +70,33 @@ class ModelConfig(Section):
         """Of all heads' queries together."""
         return self.n_heads * self.head_dim
 
+    def embedding_parameters(self, outputs: int) -> int:
+        """Of what makes rows of a sample, for a model of `outputs` tokens or classes."""
+        raise NotImplementedError
+
+    def head_parameters(self, outputs: int) -> int:
+        raise NotImplementedError
+
+    def cached_values(self, positions: int) -> int:
+        """What a sample leaves to be read again by what comes behind it."""
+        raise NotImplementedError
+
+    @property
+    def embedding_flops(self) -> int:
+        """Of one sample's matrix products."""
+        raise NotImplementedError
+
     @model_validator(mode="after")
-    def _check(self) -> ModelConfig:
-        if self.kv_channels is not None and self.kv_channels % 2:
-            raise ValueError(
-                f"model.kv_channels {self.kv_channels} must be even (rotary embeddings turn pairs)"
-            )
-        if self.kv_channels is None and (self.d_model % self.n_heads or self.head_dim % 2):
-            raise ValueError(
-                f"model.d_model {self.d_model} over model.n_heads {self.n_heads} must be a whole, "
-                "even head size (rotary embeddings turn pairs)"
-            )
+    def _check_heads(self) -> ModelConfig:
         if self.n_heads % self.kv_heads:
             raise ValueError(
                 f"model.n_heads {self.n_heads} must be a multiple of model.n_kv_heads "
                 f"{self.kv_heads}: every key-value head serves the same number of query heads"
+            )
+        if self.kv_channels is None and self.d_model % self.n_heads:
+            raise ValueError(
+                f"model.d_model {self.d_model} over model.n_heads {self.n_heads} must be a whole "
+                "head size"
             )
         return self
 
@@ -172,11 +164,9 @@ class ParallelConfig(Section):
     sequence: Switch = False
 
 
-class DataConfig(Section):
-    train: list[tuple[AboveZero, str]] = Field(min_length=1)
-    validation: list[tuple[AboveZero, str]] | None = None
-    split: tuple[NonNegative, NonNegative] = (99.0, 1.0)  # of train, where validation is not set
-    tokenizer: Path  # a .model file of SentencePiece, a tokenizer.json, or the folder of one
+class ReadingConfig(Section):
+    """How a rank reads its data."""
+
     seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 1234
     # Processes a rank that read ahead; 0: the rank reads itself. Pay where time_ms.data of
     # metrics.jsonl is more than a few percent of a step with prefetch alone: slow file systems.
@@ -184,15 +174,6 @@ class DataConfig(Section):
     # Micro-batches that a thread reads, pins and copies to a GPU beside the training; 0: none.
     # Pays on a GPU, by a copy and a wait a micro-batch; a CPU shares its cores with the thread.
     prefetch: Annotated[int, Field(ge=0, le=1024, strict=True)] = 2
-
-    @model_validator(mode="after")
-    def _check(self) -> DataConfig:
-        if self.validation is None and not all(self.split):
-            raise ValueError(
-                f"data.split is {list(self.split)}; both shares, of training and of validation, "
-                "must be above 0, for example [99, 1], unless data.validation names data sets"
-            )
-        return self
 
 
 class OptimizerConfig(Section):
@@ -217,10 +198,8 @@ class ScheduleConfig(Section):
 
 class TrainingConfig(Section):
     steps: Positive | None = None
-    tokens: Positive | None = None
-    seq_len: Positive
-    micro_batch_size: Positive  # sequences per rank and forward pass
-    global_batch_size: Positive  # sequences per step, over all ranks
+    micro_batch_size: Positive  # samples per rank and forward pass
+    global_batch_size: Positive  # samples per step, over all ranks
     precision: Literal["fp32", "bf16"] = "bf16"
     seed: Count = 1234
     # What the backward pass makes again instead of keeping it. selective: norms and rotated queries
@@ -239,19 +218,14 @@ class TrainingConfig(Section):
 
     @property
     def total_steps(self) -> int:
-        if self.steps is not None:
-            return self.steps
-        assert self.tokens is not None
-        return -(-self.tokens // (self.global_batch_size * self.seq_len))
+        raise NotImplementedError
 
     def micro_batches(self, data_size: int) -> int:
         """That each of `data_size` data-parallel ranks runs between two optimizer steps."""
         return self.global_batch_size // (self.micro_batch_size * data_size)
 
     @model_validator(mode="after")
-    def _check(self) -> TrainingConfig:
-        if (self.steps is None) == (self.tokens is None):
-            raise ValueError("set exactly one of training.steps and training.tokens")
+    def _check_batch(self) -> TrainingConfig:
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"training.global_batch_size {self.global_batch_size} must be a multiple of "
@@ -262,7 +236,7 @@ class TrainingConfig(Section):
 
 class EvaluationConfig(Section):
     every: Count = 0  # steps; 0: only at the end
-    batches: Positive = 4  # of training.global_batch_size sequences, whatever the ranks
+    batches: Positive | None  # of training.global_batch_size samples, whatever the ranks
     submodels: list[str] = []  # Mix'n'Match submodels beside the uniform ones
 
 
@@ -282,20 +256,44 @@ class LoggingConfig(Section):
     peak_tflops: AboveZero | None = None  # of one device, for MFU; None: known GPUs have theirs
 
 
+class Sample(NamedTuple):
+    """What a model reads at once: a sequence of tokens, or an image."""
+
+    positions: int  # rows of it that go through the layers
+    predictions: int  # rows of it that the head sees: of a sequence all, of an image one
+
+
 class Config(Section):
+    """The settings of any task; see LanguageConfig and VisionConfig."""
+
+    unit: ClassVar[str]  # what training is counted in: as many a sample as it has predictions
+
+    task: str
     run: RunConfig
     model: ModelConfig
     nesting: NestingConfig = NestingConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     parallel: ParallelConfig = ParallelConfig()
-    data: DataConfig
+    data: ReadingConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: EvaluationConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     deepspeed: dict[str, Any] = {}  # merged over the dictionary that is derived from the rest
+
+    @property
+    def sample(self) -> Sample:
+        raise NotImplementedError
+
+    @property
+    def samples_in_words(self) -> str:
+        raise NotImplementedError
+
+    def units(self, samples: int) -> int:
+        """Tokens of so many sequences, or images."""
+        return samples * self.sample.predictions
 
     @property
     def granularities(self) -> Nesting:
@@ -336,11 +334,6 @@ class Config(Section):
             )
         nesting.check_dealable(tensor)
         self._check_sequence()
-        if self.training.seq_len > self.model.max_seq_len:
-            raise ValueError(
-                f"training.seq_len {self.training.seq_len} is longer than model.max_seq_len "
-                f"{self.model.max_seq_len}"
-            )
         for field in ("weights", "probabilities"):
             _check_shares(f"objective.{field}", getattr(self.objective, field), nesting)
         if self.schedule.min_lr > self.optimizer.lr:
@@ -371,18 +364,16 @@ class Config(Section):
         """Every micro-batch's rows must divide over the ranks, whatever its segments."""
         if not self.parallel.sequence:
             return
-        tensor, seq_len = self.parallel.tensor, self.training.seq_len
+        tensor = self.parallel.tensor
         if tensor == 1:
             raise ValueError(
                 "parallel.sequence is true, but cuts rows over the ranks of parallel.tensor, which "
                 "is 1; set parallel.tensor from 2, or parallel.sequence=false"
             )
-        if seq_len % tensor:
-            raise ValueError(
-                f"training.seq_len {seq_len} does not divide over parallel.tensor {tensor} ranks, "
-                f"as parallel.sequence needs; the nearest that does is "
-                f"{max(1, round(seq_len / tensor)) * tensor}, or set parallel.sequence=false"
-            )
+        self._check_rows(tensor)
+
+    def _check_rows(self, tensor: int) -> None:
+        raise NotImplementedError
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -5,14 +5,31 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import omegaconf
 import yaml
-from pydantic import ValidationError
+from pydantic import Discriminator, Tag, ValidationError
 
 from matformer_dist.config import Config
+from matformer_dist.config_language import LanguageConfig, LanguageModelConfig
+from matformer_dist.config_vision import VisionConfig, VisionModelConfig
 from matformer_dist.errors import UserError
+
+_TASKS: dict[str, type[Config]] = {"language": LanguageConfig, "vision": VisionConfig}
+
+
+def _task_of_model(model: Any) -> str:
+    if isinstance(model, dict):
+        return "vision" if "patch_size" in model else "language"
+    return "vision" if isinstance(model, VisionModelConfig) else "language"
+
+
+# The section `model` of any task, where it stands alone in a file.
+AnyModelConfig: TypeAlias = Annotated[
+    Annotated[LanguageModelConfig, Tag("language")] | Annotated[VisionModelConfig, Tag("vision")],
+    Discriminator(_task_of_model),
+]
 
 
 def load_config(
@@ -62,6 +79,8 @@ def _check_sections(loaded: Any, path: str | Path) -> None:
             "with its keys"
         )
     for key in loaded:
+        if key == "task":
+            continue
         if not isinstance(loaded._get_node(key), omegaconf.DictConfig) or loaded[key] is None:
             raise UserError(
                 f"the config file {path}: the section {key!s} is {loaded[key]!r}, but must hold "
@@ -88,19 +107,23 @@ def _parse_overrides(overrides: Sequence[str]) -> omegaconf.DictConfig:
 
 def validate_config(tree: Any, source: str) -> Config:
     """Build a Config from plain dictionaries; every mistake becomes a line of one UserError."""
+    task = tree.get("task", "language")
+    if task not in _TASKS:
+        raise UserError(f"{source}: task is {task!r}; it must be one of {', '.join(_TASKS)}")
+    of_task = _TASKS[task]
     try:
-        return Config.model_validate(tree)
+        return of_task.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
+        lines = [_explain(item, of_task) for item in error.errors()]
         raise UserError("\n".join([f"{source}: {lines[0]}", *lines[1:]])) from None
 
 
-def _explain(item: Any) -> str:
+def _explain(item: Any, of_task: type[Config]) -> str:
     """One line for one finding of pydantic, in the words of the config file."""
     location = [str(part) for part in item["loc"]]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
-        known = _keys_of(location[:-1])
+        known = _keys_of(location[:-1], of_task)
         close = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {'.'.join([*location[:-1], close[0]])}?" if close else ""
         return f"unknown key {key}; {hint or 'known here: ' + ', '.join(known)}"
@@ -111,8 +134,8 @@ def _explain(item: Any) -> str:
     return f"{key} is {item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}"
 
 
-def _keys_of(location: Sequence[str]) -> list[str]:
-    section: Any = Config
+def _keys_of(location: Sequence[str], of_task: type[Config]) -> list[str]:
+    section: Any = of_task
     for part in location:
         section = section.model_fields[part].annotation
     return list(section.model_fields)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from matformer_dist.config import ModelConfig
+from matformer_dist.config import ModelConfig, Sample
 from matformer_dist.errors import UserError
 from matformer_dist.nesting import Segment, Submodel
 
@@ -31,17 +31,17 @@ class ParameterCount:
         return self.non_embedding + self.embedding + self.head
 
 
-def holds_tokens(vocab_size: int, ranks: int) -> bool:
-    """Whether each tensor-parallel rank has a token of a vocabulary that is cut in equal shares."""
-    return -(-vocab_size // ranks) * (ranks - 1) < vocab_size
+def holds_outputs(outputs: int, ranks: int) -> bool:
+    """Whether each tensor-parallel rank has a token, or class, where all have equal shares."""
+    return -(-outputs // ranks) * (ranks - 1) < outputs
 
 
-def check_vocabulary(vocab_size: int, ranks: int) -> None:
-    """UserError where some of the tensor-parallel ranks have no token."""
-    if not holds_tokens(vocab_size, ranks):
+def check_outputs(outputs: int, ranks: int) -> None:
+    """UserError where some of the tensor-parallel ranks have no token, or class."""
+    if not holds_outputs(outputs, ranks):
         raise UserError(
-            f"a vocabulary of {vocab_size} leaves the last of {ranks} tensor-parallel ranks "
-            "without a token; use a larger vocabulary or a smaller parallel.tensor"
+            f"{outputs} tokens or classes leave the last of {ranks} tensor-parallel ranks without "
+            "one; use a larger vocabulary, or a smaller parallel.tensor"
         )
 
 
@@ -56,14 +56,28 @@ def attention_weights(model: ModelConfig) -> int:
     return 2 * model.d_model * (model.attention_width + kv_width)
 
 
-def count_parameters(model: ModelConfig, vocab_size: int, submodel: Submodel) -> ParameterCount:
+def attention_biases(model: ModelConfig) -> int:
+    if not model.biases:
+        return 0
+    return model.attention_width + 2 * model.kv_heads * model.head_dim + model.d_model
+
+
+def ffn_parameters(model: ModelConfig, width: int) -> int:
+    """Of one layer at `width` neurons."""
+    matrices = ffn_matrices(model)
+    biases = (matrices - 1) * width + model.d_model if model.biases else 0
+    return matrices * model.d_model * width + biases
+
+
+def count_parameters(model: ModelConfig, outputs: int, submodel: Submodel) -> ParameterCount:
+    """`outputs`: tokens of the vocabulary, or classes."""
     norm_size = model.d_model * (2 if model.norm == "layernorm" else 1)
     return ParameterCount(
-        attention=model.n_layers * attention_weights(model),
-        ffn=ffn_matrices(model) * model.d_model * sum(submodel.widths),
+        attention=model.n_layers * (attention_weights(model) + attention_biases(model)),
+        ffn=sum(ffn_parameters(model, width) for width in submodel.widths),
         norms=(2 * model.n_layers + 1) * norm_size,
-        embedding=vocab_size * model.d_model,
-        head=0 if model.tied_embeddings else vocab_size * model.d_model,
+        embedding=model.embedding_parameters(outputs),
+        head=model.head_parameters(outputs),
     )
 
 
@@ -74,6 +88,7 @@ class Flops:
     attention: int
     ffn: int
     head: int
+    embedding: int = 0  # of an image's patches; a language model looks its tokens up
 
     @property
     def body(self) -> int:
@@ -81,44 +96,46 @@ class Flops:
 
     @property
     def total(self) -> int:
-        return self.body + self.head
+        return self.embedding + self.body + self.head
 
     def __add__(self, other: Flops) -> Flops:
         return Flops(
             self.attention + other.attention,
             self.ffn + other.ffn,
             self.head + other.head,
+            self.embedding + other.embedding,
         )
 
 
 def forward_flops(
     model: ModelConfig,
-    vocab_size: int,
+    outputs: int,
     segments: Sequence[Segment],
-    seq_len: int,
+    sample: Sample,
     *,
     shared_tokens: bool = False,
 ) -> Flops:
-    """Forward FLOPs of one pass over `segments` of sequences of `seq_len` tokens.
+    """Forward FLOPs of one pass over `segments` of samples, for so many tokens or classes.
 
-    With `shared_tokens` every segment holds the same sequences, and the first layer's attention
-    runs once for all of them (see models/matlm.py).
+    With `shared_tokens` every segment holds the same samples, and the embedding and the first
+    layer's attention run once for all of them (see models/matformer.py).
     """
     sequences = sum(segment.sequences for segment in segments)
-    attended = model.n_layers * sequences
-    if shared_tokens and segments:
-        attended -= sequences - segments[0].sequences
-    rows = sequences * seq_len
-    projections = 2 * attention_weights(model) * seq_len
-    scores = 4 * seq_len * seq_len * model.attention_width
-    neurons = sum(s.sequences * seq_len * sum(s.submodel.widths) for s in segments)
+    distinct = segments[0].sequences if shared_tokens and segments else sequences
+    attended = (model.n_layers - 1) * sequences + distinct
+    s = sample.positions
+    projections = 2 * attention_weights(model) * s
+    scores = 4 * s * s * model.attention_width
+    neurons = sum(of.sequences * s * sum(of.submodel.widths) for of in segments)
     return Flops(
         attention=attended * (projections + scores),
         ffn=2 * ffn_matrices(model) * model.d_model * neurons,
-        head=2 * vocab_size * model.d_model * rows,
+        head=2 * outputs * model.d_model * sequences * sample.predictions,
+        embedding=distinct * model.embedding_flops,
     )
 
 
-def flops_per_token(model: ModelConfig, vocab_size: int, submodel: Submodel, seq_len: int) -> int:
-    """Forward FLOPs of one token of a sequence of `seq_len` tokens, head included."""
-    return forward_flops(model, vocab_size, [Segment(submodel, 1)], seq_len).total // seq_len
+def flops_per_unit(model: ModelConfig, outputs: int, submodel: Submodel, sample: Sample) -> int:
+    """Forward FLOPs of one token of a sequence, head included; or of one image."""
+    flops = forward_flops(model, outputs, [Segment(submodel, 1)], sample).total
+    return flops // sample.predictions

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from matformer_dist.config_file import load_config
+from matformer_dist.config_language import as_language
 from matformer_dist.errors import EXIT_USER_ERROR, UserError
 from matformer_dist.evaluation.downstream.held_out import HELD_OUT
 from matformer_dist.inference.generation import sample
@@ -33,7 +34,7 @@ SCRIPTS = Path(sys.executable).parent
 def main() -> None:
     """Prepare data, train, evaluate, extract, sample, report; all in the run's directory."""
     begun = time.monotonic()
-    config = load_config(CONFIG)
+    config = as_language(load_config(CONFIG), "the demo")
     run = config.run.dir
     ranks = config.parallel.tensor
     prepare_corpus(Path(config.data.train[0][1]))

@@ -4,6 +4,7 @@
 config.yaml       the resolved configuration        checkpoints/step-N/   one folder a checkpoint
 metrics.jsonl     one line of measurements a time   evaluation.json       losses of submodels
 tokenizer.*       a copy of data.tokenizer          submodels/NAME/       extracted models
+classes.json      names of classes, of images       retrieval.json        neighbours of encoders
 tensorboard/      the metrics, for TensorBoard      samples.json          generated text
 report.html       the report page                   .lock                 held while a run writes
 speculative.json  speeds of drafts
@@ -28,15 +29,17 @@ from typing import IO, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from matformer_dist.config import ModelConfig
+from matformer_dist.config_file import AnyModelConfig
 from matformer_dist.errors import UserError
 from matformer_dist.nesting import Nesting
 
 MANIFEST = "manifest.json"
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT = 2
 TOKENIZER_FILES = (  # those that data.tokenizer has
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
 )  # fmt: skip
+CLASSES_FILE = "classes.json"
+LABEL_FILES = (*TOKENIZER_FILES, CLASSES_FILE)  # what a model's outputs mean
 _STEP = re.compile(r"step-(\d+)")
 _SHOWN_FAULTS = 3  # of one checkpoint, in a message about something else
 _UNSEALED = "0" * 64
@@ -76,8 +79,9 @@ class SavedFile(BaseModel):
 class Manifest(BaseModel):
     """What a checkpoint holds: manifest.json.
 
-    `random_states` are those of the generators of each rank, by kind, in base64. `skipped_steps`
-    counts the steps that changed nothing, because a loss or gradient was not finite.
+    `outputs`: rows of the head, and `labels_sha256` what they mean: tokens of a tokenizer, or named
+    classes. `random_states` are those of the generators of each rank, by kind, in base64.
+    `skipped_steps` are those that changed nothing, because a loss or gradient was not finite.
     `metrics_line` is what was measured up to this step where a line of metrics is due: it is
     written behind the checkpoint, by the run that goes on if it must be.
     """
@@ -86,14 +90,14 @@ class Manifest(BaseModel):
 
     format: int = MANIFEST_FORMAT
     step: int
-    consumed_sequences: int
-    tokens: int  # trained on
+    samples: int  # trained on: sequences, or images
+    units: int  # the same in tokens, or images
     layout: Layout
-    model: ModelConfig
+    model: AnyModelConfig
     nesting: Nesting
-    vocab_size: int = Field(gt=0)
+    outputs: int = Field(gt=0)
     precision: str
-    tokenizer_sha256: str
+    labels_sha256: str
     config_sha256: str
     versions: dict[str, str]
     skipped_steps: int = 0
@@ -195,7 +199,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise DamagedError(path, f"its {MANIFEST} is not one") from None
     if not _SEAL.search(text) or seal(text) != text:
         raise DamagedError(path, f"its {MANIFEST} is not as it was written (its SHA-256 differs)")
-    if written != MANIFEST_FORMAT:
+    raw = _of_today(raw)
+    if raw["format"] != MANIFEST_FORMAT:
         raise UnknownStateError(
             f"the checkpoint {path} has format {written!r}, this version of matformer_dist reads "
             f"format {MANIFEST_FORMAT}; use the version that saved the checkpoint"
@@ -218,6 +223,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if faults:
         raise DamagedError(path, *faults)
     return Checkpoint(path, manifest)
+
+
+def _of_today(raw: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of format 1, which knew language models alone, under the names of today."""
+    if raw["format"] != 1:
+        return raw
+    names = {"consumed_sequences": "samples", "tokens": "units", "vocab_size": "outputs",
+             "tokenizer_sha256": "labels_sha256"}  # fmt: skip
+    return {**{names.get(key, key): value for key, value in raw.items()}, "format": 2}
 
 
 def _size(path: Path, name: str) -> int | None:

@@ -22,8 +22,8 @@ from matformer_dist.checkpoints.universal_files import description, stored_value
 from matformer_dist.checkpoints.verify import BackgroundCheck
 from matformer_dist.errors import UserError
 from matformer_dist.run_directory import (
+    LABEL_FILES,
     MANIFEST,
-    TOKENIZER_FILES,
     UNIVERSAL,
     SavedFile,
     find_checkpoint,
@@ -61,15 +61,15 @@ def convert(
 
 
 def _copy_settings(run: Path, new: NewDirectory) -> None:
-    """The configuration, which names the new run directory, and the tokenizer in it."""
-    copied = [name for name in TOKENIZER_FILES if (run / name).exists()]
+    """The configuration, which names the new run directory, and the tokenizer or class names."""
+    copied = [name for name in LABEL_FILES if (run / name).exists()]
     for name in copied:
         shutil.copy(run / name, new.path)
     config = run / "config.yaml"
     if config.exists():
         tree = yaml.safe_load(config.read_text())
         tree["run"]["dir"] = str(new.place)
-        if copied:
+        if "tokenizer" in tree["data"] and copied:
             tree["data"]["tokenizer"] = str(new.place / copied[0])
         replace_file(new.path / "config.yaml", yaml.safe_dump(tree, sort_keys=False).encode())
 
@@ -113,11 +113,11 @@ def _write(
             "dp_world_size": 1,
             "mp_world_size": 1,
             "global_steps": manifest.step,
-            "global_samples": manifest.consumed_sequences,
+            "global_samples": manifest.samples,
             "skipped_steps": manifest.skipped_steps,
             "lr_scheduler": None,
             "ds_version": version,
-            **description(model.whole, model.vocab_size),
+            **description(model.whole, model.outputs),
         },
     )
     return files

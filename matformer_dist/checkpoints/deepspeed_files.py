@@ -38,6 +38,9 @@ STATES = ("fp32", *MOMENTS)  # of every weight, by DeepSpeed's names
 Pieces = dict[str, list[Tensor]]
 
 
+_NO_MATRICES = ("embedding.positions",)  # of an image: vectors that are added, row by row
+
+
 class RankStates(NamedTuple):
     """What one tensor-parallel rank holds; `step` counts the optimizer's steps."""
 
@@ -47,7 +50,7 @@ class RankStates(NamedTuple):
 
 def optimizer_order(weights: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
     """Names in the order of the optimizer's two groups: matrices, which decay, and the others."""
-    matrices = [name for name, weight in weights.items() if weight.dim() > 1]
+    matrices = [n for n, weight in weights.items() if weight.dim() > 1 and n not in _NO_MATRICES]
     return matrices, [name for name in weights if name not in set(matrices)]
 
 

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from matformer_dist.checkpoints.deepspeed_files import RankStates, rank_states
 from matformer_dist.checkpoints.memory import FRESH, FreshMemory
 from matformer_dist.checkpoints.universal_files import read_value
-from matformer_dist.config import ModelConfig
+from matformer_dist.config_file import AnyModelConfig
 from matformer_dist.errors import UserError
-from matformer_dist.models.matlm import MatLM
+from matformer_dist.models.building import build_model
+from matformer_dist.models.matformer import MatFormer
 from matformer_dist.nesting import Nesting
 from matformer_dist.parallel.layers import Initializer
 from matformer_dist.parallel.layout import REPLICATED, Partition
-from matformer_dist.parallel.topology import SINGLE, TensorParallel
+from matformer_dist.parallel.topology import TensorParallel
 from matformer_dist.run_directory import Checkpoint
 
 _UNSET = Initializer(seed=None)
@@ -33,11 +34,11 @@ class UniversalModel:
     """A trained universal model on disk; `load_universal` opens one."""
 
     checkpoint: Checkpoint
-    model: ModelConfig
+    model: AnyModelConfig
     nesting: Nesting
-    vocab_size: int
+    outputs: int
     ranks: list[RankStates]  # by tensor-parallel rank; none where the files hold whole weights
-    whole: dict[str, nn.Parameter]  # shapes and partitions by MatLM's names, without memory
+    whole: dict[str, nn.Parameter]  # shapes and partitions by MatFormer's names, without memory
 
     def weight(self, name: str, *, rows: int | None = None, memory: FreshMemory = FRESH) -> Tensor:
         """The whole fp32 weight `name` on the CPU; UserError where the checkpoint is cut short.
@@ -107,11 +108,9 @@ class UniversalModel:
         manifest = self.checkpoint.manifest
         return self.ranks[0].step if self.ranks else manifest.step - manifest.skipped_steps
 
-    def build(self) -> MatLM:
+    def build(self) -> MatFormer:
         """The universal model in memory, fp32 on the CPU."""
-        model = MatLM(
-            self.model, [self.nesting] * self.model.n_layers, self.vocab_size, _UNSET, SINGLE
-        )
+        model = build_model(self.model, [self.nesting] * self.model.n_layers, self.outputs, _UNSET)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(self.weight(name))
@@ -121,7 +120,7 @@ class UniversalModel:
 def load_universal(checkpoint: Checkpoint) -> UniversalModel:
     """Open a checkpoint; UserError where its files are damaged."""
     manifest = checkpoint.manifest
-    model, nesting, vocab_size = manifest.model, manifest.nesting, manifest.vocab_size
+    model, nesting, outputs = manifest.model, manifest.nesting, manifest.outputs
     layout = manifest.layout
 
     ranks = []
@@ -131,6 +130,6 @@ def load_universal(checkpoint: Checkpoint) -> UniversalModel:
             for rank in range(layout.tensor)
         ]
     with torch.device("meta"):
-        lm = MatLM(model, [nesting] * model.n_layers, vocab_size, _UNSET, SINGLE)
-    whole = dict(lm.named_parameters())
-    return UniversalModel(checkpoint, model, nesting, vocab_size, ranks, whole)
+        built = build_model(model, [nesting] * model.n_layers, outputs, _UNSET)
+    whole = dict(built.named_parameters())
+    return UniversalModel(checkpoint, model, nesting, outputs, ranks, whole)

@@ -19,7 +19,7 @@ from matformer_dist.checkpoints.pickles import Ignored, read_pickle
 from matformer_dist.errors import UserError
 from matformer_dist.parallel.layout import REPLICATED, Partition
 
-VOCABULARY = ("embedding.weight", "head.weight")  # cut by rows, and padded
+VOCABULARY = ("embedding.weight", "head.weight", "head.bias")  # cut by rows, and padded
 _VALUE = "param"
 
 
@@ -28,7 +28,7 @@ _STAND_INS: list[tuple[type, str]] = [
 ]
 
 
-def description(parameters: Mapping[str, nn.Parameter], vocab_size: int) -> dict[str, Any]:
+def description(parameters: Mapping[str, nn.Parameter], outputs: int) -> dict[str, Any]:
     """What DeepSpeed's converter asks of a checkpoint: how each weight of a rank is cut.
 
     It is told by patterns, of which ours are whole names. A weight in blocks
@@ -36,7 +36,7 @@ def description(parameters: Mapping[str, nn.Parameter], vocab_size: int) -> dict
     """
     info: dict[str, Any] = {
         "universal_checkpoint_version": 0.3,
-        "original_vocab_size": vocab_size,
+        "original_vocab_size": outputs,
         "vocabulary_parameter_patterns": [],
         "tp_replicated_parameter_patterns": [],
         "parameter_with_row_parallelism_patterns": [],

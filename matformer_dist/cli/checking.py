@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from matformer_dist.cli.app import RunArgument, app, out, print_wide
+from matformer_dist.config import Config
 from matformer_dist.errors import EXIT_FAILURE, UserError
 
 
@@ -39,14 +40,18 @@ def plan_command(
     ] = 0.4,
     tokens: Annotated[
         float | None,
-        typer.Option(min=1, max=1e18, help="To train on, such as 160e9; else the config's."),
+        typer.Option(
+            min=1, max=1e18, help="To train on, such as 160e9, or images; else the config's."
+        ),
     ] = None,
     price: Annotated[
         float | None, typer.Option(min=0, max=1e6, help="Of a device's hour, for the cost.")
     ] = None,
     vocab_size: Annotated[
         int | None,
-        typer.Option(min=2, max=10**8, help="Where neither config nor tokenizer says it."),
+        typer.Option(
+            min=2, max=10**8, help="Or classes, where neither config nor tokenizer says it."
+        ),
     ] = None,
     sweep: Annotated[bool, typer.Option(help="From 8 to 4096 devices.")] = False,
     scale_batch: Annotated[
@@ -75,32 +80,36 @@ def plan_command(
         assumed_mfu=mfu,
     )
     devices = gpus or 8
-    if vocab_size and vocab_size != (loaded.model.vocab_size or vocab_size):
+    known, key = plan.known_outputs(loaded)
+    if vocab_size and vocab_size != (known or vocab_size):
         raise UserError(
-            f"--vocab-size {vocab_size} is not model.vocab_size, which is "
-            f"{loaded.model.vocab_size}; leave one of them out"
+            f"--vocab-size {vocab_size} is not {key}, which is {known}; leave one of them out"
         )
     plan.check_order(None if sweep else devices, machine)
     check_deepspeed_section(loaded, max(1, devices // loaded.parallel.tensor))
     training = loaded.training
-    of_config = training.total_steps * training.global_batch_size * training.seq_len
+    of_config = loaded.units(training.total_steps * training.global_batch_size)
     order = plan.Order(
         config=loaded,
-        vocab_size=vocab_size or loaded.model.vocab_size or _vocab_size(loaded.data.tokenizer),
+        outputs=vocab_size or known or _outputs(loaded),
         devices=devices,
         machine=machine,
-        tokens=round(tokens or of_config),
+        units=round(tokens or of_config),
         price_per_hour=price,
     )
     for part in plan.show_sweep(order, scale_batch) if sweep else plan.show_plan(order):
         print_wide(part)
 
 
-def _vocab_size(tokenizer: Path) -> int:
+def _outputs(config: Config) -> int:
+    """Of the tokenizer, where the settings do not say it."""
+    from matformer_dist.config_language import LanguageConfig
     from matformer_dist.data.tokenizer_files import load_tokenizer
 
+    if not isinstance(config, LanguageConfig):
+        raise UserError("how many classes are there? Set model.classes, or --vocab-size")
     try:
-        return load_tokenizer(tokenizer).vocab_size
+        return load_tokenizer(config.data.tokenizer).vocab_size
     except UserError as error:
         raise UserError(
             f"how large is the vocabulary? {error}; or set --vocab-size, or model.vocab_size"

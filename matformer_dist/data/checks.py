@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from matformer_dist.config import Config
+from matformer_dist.config_language import LanguageConfig
 from matformer_dist.data.indexed_files import IndexedFiles, open_indexed
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.errors import UserError
@@ -21,7 +21,7 @@ _LARGEST_DESCRIPTION_BYTES = 1 << 24
 Blend = Sequence[tuple[float, str]]
 
 
-def check_data(config: Config, tokenizer: Tokenizer, validation_samples: int) -> None:
+def check_data(config: LanguageConfig, tokenizer: Tokenizer, validation_samples: int) -> None:
     """Check all data sets of a configuration.
 
     UserError for files that are missing or damaged, ids that are not of `tokenizer`, parts too
@@ -48,7 +48,7 @@ def check_data(config: Config, tokenizer: Tokenizer, validation_samples: int) ->
 
 
 def _check_validation(
-    config: Config, wanted: int, tokens: Sequence[int], weights: Sequence[float]
+    config: LanguageConfig, wanted: int, tokens: Sequence[int], weights: Sequence[float]
 ) -> None:
     """UserError unless data sets of so many tokens, blended, hold `wanted` different samples."""
     batch = config.training.global_batch_size
@@ -75,7 +75,7 @@ def _check_validation(
     )
 
 
-def split_share(config: Config) -> float:
+def split_share(config: LanguageConfig) -> float:
     """Share of data.train's documents that are for training; validation has the others."""
     if config.data.validation is not None:
         return 1.0

@@ -15,7 +15,7 @@ import logging
 import shutil
 import signal
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from matformer_dist.config import Config
+from matformer_dist.config_language import LanguageConfig
 from matformer_dist.data.checks import Blend, check_data, split_share
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.errors import UserError
@@ -35,7 +35,7 @@ _COMPLETE = "complete"
 
 
 def build_datasets(
-    config: Config, tokenizer: Tokenizer, train_samples: int, validation_samples: int
+    config: LanguageConfig, tokenizer: Tokenizer, train_samples: int, validation_samples: int
 ) -> tuple[Dataset[Any], Dataset[Any] | None]:
     """Training data of at least `train_samples` samples, and validation data likewise.
 
@@ -65,8 +65,10 @@ def micro_batches(
     data_parallel_rank: int,
     data_parallel_size: int,
     workers: int = 0,
+    collate: Callable[[Iterable[Any]], Any] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(tokens, targets), int64 [micro_batch_size, seq_len] each, targets one token further.
+    With `collate`, what that makes of the samples of a micro-batch.
 
     `consumed` samples of the dataset are skipped: those that earlier micro-batches of all ranks
     took together. Ends when not enough for a micro-batch of every rank are left. `workers`
@@ -81,7 +83,7 @@ def micro_batches(
         dataset,
         batch_sampler=(range(start, start + micro_batch_size) for start in starts),  # type: ignore[arg-type,misc]
         num_workers=workers,
-        collate_fn=_tokens_and_targets,
+        collate_fn=collate or _tokens_and_targets,
         worker_init_fn=_leave_signals_to_the_rank,
         generator=torch.Generator(),  # or it would draw from the global one, and shift dropout
     )
@@ -104,7 +106,7 @@ def _tokens_and_targets(samples: Iterable[Mapping[str, Tensor]]) -> tuple[Tensor
 
 
 def _build(
-    config: Config, tokenizer: Tokenizer, samples: tuple[int, int], cache: Path | None
+    config: LanguageConfig, tokenizer: Tokenizer, samples: tuple[int, int], cache: Path | None
 ) -> tuple[Dataset[Any], Dataset[Any] | None]:
     """The datasets by Megatron-Core's builder, which lets rank 0 write `cache` first."""
     builder, dataset, settings = _megatron()
@@ -155,7 +157,7 @@ def _blend(blend: Blend) -> tuple[list[str], list[float] | None]:
     return prefixes, [weight for weight, _ in blend] if len(blend) > 1 else None
 
 
-def _index_cache(config: Config, tokenizer: Tokenizer, samples: tuple[int, int]) -> Path:
+def _index_cache(config: LanguageConfig, tokenizer: Tokenizer, samples: tuple[int, int]) -> Path:
     """The folder of this build's indices; on rank 0 only.
 
     Its name covers all that decides them, data files included: Megatron-Core's own names do not,

@@ -18,11 +18,11 @@ _LONGEST = 700.0  # exp() of more is no float
 class Measured:
     """Sums over each sequence [sequences, 4], fp64: nll, agreements with XL, KL from XL, tokens.
 
-    `text_bytes`: of all targets, in UTF-8.
+    `text_bytes`: of all targets, in UTF-8; None where they are no text.
     """
 
     sequences: Tensor
-    text_bytes: int
+    text_bytes: int | None
 
     @property
     def tokens(self) -> int:
@@ -55,8 +55,9 @@ class Measured:
         for column, name in enumerate(("loss", "agreement", "kl")):
             found[name] = self.mean(column)
             found[f"{name}_interval"] = interval(self.resampled[:, column])
-        found["perplexity"] = exp(min(self.loss, _LONGEST))
-        found["bits_per_byte"] = self.bits_per_byte
+        if self.text_bytes is not None:
+            found["perplexity"] = exp(min(self.loss, _LONGEST))
+            found["bits_per_byte"] = self.bits_per_byte
         return found
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from matformer_dist.checkpoints.files import check_output, replace_json
-from matformer_dist.counting import count_parameters, flops_per_token
+from matformer_dist.counting import count_parameters, flops_per_unit
 from matformer_dist.evaluation.loss import measure_sequences, sparing
 from matformer_dist.evaluation.measured import Measured
 from matformer_dist.evaluation.parts import Part, join
 from matformer_dist.evaluation.sources import Source, open_source
-from matformer_dist.evaluation.validation import Validation
+from matformer_dist.evaluation.validation import Validation, open_validation
 from matformer_dist.inference.device import choose_device
 from matformer_dist.nesting import Submodel
 
@@ -63,13 +63,13 @@ def evaluate_run(
     check_output(output)
     model = open_source(source, notations, heuristic, run, choose_device(device))
     mine = part.take(model.chosen) if part else model.chosen
-    validation = Validation.of(model.config, model.tokenizer, batches, data)
+    validation = open_validation(model.config, model.labels, batches, data)
     measured = _measure(model, validation, list(mine), progress)
     results = [_entry(model, submodel, kind, measured[submodel]) for submodel, kind in mine.items()]
     tokens = next(iter(measured.values())).tokens
     written = {
         "step": model.step,
-        "tokens": tokens,
+        model.config.unit: tokens,
         "bytes": validation.text_bytes,
         "data": None if data is None else str(data),
         "data_sha256": validation.digest,
@@ -108,14 +108,13 @@ def _measure(
 
 
 def _entry(model: Source, submodel: Submodel, kind: str, measured: Measured) -> dict[str, Any]:
-    of, vocab_size = model.config.model, model.vocab_size
-    count = count_parameters(of, vocab_size, submodel)
-    seq_len = model.config.training.seq_len
+    of, outputs = model.config.model, model.outputs
+    count = count_parameters(of, outputs, submodel)
     return {
         "submodel": str(submodel),
         "kind": kind,
         "parameters": count.total,
         "non_embedding_parameters": count.non_embedding,
-        "flops_per_token": flops_per_token(of, vocab_size, submodel, seq_len),
+        "flops_per_token": flops_per_unit(of, outputs, submodel, model.config.sample),
         **measured.described(),
     }

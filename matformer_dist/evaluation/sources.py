@@ -15,13 +15,16 @@ from torch import Tensor
 
 from matformer_dist.config import Config
 from matformer_dist.config_file import load_config
-from matformer_dist.data.tokenizer import Tokenizer
+from matformer_dist.config_language import LanguageConfig
+from matformer_dist.data.labels import Labels
 from matformer_dist.errors import UserError
 from matformer_dist.evaluation.loss import RunPass
-from matformer_dist.inference.held import HoldsSubmodels
-from matformer_dist.inference.loading import LoadedModel, load_model
+from matformer_dist.inference.held import HoldsSubmodels, LoadedModel
+from matformer_dist.inference.loading import load_model
 from matformer_dist.inference.transformers_model import TransformersModel
 from matformer_dist.models.forward_pass import Pass
+from matformer_dist.models.matlm import MatLM
+from matformer_dist.models.matvit import MatViT
 from matformer_dist.nesting import Submodel, mix_n_match
 from matformer_dist.run_directory import find_checkpoint
 from matformer_dist.submodels.entry import is_extracted, read_entry
@@ -34,16 +37,17 @@ _Logits: TypeAlias = Callable[[Tensor, Submodel], Tensor]
 class Source:
     """A model in memory, and what of it is evaluated.
 
-    `config`: of its run; `step`: of its weights; `largest`: XL, which others are to agree with;
-    `chosen`: submodels and their kind; `run_pass`: what a pass gives, see MatLM.forward, `largest`
+    `labels` and `outputs`: of its head; `config`: of its run; `step`: of its weights; `largest`:
+    XL, which others are to agree with; `chosen`: submodels and their kind; `run_pass`: what a pass
+    gives, see MatFormer.forward, `largest`
     first.
     """
 
     directory: Path
     config: Config
     step: int
-    tokenizer: Tokenizer
-    vocab_size: int
+    labels: Labels
+    outputs: int
     device: torch.device
     largest: Submodel
     chosen: dict[Submodel, str]
@@ -67,8 +71,8 @@ def open_source(
         loaded.directory,
         load_config(loaded.directory / "config.yaml"),
         checkpoint.step,
-        loaded.tokenizer,
-        loaded.model.vocab_size,
+        loaded.labels,
+        loaded.model.outputs,
         device,
         loaded.submodel,
         _chosen(loaded, notations, heuristic),
@@ -92,23 +96,23 @@ def _extracted(
     logits: _Logits
     if entry["format"] == "native":
         model = load_model(directory, torch.float32, device)
-        vocab_size = model.model.vocab_size
-        logits = model.model.logits
-    elif entry["format"] == "hf":
+        outputs = model.model.outputs
+        logits = _logits_of(model)
+    elif entry["format"] == "hf" and isinstance(config, LanguageConfig):
         model = TransformersModel(directory, torch.float32, device)
-        vocab_size = model.model.config.vocab_size
+        outputs = model.model.config.vocab_size
         logits = model.logits
     else:
         raise UserError(
-            f"{directory} is in format {entry['format']}, which llama.cpp runs; evaluate the run, "
-            "or extract with --format native or hf"
+            f"{directory} is in format {entry['format']}, which other programs run; evaluate the "
+            "run, or extract with --format native" + (" or hf" if config.unit == "tokens" else "")
         )
     largest, largest_logits, lacks = model.submodel, logits, ""
     if min(largest.widths) < config.granularities.d_ff:
         largest = config.granularities.uniform(config.granularities.largest, config.model.n_layers)
         try:
             whole = load_model(f"{run}@{step}", device=device)
-            largest_logits = whole.model.logits
+            largest_logits = _logits_of(whole)
             if whole.checkpoint_sha256 != entry.get("checkpoint_sha256"):
                 lacks = f"no agreement with XL: {run}@{step} holds other weights by now"
         except UserError as error:
@@ -124,8 +128,8 @@ def _extracted(
         directory,
         config,
         step,
-        model.tokenizer,
-        vocab_size,
+        model.labels,
+        outputs,
         device,
         largest,
         _chosen(model, notations, heuristic),
@@ -186,6 +190,15 @@ def _pass_by_logits(
         for rows, logs in zip(found, [reference, *own_logs], strict=True):
             rows.append(_sums(logs, reference, of))
     return torch.stack([row for rows in found for row in rows])
+
+
+def _logits_of(loaded: LoadedModel) -> _Logits:
+    """An image is one position."""
+    model = loaded.model
+    if isinstance(model, MatViT):
+        return lambda images, submodel: model.logits(images, submodel)[:, None]
+    assert isinstance(model, MatLM)
+    return lambda tokens, submodel: model.logits(tokens, submodel)
 
 
 def _logs(logits: Tensor) -> Tensor:

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from matformer_dist.config import ModelConfig
+from matformer_dist.config_language import LanguageModelConfig
 from matformer_dist.data.corpus import INCLUDE, find_files, pieces
 from matformer_dist.data.documents import DocumentReader
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.errors import UserError
-from matformer_dist.models.matlm import Block
+from matformer_dist.models.block import Block
 from matformer_dist.models.rotation import Rotation
 from matformer_dist.nesting import Nesting
 from matformer_dist.parallel.layers import Initializer
@@ -61,7 +61,7 @@ def read_tokens(
 class Calibration:
     """The hidden states [n, s, D] of calibration text, on their way through a model in fp32."""
 
-    def __init__(self, model: ModelConfig, tokens: Tensor, embedding: Tensor) -> None:
+    def __init__(self, model: LanguageModelConfig, tokens: Tensor, embedding: Tensor) -> None:
         """tokens [n, s], embedding [V, D]."""
         self.model = model
         self._hidden = F.embedding(tokens, embedding)

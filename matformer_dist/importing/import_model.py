@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from matformer_dist.checkpoints.new_directory import NewDirectory, check_space
-from matformer_dist.config import Config
 from matformer_dist.config_file import validate_config
+from matformer_dist.config_language import LanguageConfig, as_language
 from matformer_dist.counting import count_parameters
 from matformer_dist.data.huggingface_tokenizer import HuggingFaceTokenizer
 from matformer_dist.data.tokenizer import Tokenizer
@@ -128,7 +128,7 @@ def _check_options(options: ImportOptions) -> None:
 
 def _config(
     described: LlamaConfig, options: ImportOptions, output: Path, tokenizer: Tokenizer
-) -> Config:
+) -> LanguageConfig:
     """The run's settings; UserError where the nesting or seq_len does not fit the model."""
     model = described.model
     nesting: dict[str, Any] = {
@@ -155,7 +155,8 @@ def _config(
             "global_batch_size": 64,
         },
     }
-    return validate_config(tree, source="the imported model's configuration")
+    config = validate_config(tree, source="the imported model's configuration")
+    return as_language(config, "import")
 
 
 def _calibration_tokens(options: ImportOptions, tokenizer: Tokenizer, seq_len: int) -> Tensor:
@@ -176,7 +177,7 @@ def _asked(options: ImportOptions) -> int:
 
 
 def _weights(
-    source: LlamaWeights, config: Config, order: str, tokens: Tensor | None
+    source: LlamaWeights, config: LanguageConfig, order: str, tokens: Tensor | None
 ) -> Iterator[tuple[str, Tensor]]:
     """MatLM's weights, neurons in their new order, as they are needed: layers from the first on."""
     embedding = source.embedding()
@@ -210,7 +211,7 @@ def _put_in_order(layer: dict[str, Tensor], calibration: Calibration | None) -> 
 
 def _write(
     new: NewDirectory,
-    config: Config,
+    config: LanguageConfig,
     tokenizer: Tokenizer,
     weights: Iterator[tuple[str, Tensor]],
     progress: Callable[[int, int], None],

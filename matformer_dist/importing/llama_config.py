@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from matformer_dist.config import ModelConfig
+from matformer_dist.config_language import LanguageModelConfig
 from matformer_dist.errors import UserError
 
 _ARCHITECTURE = "LlamaForCausalLM"
@@ -65,7 +65,7 @@ _EVERY_ROPE = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 class LlamaConfig:
     """What config.json says: the model, and the ids that end a text."""
 
-    model: ModelConfig  # vocab_size is set
+    model: LanguageModelConfig  # vocab_size is set
     eos_ids: tuple[int, ...]
 
     @property
@@ -92,7 +92,7 @@ def read_llama_config(directory: Path) -> LlamaConfig:
     values = {**_DEFAULTS, **config}
     values["rope_theta"] = rope.get("rope_theta", values["rope_theta"])
     try:
-        model = ModelConfig.model_validate(
+        model = LanguageModelConfig.model_validate(
             {
                 **{ours: values[theirs] for ours, theirs in _KEYS.items()},
                 "ffn": "swiglu",

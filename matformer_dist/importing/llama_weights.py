@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from matformer_dist.config import ModelConfig
+from matformer_dist.config_language import LanguageModelConfig
 from matformer_dist.errors import UserError
 
 _SINGLE = "model.safetensors"
@@ -41,7 +41,7 @@ class LlamaWeights:
     UserError where files are missing, damaged, pickles, or hold other weights than `model` has.
     """
 
-    def __init__(self, directory: Path, model: ModelConfig, vocab_size: int) -> None:
+    def __init__(self, directory: Path, model: LanguageModelConfig, vocab_size: int) -> None:
         self.directory = directory
         self.model = model
         self._files = _files_by_weight(directory)
@@ -127,7 +127,7 @@ class LlamaWeights:
             )
 
 
-def _shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
+def _shapes(model: LanguageModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """Their names, and shapes, of every weight of a Llama."""
     D, F, heads = model.d_model, model.d_ff, model.attention_width
     kv = model.kv_heads * model.head_dim
@@ -218,7 +218,7 @@ def _check_header(
         )
 
 
-def _group(q: Tensor, k: Tensor, v: Tensor, model: ModelConfig) -> Tensor:
+def _group(q: Tensor, k: Tensor, v: Tensor, model: LanguageModelConfig) -> Tensor:
     """q [K * G * h, D], k and v [K * h, D] -> w_qkv [K * (G + 2) * h, D]."""
     by_head = [part.unflatten(0, (model.kv_heads, -1)) for part in (q, k, v)]
     return torch.cat(by_head, dim=1).flatten(0, 1)

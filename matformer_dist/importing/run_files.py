@@ -22,7 +22,7 @@ from torch import Tensor
 
 from matformer_dist.checkpoints.files import replace_file, sync_directory, write_file
 from matformer_dist.checkpoints.universal_files import value_path
-from matformer_dist.config import Config
+from matformer_dist.config_language import LanguageConfig
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.parallel.layers import Initializer
@@ -37,7 +37,7 @@ _NOTE = """\
 _PACKAGES = ("matformer_dist", "torch")
 
 
-def config_text(config: Config) -> str:
+def config_text(config: LanguageConfig) -> str:
     """config.yaml of `config`, whose data.train stands for none: OmegaConf asks for what is ???."""
     tree: dict[str, Any] = config.model_dump(mode="json")
     tree["data"]["train"] = "???"
@@ -47,7 +47,7 @@ def config_text(config: Config) -> str:
 
 def write_run(
     directory: Path,
-    config: Config,
+    config: LanguageConfig,
     tokenizer: Tokenizer,
     weights: Iterable[tuple[str, Tensor]],
     progress: Callable[[int, int], None],
@@ -81,7 +81,7 @@ def write_run(
         sync_directory(folder)
 
 
-def _expected(config: Config, vocab_size: int) -> dict[str, torch.Size]:
+def _expected(config: LanguageConfig, vocab_size: int) -> dict[str, torch.Size]:
     """Shapes of the whole model's weights by name, without memory."""
     layers = [config.granularities] * config.model.n_layers
     with torch.device("meta"):
@@ -97,19 +97,19 @@ def _write_weight(path: Path, weight: Tensor) -> SavedFile:
 
 
 def _manifest(
-    config: Config, text: str, tokenizer: Tokenizer, files: dict[str, SavedFile]
+    config: LanguageConfig, text: str, tokenizer: Tokenizer, files: dict[str, SavedFile]
 ) -> Manifest:
     packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return Manifest(
         step=0,
-        consumed_sequences=0,
-        tokens=0,
+        samples=0,
+        units=0,
         layout=UNIVERSAL,
         model=config.model,
         nesting=config.granularities,
-        vocab_size=tokenizer.vocab_size,
+        outputs=tokenizer.vocab_size,
         precision=config.training.precision,
-        tokenizer_sha256=tokenizer.digest,
+        labels_sha256=tokenizer.digest,
         config_sha256=hashlib.sha256(text.encode()).hexdigest(),
         versions={**packages, "python": platform.python_version()},
         has_optimizer=False,

@@ -13,7 +13,8 @@ import torch
 from matformer_dist.errors import UserError
 from matformer_dist.inference.decoding import decode
 from matformer_dist.inference.device import choose_device
-from matformer_dist.inference.loading import LoadedModel, load_model
+from matformer_dist.inference.language import LoadedLanguageModel
+from matformer_dist.inference.loading import load_language_model
 from matformer_dist.inference.sampling import Sampling
 from matformer_dist.inference.speculative import Drafting, Statistics
 from matformer_dist.inference.texts import in_order
@@ -117,13 +118,13 @@ def speak(
 ) -> Statistics | None:
     """Go on from all prompts in one batch; `on_text` gets their texts, one after another.
 
-    Above each of several stands the submodel that speaks. submodels and draft: as LoadedModel's
-    `generate` takes them. What the drafts were worth, if there were any. UserError for what does
-    not fit, before any text.
+    Above each of several stands the submodel that speaks. submodels and draft: as `generate` of a
+    LoadedLanguageModel takes them. What the drafts were worth, if there were any. UserError for
+    what does not fit, before any text.
     """
     model = load_speaker(source, device)
     statistics = None
-    if isinstance(model, LoadedModel):
+    if isinstance(model, LoadedLanguageModel):
         drafting = None
         if draft is not None:
             drafting, statistics = model.drafting(draft, draft_tokens, draft_cache), Statistics()
@@ -155,7 +156,9 @@ def speak(
     return statistics
 
 
-def load_speaker(source: Path | str, device: str | None = None) -> LoadedModel | TransformersModel:
+def load_speaker(
+    source: Path | str, device: str | None = None
+) -> LoadedLanguageModel | TransformersModel:
     """Whatever text can be had of: RUN[@STEP], a checkpoint, or an extracted model, native or hf.
 
     `device` defaults to the GPU, if there is one; on a CPU the arithmetic is fp32. UserError for
@@ -170,7 +173,7 @@ def load_speaker(source: Path | str, device: str | None = None) -> LoadedModel |
                 f"{directory} is not an extracted model, and no run: it has neither {ENTRY} nor "
                 "checkpoints; give a directory that `matformer extract` or training wrote"
             )
-        return load_model(source, dtype, where)
+        return load_language_model(source, dtype, where)
     entry = read_entry(directory)
     if entry["format"] == "gguf":
         raise UserError(
@@ -179,7 +182,7 @@ def load_speaker(source: Path | str, device: str | None = None) -> LoadedModel |
         )
     if entry["format"] == "hf":
         return TransformersModel(directory, dtype, where)
-    return load_model(directory, dtype, where)
+    return load_language_model(directory, dtype, where)
 
 
 def _is_run(directory: Path) -> bool:

@@ -1,11 +1,18 @@
-"""Which submodels a model in memory can run."""
+"""Models in memory, and which submodels they can run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from torch import Tensor
+
+from matformer_dist.data.labels import Labels, load_labels
 from matformer_dist.errors import UserError
+from matformer_dist.models.forward_pass import Pass
+from matformer_dist.models.matformer import MatFormer
 from matformer_dist.nesting import Submodel
 from matformer_dist.submodels.slices import find_submodel
 
@@ -51,3 +58,24 @@ class HoldsSubmodels:
             f"submodel {notation!r} is not in {self.directory}, which is {self.submodel} alone; "
             "leave it out, or give the run, a native model or one of format hf --nested"
         )
+
+
+@dataclass(frozen=True)
+class LoadedModel(HoldsSubmodels):
+    """Of any task, our own; loading.py makes them."""
+
+    model: MatFormer
+    submodel: Submodel
+    directory: Path
+    step: int | None = None  # of the run
+    checkpoint_sha256: str | None = None
+
+    @cached_property
+    def labels(self) -> Labels:
+        """UserError where their files are gone."""
+        return load_labels(self.directory, self.model.model)
+
+    def run_pass(self, inputs: Tensor, targets: Tensor, plan: Pass) -> Tensor:
+        """Statistics of a pass over inputs [b, ...], targets; see MatFormer.forward."""
+        statistics: Tensor = self.model(inputs, targets, plan)[1]
+        return statistics

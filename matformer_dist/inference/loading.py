@@ -2,129 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from matformer_dist.checkpoints.universal import load_universal
 from matformer_dist.checkpoints.verify import BackgroundCheck
-from matformer_dist.data.tokenizer import Tokenizer
-from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.errors import UserError
-from matformer_dist.inference.decoding import decode
-from matformer_dist.inference.held import HoldsSubmodels
-from matformer_dist.inference.sampling import Sampling
-from matformer_dist.inference.speculative import Drafting, Statistics
-from matformer_dist.inference.texts import Piece, as_text, encode_prompts
-from matformer_dist.models.forward_pass import Pass
+from matformer_dist.inference.held import LoadedModel
+from matformer_dist.inference.language import LoadedLanguageModel
+from matformer_dist.inference.vision import LoadedVisionModel
+from matformer_dist.models.building import build_model
+from matformer_dist.models.matformer import MatFormer
 from matformer_dist.models.matlm import MatLM
-from matformer_dist.nesting import Submodel
+from matformer_dist.models.matvit import MatViT
 from matformer_dist.parallel.layers import Initializer
 from matformer_dist.run_directory import find_checkpoint
 from matformer_dist.submodels.entry import is_extracted
 from matformer_dist.submodels.native import read_native_config
 from matformer_dist.submodels.safetensors_files import read_weights
-
-
-@dataclass(frozen=True)
-class LoadedModel(HoldsSubmodels):
-    model: MatLM
-    submodel: Submodel
-    directory: Path
-    step: int | None = None  # of the run
-    checkpoint_sha256: str | None = None
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """UserError where its files are gone."""
-        return load_tokenizer(self.directory)
-
-    def run_pass(self, tokens: Tensor, targets: Tensor, plan: Pass) -> Tensor:
-        """Statistics of a pass over tokens, targets [b, s]; see MatLM.forward."""
-        statistics: Tensor = self.model(tokens, targets, plan)[1]
-        return statistics
-
-    def generate(
-        self,
-        prompts: Sequence[str],
-        submodels: Sequence[str | Sequence[str]] | str | None = None,
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.8,
-        top_k: int = 0,
-        top_p: float = 0.95,
-        seed: int = 0,
-        draft: str | None = None,
-        draft_tokens: int | Literal["auto"] = 4,
-        draft_cache: Literal["own", "shared"] = "shared",
-        statistics: Statistics | None = None,
-    ) -> list[str]:
-        """The texts that follow the prompts, without them, each up to the end of its document.
-
-        All in one batch. submodels: none (the largest), one for all prompts, or one for each; as
-        `parse` reads them. draft: a smaller one that drafts for all of them, exactly
-        (speculative.py). UserError for what does not fit.
-        """
-        texts = [""] * len(prompts)
-        pieces = self.stream(
-            prompts,
-            submodels,
-            max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature, top_k, top_p),
-            seed=seed,
-            drafting=(None if draft is None else self.drafting(draft, draft_tokens, draft_cache)),
-            statistics=statistics,
-        )
-        for piece in pieces:
-            texts[piece.prompt] += piece.text
-        return texts
-
-    def drafting(
-        self,
-        draft: str,
-        tokens: int | Literal["auto"] = 4,
-        cache: Literal["own", "shared"] = "shared",
-    ) -> Drafting:
-        """Of the submodel that `parse` reads."""
-        return Drafting(self.parse(draft), tokens, cache)
-
-    def stream(
-        self,
-        prompts: Sequence[str],
-        submodels: Sequence[str | Sequence[str]] | str | None = None,
-        *,
-        max_new_tokens: int,
-        sampling: Sampling,
-        seed: int = 0,
-        drafting: Drafting | None = None,
-        statistics: Statistics | None = None,
-    ) -> Iterator[Piece]:
-        """The same in pieces, as they come; what does not fit is said at once."""
-        ids = encode_prompts(self.tokenizer, prompts)
-        notations = [submodels] if isinstance(submodels, str) else submodels or ()
-        chosen = [self.parse(notation) for notation in notations] or [self.submodel]
-        if drafting is not None and drafting.submodel in chosen:
-            raise UserError(
-                f"submodel {drafting.submodel} cannot draft for itself; choose a draft that is "
-                "narrower somewhere, and nowhere wider"
-            )
-        passes = decode(
-            self.model,
-            chosen,
-            ids,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=seed,
-            eod=self.tokenizer.eod,
-            drafting=drafting,
-            statistics=statistics,
-        )
-        return as_text(passes, ids, self.tokenizer)
 
 
 def load_model(
@@ -145,7 +42,7 @@ def load_model(
     directory = checkpoint.path.parent.parent
     model.to(device=device, dtype=dtype or torch.float32)
     sha256 = checkpoint.manifest.manifest_sha256
-    return LoadedModel(model.eval(), largest, directory, checkpoint.step, sha256)
+    return _loaded(model.eval(), largest, directory, checkpoint.step, sha256)
 
 
 def load_native(
@@ -156,7 +53,7 @@ def load_native(
     """Load a `native` directory; `dtype` None keeps the stored one. UserError if it is damaged."""
     described = read_native_config(directory)
     init = Initializer(seed=None)
-    model = MatLM(described.model, described.nestings, described.vocab_size, init)
+    model = build_model(described.model, described.nestings, described.outputs, init)
     missing = dict(model.named_parameters())
     for name, weight in read_weights(directory):
         parameter = missing.pop(name, None)
@@ -170,4 +67,31 @@ def load_native(
         raise UserError(
             f"{directory} lacks the weights {', '.join(sorted(missing))}; extract the model again"
         )
-    return LoadedModel(model.eval(), described.submodel, directory)
+    return _loaded(model.eval(), described.submodel, directory)
+
+
+def load_language_model(
+    source: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> LoadedLanguageModel:
+    """The same, of task language; UserError for another."""
+    loaded = load_model(source, dtype, device)
+    if isinstance(loaded, LoadedLanguageModel):
+        return loaded
+    raise UserError(f"{source} is a vision encoder, which reads no text; give a language model")
+
+
+def load_vision_model(
+    source: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> LoadedVisionModel:
+    """The same, of task vision; UserError for another."""
+    loaded = load_model(source, dtype, device)
+    if isinstance(loaded, LoadedVisionModel):
+        return loaded
+    raise UserError(f"{source} is a language model, which reads no images; give a vision encoder")
+
+
+def _loaded(model: MatFormer, *arguments: Any) -> LoadedModel:
+    if isinstance(model, MatViT):
+        return LoadedVisionModel(model, *arguments)
+    assert isinstance(model, MatLM)
+    return LoadedLanguageModel(model, *arguments)

@@ -16,12 +16,14 @@ from typing import Any
 
 from matformer_dist.checkpoints.files import check_output, replace_json
 from matformer_dist.config_file import load_config
+from matformer_dist.config_language import as_language
 from matformer_dist.data.datasets import build_datasets
 from matformer_dist.errors import UserError
 from matformer_dist.inference.batch import check_context
 from matformer_dist.inference.device import choose_device
 from matformer_dist.inference.generation import generate
-from matformer_dist.inference.loading import LoadedModel, load_model
+from matformer_dist.inference.language import LoadedLanguageModel
+from matformer_dist.inference.loading import load_language_model
 from matformer_dist.inference.sampling import Sampling
 from matformer_dist.inference.speculative import Drafting, Statistics, check_draft
 from matformer_dist.nesting import Submodel
@@ -76,7 +78,7 @@ def measure_speedups(
         raise UserError(f"{run} is an extracted model; give a run, whose submodels draft")
     check_output(terms.output)
     sampling = Sampling(terms.temperature)
-    loaded = load_model(run, device=choose_device(terms.device))
+    loaded = load_language_model(run, device=choose_device(terms.device))
     assert loaded.step is not None, "it is a run's"
     verifier = loaded.parse(terms.verifier) if terms.verifier else loaded.submodel
     draftings = _draftings(loaded, verifier, terms)
@@ -151,7 +153,7 @@ def _entry(
     }
 
 
-def _draftings(loaded: LoadedModel, verifier: Submodel, terms: Terms) -> list[Drafting]:
+def _draftings(loaded: LoadedLanguageModel, verifier: Submodel, terms: Terms) -> list[Drafting]:
     drafts = [loaded.parse(notation) for notation in terms.drafts]
     if not drafts:
         smallest = min(verifier.granularities)  # of which one may be all of a uniform verifier
@@ -174,7 +176,7 @@ def _draftings(loaded: LoadedModel, verifier: Submodel, terms: Terms) -> list[Dr
     ]
 
 
-def find_prompts(loaded: LoadedModel, terms: Terms) -> list[list[int]]:
+def find_prompts(loaded: LoadedLanguageModel, terms: Terms) -> list[list[int]]:
     """Ids of the prompts; UserError where there are none, or one does not fit the context."""
     if terms.prompts is not None:
         if terms.prompt_tokens is not None:
@@ -202,10 +204,10 @@ def _lines(file: Path) -> list[str]:
         raise UserError(f"{file} is not UTF-8 ({error.reason}); write it as UTF-8") from None
 
 
-def _validation_prompts(loaded: LoadedModel, terms: Terms) -> list[list[int]]:
+def _validation_prompts(loaded: LoadedLanguageModel, terms: Terms) -> list[list[int]]:
     """The beginnings of the first samples that the run is evaluated on."""
     try:
-        config = load_config(loaded.directory / "config.yaml")
+        config = as_language(load_config(loaded.directory / "config.yaml"), "speculate")
         _, validation = build_datasets(config, loaded.tokenizer, 1, terms.n_prompts)
     except UserError as error:
         raise UserError(

@@ -34,7 +34,7 @@ class TransformersModel(HoldsSubmodels):
         self.nested = bool(entry["nested"])
         self.directory = directory
         self.device = device
-        self.tokenizer = load_tokenizer(directory)
+        self.labels = self.tokenizer = load_tokenizer(directory)
         self.model = load_transformers(directory, dtype, device)
 
     def choose(self, submodel: Submodel) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from matformer_dist.models.mixing import SoftTargets
 from matformer_dist.nesting import Segment, Submodel
 
 
@@ -25,6 +26,7 @@ class Pass:
     kl_weights: tuple[float, ...]
     temperature: float = 1.0
     order: tuple[int, ...] | None = None
+    soft: SoftTargets | None = None  # of images; None: targets are hard
 
     @classmethod
     def evaluation(cls, submodels: Sequence[Submodel], sequences: int) -> Pass:

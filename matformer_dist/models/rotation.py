@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from matformer_dist.config import ModelConfig, RopeScaling
+from matformer_dist.config_language import LanguageModelConfig, RopeScaling
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Rotation:
         return self.cos.shape[-2]
 
     @classmethod
-    def of(cls, positions: Tensor, model: ModelConfig) -> Rotation:
+    def of(cls, positions: Tensor, model: LanguageModelConfig) -> Rotation:
         """Of `positions` [s] or [B, s], counted from 0."""
         angles = positions.float()[..., None] * frequencies(model, positions.device)
         angles = torch.cat([angles, angles], dim=-1)
@@ -45,7 +45,7 @@ class Rotation:
         return (x.float() * cos + turned * sin).to(x.dtype)
 
 
-def frequencies(model: ModelConfig, device: torch.device | None = None) -> Tensor:
+def frequencies(model: LanguageModelConfig, device: torch.device | None = None) -> Tensor:
     """By how much each pair turns a position, [h / 2], fp32."""
     exponents = torch.arange(0, model.head_dim, 2, device=device).float() / model.head_dim
     plain = 1 / model.rope_theta**exponents

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from matformer_dist.parallel.layout import ROWS, Partition
+from matformer_dist.parallel.layout import REPLICATED, ROWS, Partition
 from matformer_dist.parallel.sequence import (
     gather_rows,
     gathered_linear,
@@ -60,11 +60,14 @@ def sum_over_ranks(y: Tensor, tensor: TensorParallel) -> Tensor:
     return reduce_from_tensor_model_parallel_region(y.contiguous(), group=tensor.group)
 
 
-def column_linear(x: Tensor, weight: Tensor, tensor: TensorParallel) -> Tensor:
+def column_linear(
+    x: Tensor, weight: Tensor, tensor: TensorParallel, bias: Tensor | None = None
+) -> Tensor:
     if tensor.size == 1:
-        return F.linear(x, weight)
+        return F.linear(x, weight, bias)
     if tensor.rows:
-        return gathered_linear(x, weight, tensor.rows)
+        y = gathered_linear(x, weight, tensor.rows)
+        return y if bias is None else y + bias
     from megatron.core.tensor_parallel.layers import (
         linear_with_grad_accumulation_and_async_allreduce,
     )
@@ -72,7 +75,7 @@ def column_linear(x: Tensor, weight: Tensor, tensor: TensorParallel) -> Tensor:
     return linear_with_grad_accumulation_and_async_allreduce(
         x,
         weight,
-        bias=None,
+        bias=bias,
         gradient_accumulation_fusion=False,  # needs main_grad, which DeepSpeed does not make
         allreduce_dgrad=True,
         sequence_parallel=False,
@@ -94,7 +97,7 @@ def repeat_over_ranks(x: Tensor, times: int, tensor: TensorParallel) -> Tensor:
 def replicated(module: nn.Module, tensor: TensorParallel) -> nn.Module:
     """A module whose weights every rank holds, and that works on rows outside."""
     if tensor.rows:
-        sum_gradients(module, tensor.rows)
+        sum_gradients(module.parameters(), tensor.rows)
     return module
 
 
@@ -129,6 +132,16 @@ class Initializer:
         weight.tensor_model_parallel = is_cut  # type: ignore[attr-defined]
         weight.partition = partition  # type: ignore[attr-defined]
         return weight
+
+
+def replicated_bias(
+    name: str, size: int, init: Initializer, tensor: TensorParallel
+) -> nn.Parameter:
+    """A bias that every rank holds, and adds to rows outside, behind their sum over the ranks."""
+    bias = init.parameter(name, (size,), 0.0, REPLICATED, tensor)
+    if tensor.rows:
+        sum_gradients([bias], tensor.rows)
+    return bias
 
 
 class VocabParallelEmbedding(nn.Module):

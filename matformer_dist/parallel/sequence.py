@@ -22,6 +22,7 @@ CUDA.)
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,9 +134,9 @@ def repeat_rows(x: Tensor, times: int, exchange: RowExchange, rank: int) -> Tens
     return torch.cat(parts)
 
 
-def sum_gradients(module: nn.Module, exchange: RowExchange) -> None:
-    """Sum the gradients of a module's replicated weights over the ranks, each of which has those
-    of its own rows alone.
+def sum_gradients(weights: Iterable[nn.Parameter], exchange: RowExchange) -> None:
+    """Sum the gradients of replicated weights over the ranks, each of which has those of its own
+    rows alone.
 
     Before they are accumulated, so that DeepSpeed meets the sums at every ZeRO stage: one small
     all-reduce a weight and micro-batch.
@@ -144,5 +145,5 @@ def sum_gradients(module: nn.Module, exchange: RowExchange) -> None:
     def over_ranks(gradient: Tensor) -> Tensor:
         return exchange.total(gradient.float()).to(gradient.dtype)
 
-    for parameter in module.parameters():
+    for parameter in weights:
         parameter.register_hook(over_ranks)

@@ -42,6 +42,9 @@ class TensorParallel:
         assert self.group is not None, "the configuration refuses it on a single rank"
         return replace(self, rows=RowExchange(self.size, self.group.group_name))
 
+    def with_whole_rows(self) -> TensorParallel:
+        return replace(self, rows=None)
+
     def gather(self, statistics: torch.Tensor) -> torch.Tensor:
         """All ranks' values of a small tensor [n, k] as [T, n, k], by one all-gather."""
         if self.size == 1:

@@ -80,7 +80,7 @@ def _of_layers(run: PlannedRun) -> Iterator[Collective]:
     if run.config.parallel.sequence:
         yield from _of_cut_rows(run)
     chunks = sum(map(len, chunk_parts(run.loss_tokens, run.loss_chunk, halves=run.tensor > 1)))
-    size = run.tensor * run.rows * _ROW_NUMBERS * 4
+    size = run.tensor * run.head_rows * _ROW_NUMBERS * 4
     yield Collective("all_gather", "tensor", "loss", times * chunks, times * size)
 
 
@@ -90,7 +90,8 @@ def _row_sums(run: PlannedRun) -> Iterator[tuple[str, int, int]]:
     row = run.config.model.d_model * run.element_bytes
     whole, first = run.rows * row, run.first_rows * row
     attention = first + (layers - 1) * whole
-    if not run.config.parallel.sequence:
+    looks_up = run.config.unit == "tokens"  # in a table that is cut over the ranks
+    if not run.config.parallel.sequence and looks_up:
         yield "embedding", 1, first
     yield "attention, forward", layers, attention
     yield "FFN, forward", layers, layers * whole
@@ -100,7 +101,7 @@ def _row_sums(run: PlannedRun) -> Iterator[tuple[str, int, int]]:
     yield "attention, backward", layers, attention
     yield "FFN, backward", layers, layers * whole
     if not run.config.parallel.sequence:
-        yield "head, backward", 1, whole
+        yield "head, backward", 1, run.head_rows * run.head_width * run.element_bytes
 
 
 def _of_cut_rows(run: PlannedRun) -> Iterator[Collective]:
@@ -130,7 +131,7 @@ def _of_cut_rows(run: PlannedRun) -> Iterator[Collective]:
         yield of("all_gather", "repeated rows", 1, first)
         yield of("reduce_scatter", "repeated rows, backward", 1, first)
     weights = (2 * layers + 1) * (2 if model.norm == "layernorm" else 1)
-    yield of("all_reduce", "norms' gradients", weights, 4 * run.norms)
+    yield of("all_reduce", "norms' gradients", weights, 4 * run.vectors)
 
 
 def _of_gradients(run: PlannedRun) -> Iterator[Collective]:
@@ -145,7 +146,7 @@ def _of_gradients(run: PlannedRun) -> Iterator[Collective]:
     if stage:
         groups = [
             _padded(elements, 2 * run.data_size)
-            for elements in (sum(run.matrices.values()), run.norms)
+            for elements in (sum(run.matrices.values()), run.vectors)
         ]
         yield Collective("all_gather", "data", "weights", len(groups), e * sum(groups))
 
@@ -155,7 +156,7 @@ def _buckets(run: PlannedRun) -> list[int]:
     stage = run.config.zero_stage
     if run.sums_in_fp32:
         # Flat, those with and those without weight decay.
-        return _joined([sum(run.matrices.values()), run.norms], _TOGETHER)
+        return _joined([sum(run.matrices.values()), run.vectors], _TOGETHER)
     if stage == 0:
         sizes = [size for module in run.modules for size in module.weights.values()]
         return _joined(sizes, _TOGETHER)
@@ -171,8 +172,8 @@ def _buckets(run: PlannedRun) -> list[int]:
 def _as_they_come(run: PlannedRun) -> list[int]:
     """Elements of weights in the order in which DeepSpeed puts gradients into buckets."""
     if run.config.zero_stage == 1:  # behind the last micro-batch; without weight decay last
-        modules = sorted(run.modules, key=lambda module: module.kind == "norm")
-        return [size for module in modules for size in module.weights.values()]
+        matrices = [size for module in run.modules for size in module.matrices.values()]
+        return matrices + [size for module in run.modules for size in module.vectors.values()]
     found: list[int] = []
     for module in reversed(run.modules):
         sizes = list(module.weights.values())

@@ -57,7 +57,7 @@ def _trace(run: PlannedRun) -> list[Weights]:
     its own, and blocks before what they hold.
     """
     embedding, *in_layers, norm, head = (module.weights for module in run.modules)
-    tied = embedding if run.config.model.tied_embeddings else {}
+    tied = {} if head else embedding
     head = head or tied
     layers = [in_layers[i : i + 4] for i in range(0, len(in_layers), 4)]
     block: Weights = {}

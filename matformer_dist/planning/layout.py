@@ -1,7 +1,8 @@
 """A run as planning sees it: configuration, vocabulary, ranks; the weights and rows of one rank.
 
-Legend: b sequences of a micro-batch, s positions, R rows (tokens of all segments), D d_model,
-F d_ff, V vocabulary, T tensor-parallel ranks.
+Legend: b samples (sequences or images) of a micro-batch, s positions of a sample, R rows (positions
+of all segments), D d_model, F d_ff, V outputs (tokens of the vocabulary, or classes), T
+tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from matformer_dist.chunks import default_chunk_tokens, even_chunk_tokens
-from matformer_dist.config import Config
+from matformer_dist.config import Config, ModelConfig
+from matformer_dist.config_vision import VisionModelConfig
 from matformer_dist.counting import (
     Flops,
     attention_weights,
@@ -21,6 +23,8 @@ from matformer_dist.counting import (
 )
 from matformer_dist.nesting import Segment
 
+HEAD_ALIGNED = 8  # columns that a bias makes of the head
+
 
 def reduce_bucket(parameters: int) -> int:
     """Elements of DeepSpeed's buffer for gradients of a rank's weights: its default, or all."""
@@ -28,10 +32,15 @@ def reduce_bucket(parameters: int) -> int:
 
 
 class Module(NamedTuple):
-    """Weights that are used together: their elements by name."""
+    """Weights that are used together, as elements by name; of which vectors do not decay."""
 
     kind: Literal["embedding", "norm", "attention", "ffn", "head"]
-    weights: dict[str, int]
+    matrices: dict[str, int]
+    vectors: dict[str, int] = {}  # noqa: RUF012  # of a tuple, never changed
+
+    @property
+    def weights(self) -> dict[str, int]:
+        return {**self.matrices, **self.vectors}
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class PlannedRun:
     """`data_size` data-parallel ranks, each of config.parallel.tensor devices of a kind."""
 
     config: Config
-    vocab_size: int
+    outputs: int
     data_size: int = 1
     device: str = "cuda"  # or cpu
 
@@ -57,8 +66,9 @@ class PlannedRun:
         return self.config.training.micro_batches(self.data_size)
 
     @property
-    def tokens_per_step(self) -> int:
-        return self.config.training.global_batch_size * self.config.training.seq_len
+    def units_per_step(self) -> int:
+        """Tokens, or images."""
+        return self.config.units(self.config.training.global_batch_size)
 
     @property
     def element_bytes(self) -> int:
@@ -68,9 +78,15 @@ class PlannedRun:
     # Weights
 
     @property
-    def local_vocab(self) -> int:
-        """Rows of this rank's share of a vocabulary table, padding included."""
-        return -(-self.vocab_size // self.tensor)
+    def local_outputs(self) -> int:
+        """Rows of this rank's share of the head, padding included."""
+        return -(-self.outputs // self.tensor)
+
+    @property
+    def head_width(self) -> int:
+        """Columns of the head: a bias is one more, filled up (see models/head.py)."""
+        model = self.config.model
+        return model.d_model + (HEAD_ALIGNED if model.biases else 0)
 
     @cached_property
     def modules(self) -> list[Module]:
@@ -81,41 +97,50 @@ class PlannedRun:
         norms = 2 if model.norm == "layernorm" else 1
         out = model.d_model * model.attention_width // tensor
         qkv = attention_weights(model) // tensor - out
-        neurons = model.d_ff // tensor * model.d_model
-        table = self.local_vocab * model.d_model
+        width = model.d_ff // tensor
+        inputs = ffn_matrices(model) - 1
 
         def norm(name: str) -> Module:
-            return Module("norm", {f"{name} {k}": model.d_model for k in range(norms)})
+            return Module("norm", {}, {f"{name} {k}": model.d_model for k in range(norms)})
 
-        w_in = (ffn_matrices(model) - 1) * neurons
-        found = [Module("embedding", {"embedding": table})]
+        def biases(**sizes: int) -> dict[str, int]:
+            return sizes if model.biases else {}
+
+        found = [_embedding(model, self.local_outputs)]
         for i in range(model.n_layers):
+            of_attention = {f"{i} b_qkv": qkv // model.d_model, f"{i} b_out": model.d_model}
+            of_ffn = {f"{i} b_in": inputs * width, f"{i} b_down": model.d_model}
+            neurons = width * model.d_model
+            of_neurons = {f"{i} w_in": inputs * neurons, f"{i} w_down": neurons}
             found += [
                 norm(f"{i} attention norm"),
-                Module("attention", {f"{i} w_qkv": qkv, f"{i} w_out": out}),
+                Module("attention", {f"{i} w_qkv": qkv, f"{i} w_out": out}, biases(**of_attention)),
                 norm(f"{i} ffn norm"),
-                Module("ffn", {f"{i} w_in": w_in, f"{i} w_down": neurons}),
+                Module("ffn", of_neurons, biases(**of_ffn)),
             ]
-        head = {} if model.tied_embeddings else {"head": table}
-        return [*found, norm("norm"), Module("head", head)]
+        table = self.local_outputs * model.d_model
+        head = {"head": table} if model.head_parameters(self.outputs) else {}
+        bias = biases(**{"head bias": self.local_outputs})
+        return [*found, norm("norm"), Module("head", head, bias)]
 
     @cached_property
     def matrices(self) -> dict[str, int]:
         """Elements of one rank's matrices; those of layers once for each of their kinds."""
-        return {kind: self._elements(kind) for kind in ("attention", "ffn", "embedding", "head")}
+        kinds = ("attention", "ffn", "embedding", "head")
+        return {
+            kind: sum(sum(of.matrices.values()) for of in self.modules if of.kind == kind)
+            for kind in kinds
+        }
 
     @cached_property
-    def norms(self) -> int:
-        """Elements of all norms, which every rank has whole."""
-        return self._elements("norm")
-
-    def _elements(self, kind: str) -> int:
-        return sum(sum(module.weights.values()) for module in self.modules if module.kind == kind)
+    def vectors(self) -> int:
+        """Elements of all norms and biases, which do not decay."""
+        return sum(sum(module.vectors.values()) for module in self.modules)
 
     @property
     def parameters(self) -> int:
         """Elements of one rank's weights, before ZeRO cuts them."""
-        return sum(self.matrices.values()) + self.norms
+        return sum(self.matrices.values()) + self.vectors
 
     @property
     def compiles_blocks(self) -> bool:
@@ -166,15 +191,23 @@ class PlannedRun:
         return tuple((n, w) for n, w in zip(counts, widths, strict=True) if n)
 
     @property
+    def samples(self) -> int:
+        """In flight, of a micro-batch."""
+        return sum(n for n, _ in self.segments)
+
+    @property
+    def distinct_samples(self) -> int:
+        return self.config.training.micro_batch_size if self.shared_tokens else self.samples
+
+    @property
     def rows(self) -> int:
         """R of a micro-batch."""
-        return sum(n for n, _ in self.segments) * self.config.training.seq_len
+        return self.samples * self.config.sample.positions
 
     @property
     def first_rows(self) -> int:
-        """Rows of the embedding and the first attention, which copies of a sequence share."""
-        b, s = self.config.training.micro_batch_size, self.config.training.seq_len
-        return b * s if self.shared_tokens else self.rows
+        """Rows of the embedding and the first attention, which copies of a sample share."""
+        return self.distinct_samples * self.config.sample.positions
 
     def own_rows(self, rows: int) -> int:
         """Of `rows`, those that a rank holds between attention, FFN and head."""
@@ -183,18 +216,25 @@ class PlannedRun:
     @property
     def neurons(self) -> int:
         """Activations of one layer's FFN on one rank: sum of rows x width over the segments."""
-        return sum(n * w for n, w in self.segments) * self.config.training.seq_len // self.tensor
+        return sum(n * w for n, w in self.segments) * self.config.sample.positions // self.tensor
+
+    @property
+    def head_rows(self) -> int:
+        """Rows that the head sees."""
+        return self.samples * self.config.sample.predictions
 
     @property
     def loss_tokens(self) -> int:
-        """Tokens whose rows the loss takes together: distinct ones, where segments share them."""
-        return self.first_rows if self.shared_tokens else self.rows
+        """Predictions whose rows the loss takes together: distinct ones, where segments share
+        them.
+        """
+        return self.distinct_samples * self.config.sample.predictions
 
     @property
     def loss_chunk(self) -> int:
-        """Tokens of one chunk of the loss."""
+        """Predictions of one chunk of the loss."""
         return even_chunk_tokens(
-            self.loss_tokens, default_chunk_tokens(self.local_vocab, self.device)
+            self.loss_tokens, default_chunk_tokens(self.local_outputs, self.device)
         )
 
     # Work
@@ -220,18 +260,31 @@ class PlannedRun:
     @cached_property
     def forward_flops_per_step(self) -> Flops:
         """Of all ranks, on average; with backward three times as many (forward, dX, dW)."""
-        model, training = self.config.model, self.config.training
-        nesting, sequences = self.config.granularities, training.global_batch_size
+        model, sample = self.config.model, self.config.sample
+        nesting, samples = self.config.granularities, self.config.training.global_batch_size
         total = Flops(0, 0, 0)
         for i, copies in enumerate(self.copies):
-            segment = Segment(nesting.uniform(i, model.n_layers), sequences)
-            flops = forward_flops(model, self.vocab_size, [segment], training.seq_len)
+            segment = Segment(nesting.uniform(i, model.n_layers), samples)
+            flops = forward_flops(model, self.outputs, [segment], sample)
             total = total + Flops(*(round(copies * part) for part in (
-                flops.attention, flops.ffn, flops.head)))  # fmt: skip
-        if self.shared_tokens:  # the first layer's attention runs once
+                flops.attention, flops.ffn, flops.head, flops.embedding)))  # fmt: skip
+        if self.shared_tokens:  # embedding and the first layer's attention run once
             repeated = sum(self.copies) - 1
-            whole = Segment(nesting.uniform(0, model.n_layers), sequences)
-            flops = forward_flops(model, self.vocab_size, [whole], training.seq_len)
+            whole = Segment(nesting.uniform(0, model.n_layers), samples)
+            flops = forward_flops(model, self.outputs, [whole], sample)
             spared = round(repeated * flops.attention / model.n_layers)
-            total = Flops(total.attention - spared, total.ffn, total.head)
+            of_embedding = round(repeated * flops.embedding)
+            total = total + Flops(-spared, 0, 0, -of_embedding)
         return total
+
+
+def _embedding(model: ModelConfig, local_outputs: int) -> Module:
+    if not isinstance(model, VisionModelConfig):
+        return Module("embedding", {"embedding": local_outputs * model.d_model})
+    D = model.d_model
+    vectors = {"embedding bias": D}
+    if model.pooling == "token":
+        vectors["class token"] = D
+    if model.positions == "learned":
+        vectors["positions"] = model.rows * D
+    return Module("embedding", {"embedding": model.patch_values * D}, vectors)

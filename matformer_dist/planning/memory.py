@@ -83,11 +83,11 @@ def _moments(run: PlannedRun, states: States) -> Iterator[tuple[str, int, int, i
     """(when, weights that are gathered, gradients, activations, workspace)"""
     model, e = run.config.model, run.element_bytes
     layers = model.n_layers
-    hidden = run.rows * model.d_model * e  # whole on every rank, in the loss
+    hidden = run.head_rows * run.head_width * e  # whole on every rank, in the loss
     head = run.matrices["head"] or run.matrices["embedding"]
     # The first layer may have fewer rows; all others are alike.
     in_layers = _kept_by_layer(run, 0) + (layers - 1) * _kept_by_layer(run, 1)
-    kept = in_layers + _norm_input(run, run.rows)
+    kept = in_layers + _norm_input(run, run.head_rows)
     in_layer = _in_layer(run) + (
         _saved_by_layer(run, layers - 1)
         if run.config.training.activation_checkpointing == "full"
@@ -106,7 +106,7 @@ def _moments(run: PlannedRun, states: States) -> Iterator[tuple[str, int, int, i
         2 * (hidden + head * e),
     )
     # A tied weight's gradient waits for the embedding's.
-    waiting = head * (e if model.tied_embeddings else states.gradient_bytes)
+    waiting = head * (states.gradient_bytes if run.matrices["head"] else e)
     yield (
         "in the last layer, backward",
         live,
@@ -195,13 +195,13 @@ def _loss_bytes(run: PlannedRun) -> int:
     """Beyond the hidden rows: their gradient, the head's in fp32, and a chunk's logits; or, behind
     the chunks, the head's gradient once more, rounded.
     """
-    model, e = run.config.model, run.element_bytes
-    head = run.local_vocab * model.d_model
-    rows = run.loss_chunk * (run.rows // run.loss_tokens)
+    e = run.element_bytes
+    head = run.local_outputs * run.head_width
+    rows = run.loss_chunk * (run.head_rows // run.loss_tokens)
     # Where a GEMM of bf16 has no fp32 result, operands are copied to fp32.
     copies = e == 2 and run.device == "cpu"
-    chunk = rows * (4 * run.local_vocab + (4 + (4 if copies else e)) * model.d_model)
+    chunk = rows * (4 * run.local_outputs + (4 + (4 if copies else e)) * run.head_width)
     rounded = e * head if e == 2 else 0
     operand = 4 * head if copies else 0
-    numbers = run.rows * (12 + 16 + 12)  # weights of the losses, losses, and their copies
-    return e * run.rows * model.d_model + 4 * head + operand + max(chunk, rounded) + numbers
+    numbers = run.head_rows * (12 + 16 + 12)  # weights of the losses, losses, and their copies
+    return e * run.head_rows * run.head_width + 4 * head + operand + max(chunk, rounded) + numbers

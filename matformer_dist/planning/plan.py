@@ -9,7 +9,9 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from matformer_dist.config import Config
-from matformer_dist.counting import check_vocabulary, count_parameters, flops_per_token
+from matformer_dist.config_language import LanguageModelConfig
+from matformer_dist.config_vision import VisionModelConfig
+from matformer_dist.counting import check_outputs, count_parameters, flops_per_unit
 from matformer_dist.errors import UserError
 from matformer_dist.planning.communication import traffic
 from matformer_dist.planning.layout import PlannedRun
@@ -33,26 +35,42 @@ SWEEP = tuple(8 * 2**i for i in range(10))  # 8 to 4096
 
 @dataclass(frozen=True)
 class Order:
-    """What is asked for: a run on `devices` devices of a machine, for `tokens`."""
+    """What is asked for: a run on `devices` devices of a machine, for `units`, which are tokens or
+    images.
+    """
 
     config: Config
-    vocab_size: int
+    outputs: int  # tokens of the vocabulary, or classes
     devices: int
     machine: Machine
-    tokens: int
+    units: int
     price_per_hour: float | None = None  # of a device
+
+    @property
+    def length(self) -> str:
+        """In words."""
+        return f"{short_count(self.units)} {self.config.unit}"
+
+
+def known_outputs(config: Config) -> tuple[int | None, str]:
+    """Tokens or classes, where the settings say how many; and the key that does."""
+    model = config.model
+    if isinstance(model, VisionModelConfig):
+        return model.classes, "model.classes"
+    assert isinstance(model, LanguageModelConfig)
+    return model.vocab_size, "model.vocab_size"
 
 
 def show_plan(order: Order) -> Iterator[RenderableType]:
     """The configuration as it is, then layouts that fit."""
     config = order.config
-    check_vocabulary(order.vocab_size, config.parallel.tensor)
-    yield granularities_table(config, order.vocab_size)
+    check_outputs(order.outputs, config.parallel.tensor)
+    yield granularities_table(config, order.outputs)
     own = changed(config, order.devices)
     if own is None:
         yield f"as configured it cannot run on {order.devices} devices: {_why_not(order)}"
     else:
-        run = PlannedRun(own, order.vocab_size, order.devices // own.parallel.tensor)
+        run = PlannedRun(own, order.outputs, order.devices // own.parallel.tensor)
         yield from _as_configured(evaluate(run, order.machine), order)
     yield from _proposed(order)
 
@@ -75,7 +93,7 @@ def _why_not(order: Order) -> str:
 def show_sweep(order: Order, scales_batch: bool = False) -> Iterator[RenderableType]:
     """The proposed layout from 8 to 4096 devices, of the same batch or one that grows along."""
     table = Table(
-        "devices", *_LAYOUT, "scaling", "MFU", f"{short_count(order.tokens)} tokens", "cost",
+        "devices", *_layout(order.config), "scaling", "MFU", order.length, "cost",
         caption=_LAYOUT_MEANS,
     )  # fmt: skip
     for column in table.columns:
@@ -84,12 +102,12 @@ def show_sweep(order: Order, scales_batch: bool = False) -> Iterator[RenderableT
     for devices in SWEEP:
         config = _with_batch_for(devices, order.config) if scales_batch else order.config
         asked = replace(order, config=config, devices=devices)
-        found = candidates(config, order.vocab_size, devices, order.machine)
+        found = candidates(config, order.outputs, devices, order.machine)
         if not found:
             table.add_row(str(devices), _why_nothing_fits(asked))
             continue
         best = found[0]
-        rate = _tokens_per_second(best) / devices
+        rate = _units_per_second(best) / devices
         rate_of_one = rate_of_one or rate
         table.add_row(
             str(devices),
@@ -109,7 +127,11 @@ def _with_batch_for(devices: int, config: Config) -> Config:
     return config.model_copy(update={"training": training})
 
 
-_LAYOUT = ("TP x DP", "ZeRO", "micro", "recompute", "memory", "step", "tokens/s")
+def _layout(config: Config) -> tuple[str, ...]:
+    """Columns of a layout."""
+    return "TP x DP", "ZeRO", "micro", "recompute", "memory", "step", f"{config.unit}/s"
+
+
 _LAYOUT_MEANS = (
     "TP x DP: ranks that share a model x ranks that share a batch; SP: rows too are cut over the "
     "former (parallel.sequence). micro: sequences of a micro-batch x micro-batches of a step. "
@@ -118,7 +140,7 @@ _LAYOUT_MEANS = (
 
 
 def _layout_cells(candidate: Candidate) -> Iterator[str]:
-    """Of the columns _LAYOUT."""
+    """Of the columns `_layout`."""
     run, training = candidate.run, candidate.run.config.training
     yield f"{run.tensor}{' SP' if run.config.parallel.sequence else ''} x {run.data_size}"
     yield str(run.config.zero_stage)
@@ -126,24 +148,23 @@ def _layout_cells(candidate: Candidate) -> Iterator[str]:
     yield training.activation_checkpointing
     yield short_bytes(candidate.memory.total_bytes)
     yield f"{candidate.time.total:.3g} s"
-    yield short_number(_tokens_per_second(candidate))
+    yield short_number(_units_per_second(candidate))
 
 
-def granularities_table(config: Config, vocab_size: int) -> Table:
+def granularities_table(config: Config, outputs: int) -> Table:
     """Parameters and FLOPs of each, also what a run shows when it begins."""
-    table = Table("granularity", "FFN width", "parameters", "non-embedding", "forward FLOPs/token")
+    flops = f"forward FLOPs/{config.unit.removesuffix('s')}"
+    table = Table("granularity", "FFN width", "parameters", "non-embedding", flops)
     for column in table.columns[1:]:
         column.justify = "right"
     for submodel in config.granularities.uniforms(config.model.n_layers):
-        count = count_parameters(config.model, vocab_size, submodel)
+        count = count_parameters(config.model, outputs, submodel)
         table.add_row(
             str(submodel),
             f"{submodel.widths[0]:,}",
             short_count(count.total),
             short_count(count.non_embedding),
-            short_number(
-                flops_per_token(config.model, vocab_size, submodel, config.training.seq_len)
-            ),
+            short_number(flops_per_unit(config.model, outputs, submodel, config.sample)),
         )
     return table
 
@@ -155,7 +176,7 @@ def _as_configured(candidate: Candidate, order: Order) -> Iterator[RenderableTyp
     yield (
         f"as configured: {run.world_size} {machine.name} = tensor {run.tensor} x data "
         f"{run.data_size}, ZeRO {config.zero_stage}, {training.precision}; "
-        f"{training.global_batch_size} sequences of {training.seq_len} tokens = "
+        f"{training.global_batch_size} {config.samples_in_words} = "
         f"{training.micro_batch_size} x {run.data_size} ranks x {run.micro_batches} micro-batches"
     )
     yield from _memory(candidate, machine)
@@ -203,7 +224,7 @@ def _by_stage(run: PlannedRun) -> Table:
         other = changed(run.config, run.world_size, stage=stage)
         if other is None:
             continue
-        moments = memory_by_moment(PlannedRun(other, run.vocab_size, run.data_size))
+        moments = memory_by_moment(PlannedRun(other, run.outputs, run.data_size))
         parts = [max(one.parts()[part] for one in moments) for part in _OF_ZERO]
         most = max(one.total_bytes for one in moments)
         table.add_row(str(stage), *(short_bytes(size) for size in [*parts, most]))
@@ -243,9 +264,12 @@ def _time_table(candidate: Candidate, order: Order) -> Table:
     flops = 3 * run.forward_flops_per_step.total
     table = Table("time", "")
     table.columns[1].justify = "right"
+    unit = run.config.unit
     rows = {
         "FLOPs of a step (activated)": short_number(flops),
-        "of a token trained": short_number(flops / run.tokens_per_step),
+        f"of {'a token' if unit == 'tokens' else 'an image'} trained": short_number(
+            flops / run.units_per_step
+        ),
         f"arithmetic, at {machine.assumed_mfu:.0%} of {machine.peak_tflops:g} TFLOP/s": (
             f"{time.compute:.3g} s"
         ),
@@ -253,9 +277,9 @@ def _time_table(candidate: Candidate, order: Order) -> Table:
         "tensor-parallel collectives": f"{time.tensor_collectives:.3g} s",
         "data-parallel collectives": f"{time.data_collectives:.3g} s",
         "a step, nothing overlapped": f"{time.total:.3g} s",
-        "tokens/s": short_number(_tokens_per_second(candidate)),
+        f"{unit}/s": short_number(_units_per_second(candidate)),
         "MFU": f"{_mfu(candidate, machine):.1%}",
-        f"{short_count(order.tokens)} tokens": short_time(_seconds(candidate, order)),
+        order.length: short_time(_seconds(candidate, order)),
         "cost": _cost(candidate, order),
     }
     for what, value in rows.items():
@@ -265,12 +289,12 @@ def _time_table(candidate: Candidate, order: Order) -> Table:
 
 
 def _proposed(order: Order) -> Iterator[RenderableType]:
-    found = candidates(order.config, order.vocab_size, order.devices, order.machine)
+    found = candidates(order.config, order.outputs, order.devices, order.machine)
     if not found:
         yield f"no layout fits: {_why_nothing_fits(order)}"
         return
     table = Table(
-        *_LAYOUT, "MFU",
+        *_layout(order.config), "MFU",
         title="layouts that fit, fastest first (to 2%)", title_justify="left",
         caption=_LAYOUT_MEANS,
     )  # fmt: skip
@@ -285,7 +309,7 @@ def _proposed(order: Order) -> Iterator[RenderableType]:
 
 
 def _why_nothing_fits(order: Order) -> str:
-    least = least_need(order.config, order.vocab_size, order.devices, order.machine)
+    least = least_need(order.config, order.outputs, order.devices, order.machine)
     if least is None:
         return (
             f"training.global_batch_size {order.config.training.global_batch_size} cannot be dealt "
@@ -297,8 +321,8 @@ def _why_nothing_fits(order: Order) -> str:
     )
 
 
-def _tokens_per_second(candidate: Candidate) -> float:
-    return candidate.run.tokens_per_step / candidate.time.total
+def _units_per_second(candidate: Candidate) -> float:
+    return candidate.run.units_per_step / candidate.time.total
 
 
 def _mfu(candidate: Candidate, machine: Machine) -> float:
@@ -307,7 +331,7 @@ def _mfu(candidate: Candidate, machine: Machine) -> float:
 
 
 def _seconds(candidate: Candidate, order: Order) -> float:
-    return order.tokens / _tokens_per_second(candidate)
+    return order.units / _units_per_second(candidate)
 
 
 def _cost(candidate: Candidate, order: Order) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from matformer_dist.config import Config
-from matformer_dist.counting import holds_tokens
+from matformer_dist.counting import holds_outputs
 from matformer_dist.errors import UserError
 from matformer_dist.planning.layout import PlannedRun
 from matformer_dist.planning.machines import Machine
@@ -84,7 +84,7 @@ def reasons(chosen: Candidate, machine: Machine) -> Iterator[str]:
     ):
         if other_stage in stages(run.config, run.world_size // other_tensor):
             yield _against(chosen, machine, what, list(_layouts(
-                run.config, run.vocab_size, run.world_size, machine, other_tensor, other_stage
+                run.config, run.outputs, run.world_size, machine, other_tensor, other_stage
             )))  # fmt: skip
     changes: list[tuple[str, dict[str, Any]]] = [
         (f"activation checkpointing {less}", {"checkpointing": less})
@@ -95,7 +95,7 @@ def reasons(chosen: Candidate, machine: Machine) -> Iterator[str]:
     changes.append((f"micro-batch {2 * micro}", {"micro": 2 * micro}))
     for what, change in changes:
         other = changed(run.config, run.world_size, **change)
-        same = [PlannedRun(other, run.vocab_size, run.data_size)] if other else []
+        same = [PlannedRun(other, run.outputs, run.data_size)] if other else []
         yield _against(chosen, machine, what, [evaluate(one, machine) for one in same])
 
 
@@ -169,7 +169,7 @@ def _of_micro_batches(
     micro = 1
     while micro * (devices // tensor) <= config.training.global_batch_size:
         other = changed(config, devices, tensor=tensor, micro=micro, **layout)
-        if other is not None and holds_tokens(vocab_size, tensor):
+        if other is not None and holds_outputs(vocab_size, tensor):
             run = PlannedRun(other, vocab_size, devices // tensor)
             candidate = evaluate(run, machine)
             yield candidate

@@ -125,14 +125,14 @@ class Granularity:
 
 def _granularities(run: Run) -> list[Granularity]:
     """Losses of the newest measurement: evaluation.json, unless training has gone on since."""
-    model, vocab_size = run.config.model, run.config.model.vocab_size
+    model, outputs = run.config.model, run.outputs
     rows = []
     for i, (name, width) in enumerate(zip(run.nesting.names, run.nesting.widths, strict=True)):
         parameters, loss, agreement = nan, nan, nan
         evaluated = run.evaluation.uniform(name) if run.evaluation else None
-        if vocab_size is not None:
+        if outputs is not None:
             submodel = run.nesting.uniform(i, model.n_layers)
-            parameters = count_parameters(model, vocab_size, submodel).total
+            parameters = count_parameters(model, outputs, submodel).total
         elif evaluated:
             parameters = evaluated.parameters
         if evaluated and _evaluation_is_newest(run):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import get_args
 
-from matformer_dist.config import ModelConfig
-from matformer_dist.counting import count_parameters, flops_per_token
+from matformer_dist.config import ModelConfig, Sample
+from matformer_dist.counting import count_parameters, flops_per_unit
 from matformer_dist.errors import UserError
 from matformer_dist.nesting import Nesting, Submodel
 from matformer_dist.submodels.slices import Cost
@@ -106,7 +106,7 @@ class Costs:
     base: Mapping[Cost, float]
     added: Mapping[Cost, tuple[float, ...]]  # by granularity, the narrowest's is 0
     embeddings: int  # parameters of embedding and head
-    seq_len: int  # of FLOPs, and of the cache in memory
+    sample: Sample  # of FLOPs, and of the cache in memory
     dtype: str  # of memory
 
     @classmethod
@@ -114,23 +114,23 @@ class Costs:
         cls,
         model: ModelConfig,
         nesting: Nesting,
-        vocab_size: int,
+        outputs: int,
+        sample: Sample,
         *,
-        seq_len: int,
         dtype: str,
         latency_ms: Sequence[float] = (),
     ) -> Costs:
-        """Memory: weights of `dtype`, and keys and values of one sequence of `seq_len` tokens.
+        """Memory: weights of `dtype`, and keys and values of one sequence of a language model.
 
         latency_ms: of the uniform submodels, narrowest first; none: not known.
         """
         uniforms = nesting.uniforms(model.n_layers)[::-1]
-        counted = [count_parameters(model, vocab_size, one) for one in uniforms]
+        counted = [count_parameters(model, outputs, one) for one in uniforms]
         parameters = [count.total for count in counted]
-        cached = 2 * model.n_layers * model.kv_heads * model.head_dim * seq_len
+        cached = model.cached_values(sample.positions)
         totals: dict[Cost, Sequence[float]] = {
             "params": parameters,
-            "flops": [flops_per_token(model, vocab_size, one, seq_len) for one in uniforms],
+            "flops": [flops_per_unit(model, outputs, one, sample) for one in uniforms],
             "memory": [BYTES_OF[dtype] * (count + cached) for count in parameters],
         }
         if latency_ms:
@@ -144,7 +144,7 @@ class Costs:
                 for kind, of in totals.items()
             },
             embeddings=counted[0].total - counted[0].non_embedding,
-            seq_len=seq_len,
+            sample=sample,
             dtype=dtype,
         )
 

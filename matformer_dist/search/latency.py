@@ -1,6 +1,7 @@
-"""Time of a decoded token at every width, measured on the machine at hand, kept as a table.
+"""Time of a decoded token, or of images, at every width, measured on the machine at hand, kept as
+a table.
 
-A layer's time depends on its own width alone, and a token's is the sum over layers. So the uniform
+A layer's time depends on its own width alone, and a pass' is the sum over layers. So the uniform
 submodels tell all: a layer at granularity j adds (t_j - t_0) / layers to t_0, the time of S.
 """
 
@@ -11,16 +12,33 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
+from torch import Tensor
 
 from matformer_dist.checkpoints.files import replace_file
-from matformer_dist.config import ModelConfig
+from matformer_dist.config_file import AnyModelConfig
+from matformer_dist.config_language import LanguageModelConfig
+from matformer_dist.config_vision import VisionModelConfig
 from matformer_dist.errors import UserError
 from matformer_dist.inference.device import processor_name
-from matformer_dist.inference.loading import LoadedModel, load_model
+from matformer_dist.inference.held import LoadedModel
+from matformer_dist.inference.loading import load_model
+from matformer_dist.models.matformer import MatFormer
+from matformer_dist.models.matlm import MatLM
+from matformer_dist.models.matvit import MatViT
 from matformer_dist.nesting import Submodel
 from matformer_dist.submodels.parts import TORCH_DTYPES
 
@@ -36,12 +54,12 @@ class LatencyTable(BaseModel):
     format: int = FORMAT
     device: str  # in words: processor or GPU, threads
     dtype: str  # fp32, bf16, fp16
-    sequences: PositiveInt  # decoded together
-    context: PositiveInt  # tokens before the one that is timed
-    model: ModelConfig
-    vocab_size: PositiveInt
+    sequences: PositiveInt  # decoded together; of an encoder, images
+    context: PositiveInt  # tokens before the one that is timed; of an encoder, an image's rows
+    model: AnyModelConfig
+    outputs: PositiveInt = Field(validation_alias=AliasChoices("outputs", "vocab_size"))
     widths: list[PositiveInt]  # FFN neurons of every layer
-    token_ms: list[PositiveFloat]  # of the uniform submodels, as measured: medians
+    token_ms: list[PositiveFloat]  # of a pass of the uniform submodels, as measured: medians
 
     @property
     def rising_ms(self) -> list[float]:
@@ -56,6 +74,8 @@ class LatencyTable(BaseModel):
         return self.device == _device(device)
 
     def describe(self) -> str:
+        if isinstance(self.model, VisionModelConfig):
+            return f"{self.device}, {self.dtype}, {self.sequences} images together"
         together = f", {self.sequences} sequences together" if self.sequences > 1 else ""
         return f"{self.device}, {self.dtype}, behind {self.context} tokens{together}"
 
@@ -76,13 +96,9 @@ def latency_table(
     measured again, in place of being taken as it is. UserError for a file that is no table, or one
     of another model, widths or settings.
     """
-    model = loaded.model.model
-    if context is not None and not 1 <= context < model.max_seq_len:
-        raise UserError(
-            f"--latency-context {context} must be 1 to {model.max_seq_len - 1}: a token behind it "
-            "must fit into the model's context"
-        )
-    device = loaded.model.embedding.weight.device
+    model: Any = loaded.model.model
+    _check_context(model, context)
+    device = loaded.model.device
     table = read_latency(path) if path.exists() else None
     if table is None or (is_of_here and not table.is_of(device)):
         if table is not None:
@@ -91,12 +107,12 @@ def latency_table(
         if not path.parent.is_dir():
             raise UserError(f"--latency-table {path}: there is no folder {path.parent}; make it")
         dtype = dtype or ("bf16" if device.type == "cuda" else "fp32")
-        table = measure(loaded, sequences or 1, context or model.max_seq_len // 2, dtype)
+        table = measure(loaded, sequences or 1, context or _usual_context(model), dtype)
         replace_file(path, (table.model_dump_json(indent=1) + "\n").encode())
         return table
     wanted = {
         "model": model,
-        "vocab_size": loaded.model.vocab_size,
+        "outputs": loaded.model.outputs,
         "widths": list(loaded.submodel.nesting.widths),
         "sequences": sequences or table.sequences,
         "context": context or table.context,
@@ -109,6 +125,22 @@ def latency_table(
                 f"is {value}); name another file, and it will be measured"
             )
     return table
+
+
+def _check_context(model: AnyModelConfig, context: int | None) -> None:
+    if context is None:
+        return
+    if isinstance(model, VisionModelConfig):
+        raise UserError("--latency-context is for language models; leave it out")
+    if not 1 <= context < model.max_seq_len:
+        raise UserError(
+            f"--latency-context {context} must be 1 to {model.max_seq_len - 1}: a token behind it "
+            "must fit into the model's context"
+        )
+
+
+def _usual_context(model: AnyModelConfig) -> int:
+    return model.max_seq_len // 2 if isinstance(model, LanguageModelConfig) else model.rows
 
 
 def read_latency(path: Path) -> LatencyTable:
@@ -128,17 +160,17 @@ def read_latency(path: Path) -> LatencyTable:
 
 @torch.no_grad()
 def measure(loaded: LoadedModel, sequences: int, context: int, dtype: str) -> LatencyTable:
-    """Medians of single decoding steps of every uniform submodel, which take turns.
+    """Medians of single passes of every uniform submodel, which take turns.
 
     loaded: of a run; it is read again where its weights are of another dtype.
     """
-    weight = loaded.model.embedding.weight
-    if weight.dtype != TORCH_DTYPES[dtype]:
+    device = loaded.model.device
+    if loaded.model.dtype != TORCH_DTYPES[dtype]:
         source = f"{loaded.directory}@{loaded.step}"
-        loaded = load_model(source, TORCH_DTYPES[dtype], weight.device)
+        loaded = load_model(source, TORCH_DTYPES[dtype], device)
     model = loaded.model
     uniforms = loaded.submodel.nesting.uniforms(model.model.n_layers)[::-1]
-    steps = [_decoding_step(loaded, submodel, sequences, context) for submodel in uniforms]
+    steps = [_timed(_pass(model, submodel, sequences, context), device) for submodel in uniforms]
     times: list[list[float]] = [[] for _ in steps]
     for i in range(_WARM_UP + _ROUNDS):
         for step, of_step in zip(steps, times, strict=True):
@@ -146,12 +178,12 @@ def measure(loaded: LoadedModel, sequences: int, context: int, dtype: str) -> La
             if i >= _WARM_UP:
                 of_step.append(elapsed)
     return LatencyTable(
-        device=_device(weight.device),
+        device=_device(device),
         dtype=dtype,
         sequences=sequences,
         context=context,
-        model=model.model,
-        vocab_size=model.vocab_size,
+        model=model.model,  # type: ignore[arg-type]  # of one of the tasks
+        outputs=model.outputs,
         widths=list(loaded.submodel.nesting.widths),
         token_ms=[statistics.median(of_step) for of_step in times],
     )
@@ -165,19 +197,32 @@ def _device(device: torch.device) -> str:
     return f"CPU {processor}, {threads} {'thread' if threads == 1 else 'threads'}"
 
 
-def _decoding_step(
-    loaded: LoadedModel, submodel: Submodel, sequences: int, context: int
-) -> Callable[[], float]:
-    """A function that decodes one token behind `context` others, and returns its ms."""
-    model = loaded.model
-    device = model.embedding.weight.device
+def _pass(
+    model: MatFormer, submodel: Submodel, sequences: int, context: int
+) -> Callable[[], object]:
+    """A function that decodes one token behind `context` others; or that encodes images."""
+    if isinstance(model, MatViT):
+        of = model.model
+        size = (sequences, of.channels, of.image_size, of.image_size)
+        images = torch.zeros(size, dtype=model.dtype, device=model.device)
+        return partial(model.logits, images, submodel)
+    assert isinstance(model, MatLM)
     cache = model.new_cache(sequences, context + 1)
-    token = torch.zeros(sequences, 1, dtype=torch.long, device=device)
+    token = torch.zeros(sequences, 1, dtype=torch.long, device=model.device)
+
+    def decode() -> Tensor:
+        cache.lengths = [context] * sequences
+        return model.logits(token, submodel, cache)
+
+    return decode
+
+
+def _timed(run: Callable[[], object], device: torch.device) -> Callable[[], float]:
+    """A function that runs it and returns its ms."""
 
     def step() -> float:
-        cache.lengths = [context] * sequences
         begun = time.perf_counter()
-        model.logits(token, submodel, cache)
+        run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return 1000 * (time.perf_counter() - begun)

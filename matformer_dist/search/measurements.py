@@ -17,7 +17,7 @@ from matformer_dist.errors import UserError
 from matformer_dist.evaluation.loss import measure_sequences, sparing
 from matformer_dist.evaluation.measured import Measured
 from matformer_dist.evaluation.validation import Validation
-from matformer_dist.inference.loading import LoadedModel
+from matformer_dist.inference.held import LoadedModel
 from matformer_dist.nesting import Submodel
 
 FOLDER = "measurements"
@@ -69,7 +69,7 @@ class Measurements(Mapping[Submodel, Measured]):
     def _add(self, submodels: list[Submodel]) -> None:
         found = measure_sequences(
             self._run_pass,
-            self.validation.micro_batches(self.loaded.model.embedding.weight.device),
+            self.validation.micro_batches(self.loaded.model.device),
             submodels,
             self.loaded.submodel,
             per_pass=_AT_ONCE + 1,
@@ -101,6 +101,6 @@ class Measurements(Mapping[Submodel, Measured]):
                 sums = torch.tensor([line[name] for name in _COLUMNS], dtype=torch.float64).T
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue
-            shape = (len(self.validation.tokens), len(_COLUMNS))
+            shape = (self.validation.samples, len(_COLUMNS))
             if sums.shape == shape and sums.isfinite().all():
                 yield submodel, Measured(sums.contiguous(), self.validation.text_bytes)

@@ -21,9 +21,10 @@ from pathlib import Path
 
 from matformer_dist.config_file import load_config
 from matformer_dist.errors import UserError
-from matformer_dist.evaluation.validation import Validation
+from matformer_dist.evaluation.validation import open_validation
 from matformer_dist.inference.device import choose_device
-from matformer_dist.inference.loading import LoadedModel, load_model
+from matformer_dist.inference.held import LoadedModel
+from matformer_dist.inference.loading import load_model
 from matformer_dist.nesting import Nesting, Submodel, mix_n_match
 from matformer_dist.run_directory import find_checkpoint
 from matformer_dist.search.budget import BYTES_OF, Budget, Costs
@@ -106,7 +107,7 @@ def search(
     with _alone(checkpoint.path.parent.parent):
         loaded = load_model(checkpoint.path, device=device)
         config = load_config(loaded.directory / "config.yaml")
-        validation = Validation.of(config, loaded.tokenizer, options.batches, options.data)
+        validation = open_validation(config, loaded.labels, options.batches, options.data)
         known = Measurements(loaded, validation, checkpoint.manifest.manifest_sha256)
         before, notes = _before(known)
         kinds = {budget.kind for budget in budgets} or {kind}
@@ -114,8 +115,8 @@ def search(
         costs = Costs.of(
             loaded.model.model,
             loaded.submodel.nesting,
-            loaded.model.vocab_size,
-            seq_len=validation.tokens.shape[1],
+            loaded.model.outputs,
+            config.sample,
             dtype=options.dtype,
             latency_ms=latency_ms,
         )
@@ -180,8 +181,8 @@ def _all_slices(
         checkpoint_sha256=known.checkpoint_sha256,
         data="" if data is None else str(data),
         data_sha256=known.validation.digest,
-        seq_len=costs.seq_len,
-        tokens=known.validation.targets.numel(),
+        seq_len=costs.sample.predictions,
+        tokens=known.validation.predictions,
         dtype=costs.dtype,
         latency_on=latency_on,
         slices=slices,
@@ -208,7 +209,7 @@ def _latency(
         found = [of.get(name) for name in loaded.submodel.nesting.names]
         if all(found):
             return [ms for ms in found if ms], before.latency_on
-    device = loaded.model.embedding.weight.device
+    device = loaded.model.device
     if not is_wanted and not (path.exists() and read_latency(path).is_of(device)):
         return (), ""
     table = latency_table(

@@ -23,7 +23,7 @@ def describe(source: Source, export: Export, run_dir: Path, format: str) -> dict
     UserError where the run's evaluation.json or slices.json cannot be read.
     """
     universal, submodel = source.universal, source.submodel
-    count = count_parameters(universal.model, universal.vocab_size, submodel)
+    count = count_parameters(universal.model, universal.outputs, submodel)
     nesting = universal.nesting
     return {
         "submodel": str(submodel),

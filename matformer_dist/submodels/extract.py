@@ -26,10 +26,10 @@ from matformer_dist.checkpoints.files import sync_directory, sync_file
 from matformer_dist.checkpoints.new_directory import NewDirectory, check_space, is_free
 from matformer_dist.checkpoints.universal import UniversalModel, load_universal
 from matformer_dist.checkpoints.verify import BackgroundCheck
-from matformer_dist.data.tokenizer import Tokenizer
-from matformer_dist.data.tokenizer_files import load_tokenizer
+from matformer_dist.config import ModelConfig
+from matformer_dist.data.labels import Labels, load_labels
 from matformer_dist.errors import UserError
-from matformer_dist.run_directory import TOKENIZER_FILES, find_checkpoint
+from matformer_dist.run_directory import LABEL_FILES, find_checkpoint
 from matformer_dist.submodels.entry import ENTRY, describe
 from matformer_dist.submodels.formats import DTYPES, FORMATS, directory_name
 from matformer_dist.submodels.gguf_format import gguf_export
@@ -42,14 +42,19 @@ from matformer_dist.submodels.safetensors_files import SHARD_BYTES
 from matformer_dist.submodels.slices import find_submodel
 from matformer_dist.submodels.transformers_format import transformers_export
 
-_EXPORTS = {"native": native_export, "hf": transformers_export, "gguf": gguf_export}
+_EXPORTS = {  # by task and format
+    ("language", "native"): native_export,
+    ("language", "hf"): transformers_export,
+    ("language", "gguf"): gguf_export,
+    ("vision", "native"): native_export,
+}
 
 
 _OURS = re.compile(  # names that any format writes, or what was measured of the model
     r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.gguf"
     r"|model\.safetensors\.index\.json|(configuration|modeling)_(nemotron_nas|matformer)\.py"
     r"|evaluation\.json|\.evaluation\.lock|downstream\.json"
-    rf"|README\.md|{re.escape(ENTRY)}|{'|'.join(map(re.escape, TOKENIZER_FILES))}"
+    rf"|README\.md|{re.escape(ENTRY)}|{'|'.join(map(re.escape, LABEL_FILES))}"
 )
 
 
@@ -99,8 +104,9 @@ def extract(
     """
     _check_format(format, sparse, nested, dtype)
     universal = load_universal(find_checkpoint(run))
+    _check_task(universal.model, format, sparse or nested)
     run_dir = universal.checkpoint.path.parent.parent
-    text = _tokenizer(universal, run_dir, tokenizer)
+    labels = _labels(universal, run_dir, tokenizer)
     chosen = list(
         dict.fromkeys(
             find_submodel(
@@ -113,14 +119,14 @@ def extract(
             for notation in submodels
         )
     )
-    export = _EXPORTS[format]
+    export = _EXPORTS[universal.model.task, format]
     if sparse or nested:
         export = nemotron_nas_export if sparse else nested_transformers_export
     models = []
     for submodel in chosen:
         target = output if len(chosen) == 1 else output / directory_name(submodel)
         new = NewDirectory(target, _check_replaced if force else _check_free)
-        source = Source(universal, submodel, text, dtype, shard_bytes)
+        source = Source(universal, submodel, labels, dtype, shard_bytes)
         models.append(_model(source, export(source), new, run_dir, format))
     _check_distinct([model.directory.place for model in models])
     needed = sum(model.weights.bytes + sum(map(len, model.files.values())) for model in models)
@@ -166,16 +172,32 @@ def _check_format(format: str, sparse: bool, nested: bool, dtype: str) -> None:
         )
 
 
-def _tokenizer(universal: UniversalModel, run_dir: Path, path: Path | None) -> Tokenizer:
-    """The tokenizer that the run was trained with: its own copy, if no other is named."""
-    tokenizer = load_tokenizer(path or run_dir)
-    path = Path(tokenizer.source)
-    if tokenizer.digest != universal.checkpoint.manifest.tokenizer_sha256:
+def _check_task(model: ModelConfig, format: str, by_code: bool) -> None:
+    """UserError where a format does not hold models of this task."""
+    fits = [kind for task, kind in _EXPORTS if task == model.task]
+    if format not in fits:
         raise UserError(
-            f"the tokenizer {path} is not the one that {universal.checkpoint.path} was trained "
-            "with (its SHA-256 differs); give the original file"
+            f"format {format} does not hold a model of task: {model.task}; choose one of "
+            f"{', '.join(fits)}"
         )
-    return tokenizer
+    if by_code and model.task != "language":
+        raise UserError(
+            "--sparse and --nested are for language models; leave them out: format native has "
+            "exact widths, and is nested"
+        )
+
+
+def _labels(universal: UniversalModel, run_dir: Path, path: Path | None) -> Labels:
+    """The tokenizer or class names that the run was trained with: its own copy, if no other is
+    named.
+    """
+    labels = load_labels(path or run_dir, universal.model)
+    if labels.digest != universal.checkpoint.manifest.labels_sha256:
+        raise UserError(
+            f"{labels.source} is not what {universal.checkpoint.path} was trained with (its "
+            "SHA-256 differs); give the original file"
+        )
+    return labels
 
 
 def _check_distinct(places: Sequence[Path]) -> None:
@@ -214,7 +236,7 @@ def _model(
     files = {
         **export.files,
         ENTRY: json.dumps(entry, indent=2) + "\n",
-        "README.md": model_card(entry, source.universal.model, source.universal.vocab_size),
+        "README.md": model_card(entry, source.universal.model, source.universal.outputs),
     }
     return _Model(export.weights, files, entry, directory)
 

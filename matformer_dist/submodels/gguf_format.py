@@ -16,7 +16,7 @@ from typing import Any
 from numpy.typing import NDArray
 from torch import Tensor
 
-from matformer_dist.config import ModelConfig
+from matformer_dist.config_language import LanguageModelConfig
 from matformer_dist.errors import UserError
 from matformer_dist.models.rotation import frequencies
 from matformer_dist.submodels.formats import has_llama_architecture
@@ -28,7 +28,7 @@ from matformer_dist.submodels.transformers_format import transformers_parts
 
 def gguf_export(source: Source) -> Export:
     """UserError where llama.cpp has no such model or tokenizer."""
-    model = source.universal.model
+    model = source.language_model
     if not has_llama_architecture(model):
         raise UserError(
             f"format gguf holds swiglu with rmsnorm, the model has {model.ffn} with {model.norm}; "
@@ -48,7 +48,7 @@ def gguf_export(source: Source) -> Export:
 
 def _parts(source: Source, architecture: str) -> Parts:
     """transformers' tensors under the names of llama.cpp, queries and keys interleaved."""
-    gguf, model = gguf_package(), source.universal.model
+    gguf, model = gguf_package(), source.language_model
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), model.n_layers)
     parts = {}
     for weight, theirs in transformers_parts(source, source.submodel.widths).items():
@@ -70,7 +70,7 @@ def _interleaved(cut: Any, h: int, weight: Tensor) -> Tensor:
     return rows.reshape(-1, 2, h // 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
 
 
-def _slowed_rotation(model: ModelConfig) -> dict[str, NDArray[Any]]:
+def _slowed_rotation(model: LanguageModelConfig) -> dict[str, NDArray[Any]]:
     """By what llama.cpp divides each frequency, [h / 2], where that is not the same for all."""
     if model.rope_scaling is None or model.rope_scaling.kind == "linear":
         return {}
@@ -79,12 +79,12 @@ def _slowed_rotation(model: ModelConfig) -> dict[str, NDArray[Any]]:
 
 
 def _describe_model(writer: Any, source: Source) -> None:
-    model, widths = source.universal.model, source.submodel.widths
+    model, widths = source.language_model, source.submodel.widths
     per_layer = not source.submodel.is_uniform
     layers = model.n_layers
     writer.add_type("model")
     writer.add_name(f"MatFormer {source.submodel}")
-    writer.add_vocab_size(source.universal.vocab_size)
+    writer.add_vocab_size(source.universal.outputs)
     writer.add_context_length(model.max_seq_len)
     writer.add_embedding_length(model.d_model)
     writer.add_block_count(layers)

@@ -1,9 +1,9 @@
-"""The `native` format: exact widths, weights under MatLM's own names, read by our own loader.
+"""The `native` format: exact widths, weights under our own names, read by our own loader.
 
-Its config.json: `model_type` "matformer", `format`, `model` (ModelConfig), `vocab_size`,
-`nesting` (widths and names up to the widest layer's), `granularities` (each layer's name),
-`eos_token_id`, `dtype`. An extracted model is nested still: layer i holds every granularity up
-to its own.
+Its config.json: `model_type` "matformer", `format`, `model` (the section of a run's settings),
+`outputs` (tokens or classes), `nesting` (widths and names up to the widest layer's),
+`granularities` (each layer's name), `dtype`. An extracted model is nested still: layer i holds
+every granularity up to its own.
 """
 
 from __future__ import annotations
@@ -16,37 +16,38 @@ from typing import Any
 
 import pydantic
 
-from matformer_dist.config import ModelConfig
+from matformer_dist.config_file import AnyModelConfig
 from matformer_dist.errors import UserError
 from matformer_dist.nesting import Nesting, Submodel
-from matformer_dist.submodels.parts import Export, Part, Parts, Source, layer_of
+from matformer_dist.submodels.parts import Export, Part, Parts, Source, layer_of, rows_within
 from matformer_dist.submodels.safetensors_files import SafetensorsFiles
 
-FORMAT = 1
+FORMAT = 2
+_READ = (1, 2)  # 1 knew language models alone, and said vocab_size for outputs
+_MODEL: pydantic.TypeAdapter[AnyModelConfig] = pydantic.TypeAdapter(AnyModelConfig)
 
 
 @dataclass(frozen=True)
 class NativeModel:
     """What config.json of a native directory says."""
 
-    model: ModelConfig
-    vocab_size: int
+    model: AnyModelConfig
+    outputs: int
     submodel: Submodel
-    eod: int
 
     @property
     def nestings(self) -> list[Nesting]:
-        """Each layer's nesting, for MatLM."""
+        """Each layer's nesting, for the model."""
         return [self.submodel.nesting.truncate(i) for i in self.submodel.granularities]
 
 
 def native_export(source: Source) -> Export:
-    """MatLM's own weights: those of an FFN are prefixes of rows."""
+    """Weights as they are: those of an FFN are prefixes of rows."""
     return Export(
         SafetensorsFiles(_parts(source), source.torch_dtype, source.shard_bytes),
         {
             "config.json": json.dumps(_config(source), indent=2) + "\n",
-            **source.tokenizer.files,
+            **source.labels.files,
         },
     )
 
@@ -56,8 +57,8 @@ def _parts(source: Source) -> Parts:
     for name, whole in source.universal.whole.items():
         layer = layer_of(name)
         rows = whole.shape[0]
-        if layer is not None and ".ffn." in name:
-            rows = source.submodel.widths[layer]
+        if layer is not None:
+            rows = rows_within(source.universal, name, source.submodel.widths[layer]) or rows
         parts[name] = [Part(name, (rows, *whole.shape[1:]), itemgetter(slice(rows)))]
     return parts
 
@@ -69,10 +70,9 @@ def _config(source: Source) -> dict[str, Any]:
         "model_type": "matformer",
         "format": FORMAT,
         "model": {**universal.model.model_dump(mode="json"), "d_ff": nesting.d_ff},
-        "vocab_size": universal.vocab_size,
+        "outputs": universal.outputs,
         "nesting": {"widths": list(nesting.widths), "names": list(nesting.names)},
         "granularities": [nesting.names[i] for i in submodel.granularities],
-        "eos_token_id": source.tokenizer.eod,
         "dtype": source.dtype,
     }
 
@@ -82,7 +82,7 @@ def read_native_config(directory: Path) -> NativeModel:
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text())
-        if config["model_type"] != "matformer" or config["format"] != FORMAT:
+        if config["model_type"] != "matformer" or config["format"] not in _READ:
             raise UserError(
                 f"{path} describes a model of type {config['model_type']!r}, format "
                 f"{config.get('format')!r}; this version of matformer_dist reads type "
@@ -90,10 +90,9 @@ def read_native_config(directory: Path) -> NativeModel:
             )
         nesting = Nesting.from_widths(config["nesting"]["widths"], config["nesting"]["names"])
         granularities = tuple(nesting.index(name) for name in config["granularities"])
-        model = ModelConfig.model_validate(config["model"])
-        return NativeModel(
-            model, config["vocab_size"], Submodel(nesting, granularities), config["eos_token_id"]
-        )
+        model = _MODEL.validate_python(config["model"])
+        outputs = config["outputs" if config["format"] == FORMAT else "vocab_size"]
+        return NativeModel(model, outputs, Submodel(nesting, granularities))
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, pydantic.ValidationError) as error:

@@ -35,7 +35,7 @@ _FILES = ("configuration_nemotron_nas.py", "modeling_nemotron_nas.py")
 
 def nemotron_nas_export(source: Source) -> Export:
     """UserError where FFN and norm are not Llama's."""
-    model = source.universal.model
+    model = source.language_model
     if not has_llama_architecture(model):
         raise UserError(
             "format hf --sparse (nemotron-nas) holds swiglu with rmsnorm, the model has "
@@ -61,7 +61,7 @@ def nemotron_nas_export(source: Source) -> Export:
 
 
 def _block(source: Source, width: int) -> dict[str, dict[str, Any]]:
-    model = source.universal.model
+    model = source.language_model
     ffn: dict[str, Any] = {
         "no_op": False, "replace_with_linear": False, "intermediate_size": width,
     }  # fmt: skip

@@ -29,8 +29,8 @@ _FILES = ("configuration_matformer.py", "modeling_matformer.py")
 
 def nested_transformers_export(source: Source) -> Export:
     """UserError where no architecture of transformers is this model's, or its tokenizer is not."""
-    check_architecture(source.universal.model)
-    base = "Llama" if source.universal.model.ffn == "swiglu" else "Starcoder2"
+    check_architecture(source.language_model)
+    base = "Llama" if source.language_model.ffn == "swiglu" else "Starcoder2"
     submodel = source.submodel
     nesting = submodel.nesting.truncate(max(submodel.granularities))
     config = {

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from matformer_dist.checkpoints.memory import ReusedMemory
 from matformer_dist.checkpoints.universal import UniversalModel
+from matformer_dist.config_language import LanguageModelConfig
+from matformer_dist.data.labels import Labels
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.errors import UserError
 from matformer_dist.nesting import Submodel
@@ -93,9 +95,20 @@ class Source:
 
     universal: UniversalModel
     submodel: Submodel
-    tokenizer: Tokenizer
+    labels: Labels
     dtype: str  # of the format's DTYPES
     shard_bytes: int
+
+    @property
+    def language_model(self) -> LanguageModelConfig:
+        model = self.universal.model
+        assert isinstance(model, LanguageModelConfig), "extract chooses formats by the model"
+        return model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        assert isinstance(self.labels, Tokenizer)
+        return self.labels
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -129,7 +142,7 @@ def write_weights(
             files.open(directory)
         for name in universal.whole:
             layer = layer_of(name)
-            rows = widths[layer] if layer is not None and ".ffn." in name else None
+            rows = None if layer is None else rows_within(universal, name, widths[layer])
             memory.release("part", _KEPT_BYTES)
             weight = universal.weight(name, rows=rows, memory=memory)
             release_files(universal.checkpoint.path)
@@ -144,6 +157,13 @@ def write_weights(
     finally:
         for files, _ in models:
             files.close()
+
+
+def rows_within(universal: UniversalModel, name: str, width: int) -> int | None:
+    """How many rows of a weight belong to the first `width` neurons; None: it has no neurons."""
+    if universal.partition(name).blocks is None:
+        return None
+    return universal.whole[name].shape[0] // universal.nesting.d_ff * width
 
 
 def layer_of(name: str) -> int | None:

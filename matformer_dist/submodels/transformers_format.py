@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from matformer_dist.config import ModelConfig
+from matformer_dist.config_language import LanguageModelConfig
 from matformer_dist.errors import UserError
 from matformer_dist.submodels.formats import has_transformers_architecture
 from matformer_dist.submodels.parts import Export, Part, Parts, Source, layer_of
@@ -38,7 +38,7 @@ _INNER = {
 
 def transformers_export(source: Source) -> Export:
     """UserError where no architecture of transformers is this model's, or its tokenizer is not."""
-    check_architecture(source.universal.model)
+    check_architecture(source.language_model)
     widest = max(source.submodel.widths)
     return Export(
         safetensors_of(source, [widest] * len(source.submodel)),
@@ -47,7 +47,7 @@ def transformers_export(source: Source) -> Export:
     )
 
 
-def check_architecture(model: ModelConfig) -> None:
+def check_architecture(model: LanguageModelConfig) -> None:
     """UserError where no architecture of transformers is this model's."""
     if not has_transformers_architecture(model):
         raise UserError(
@@ -75,15 +75,15 @@ def transformers_files(source: Source, config: dict[str, Any]) -> dict[str, str 
     return {
         "config.json": json.dumps(config, indent=2) + "\n",
         "generation_config.json": json.dumps(generation, indent=2) + "\n",
-        **tokenizer_files(source.tokenizer, source.universal.model.max_seq_len),
+        **tokenizer_files(source.tokenizer, source.language_model.max_seq_len),
     }
 
 
 def transformers_config(source: Source) -> dict[str, Any]:
     """config.json of the widest layer's width."""
-    model, eod = source.universal.model, source.tokenizer.eod
+    model, eod = source.language_model, source.tokenizer.eod
     shared = {
-        "vocab_size": source.universal.vocab_size,
+        "vocab_size": source.universal.outputs,
         "hidden_size": model.d_model,
         "intermediate_size": max(source.submodel.widths),
         "num_hidden_layers": model.n_layers,
@@ -120,7 +120,7 @@ def transformers_config(source: Source) -> dict[str, Any]:
     }
 
 
-def _rope(model: ModelConfig) -> dict[str, Any]:
+def _rope(model: LanguageModelConfig) -> dict[str, Any]:
     """Rotary embeddings, where transformers 5 looks for them, and where readers before it do."""
     scaling = model.rope_scaling
     if scaling is None:
@@ -158,7 +158,7 @@ def _layer_parts(
     source: Source, inner: str, shape: tuple[int, ...], layer: int, padded: int
 ) -> Iterator[Part]:
     """The tensors of `inner`, a weight of a layer, by their names in it."""
-    model, width = source.universal.model, source.submodel.widths[layer]
+    model, width = source.language_model, source.submodel.widths[layer]
     D = model.d_model
     if inner == "attention.w_qkv":
         rows = (model.n_heads, model.kv_heads, model.kv_heads)
@@ -184,7 +184,7 @@ def _whole(weight: Tensor) -> Tensor:
     return weight
 
 
-def _of_groups(which: int, model: ModelConfig, w_qkv: Tensor) -> Tensor:
+def _of_groups(which: int, model: LanguageModelConfig, w_qkv: Tensor) -> Tensor:
     """w_qkv [K * (G + 2) * h, D] -> q [K * G * h, D], or k or v [K * h, D]."""
     queries = model.n_heads // model.kv_heads
     groups = w_qkv.view(model.kv_heads, queries + 2, model.head_dim, model.d_model)

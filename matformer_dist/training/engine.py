@@ -1,4 +1,4 @@
-"""DeepSpeed around a MatLM: the optimizer, the engine.
+"""DeepSpeed around a MatFormer: the optimizer, the engine.
 
 The only file that imports deepspeed, but for the check of its settings (deepspeed_section.py).
 """
@@ -26,8 +26,9 @@ from matformer_dist.checkpoints.writer import CheckpointWriter
 from matformer_dist.config import Config, OptimizerConfig, ScheduleConfig
 from matformer_dist.deepspeed_section import deepspeed_dictionary
 from matformer_dist.errors import LocalError
+from matformer_dist.models import building
 from matformer_dist.models.forward_pass import Pass
-from matformer_dist.models.matlm import MatLM
+from matformer_dist.models.matformer import MatFormer
 from matformer_dist.parallel.layers import Initializer
 from matformer_dist.parallel.topology import DeepSpeedView, Topology
 from matformer_dist.run_directory import Checkpoint
@@ -61,14 +62,14 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, total_steps:
     return schedule.min_lr + (peak - schedule.min_lr) * remaining
 
 
-def build_model(config: Config, vocab_size: int, topology: Topology) -> MatLM:
+def build_model(config: Config, outputs: int, topology: Topology) -> MatFormer:
     """The universal model's local part: on this rank's device, or for ZeRO-3 still on the host,
     from where DeepSpeed takes weight after weight and leaves each rank its part.
     """
     nestings = [config.granularities] * config.model.n_layers
     init = Initializer(config.training.seed)
     tensor = topology.tensor.with_cut_rows() if config.parallel.sequence else topology.tensor
-    model = MatLM(config.model, nestings, vocab_size, init, tensor)
+    model = building.build_model(config.model, nestings, outputs, init, tensor)
     model.activation_checkpointing = config.training.activation_checkpointing
     return model if config.zero_stage == 3 else model.to(topology.device)
 
@@ -108,10 +109,10 @@ class _AdamW(torch.optim.AdamW):
 
 
 class Engine:
-    """One optimizer step at a time over a MatLM, with DeepSpeed holding gradients and states."""
+    """One optimizer step at a time over a MatFormer; DeepSpeed holds gradients and states."""
 
     def __init__(
-        self, config: Config, model: MatLM, topology: Topology, clock: Clock | None = None
+        self, config: Config, model: MatFormer, topology: Topology, clock: Clock | None = None
     ) -> None:
         # zero.Init would take the ranks for one, without a word, where nothing was begun before it.
         deepspeed.init_distributed()
@@ -120,7 +121,7 @@ class Engine:
         self.clock = clock or Clock(topology.device)
         self.clock.watch(model.head, "loss")
         self.accumulation = config.training.micro_batches(topology.data_size)
-        self._description = description(dict(model.named_parameters()), model.vocab_size)
+        self._description = description(dict(model.named_parameters()), model.outputs)
         self.weights = len(list(model.parameters()))
         parameters = sum(parameter.numel() for parameter in model.parameters())
         dictionary = deepspeed_dictionary(config, topology.data_size, parameters)
@@ -145,7 +146,7 @@ class Engine:
         self._plain = config.zero_stage == 0 and config.training.precision == "fp32"
         self._plain_norm = 0.0
 
-    def _partition_weights(self, model: MatLM, dictionary: dict[str, Any]) -> None:
+    def _partition_weights(self, model: MatFormer, dictionary: dict[str, Any]) -> None:
         """ZeRO-3: weight after weight to the device, where each rank keeps its part.
 
         The optimizer is made before, while weights still have their shapes. DeepSpeed casts
@@ -177,10 +178,10 @@ class Engine:
         part = self.clock.part
         for _ in range(self.accumulation):
             with part("data"):
-                tokens, targets = next(micro_batches)
+                inputs, targets = next(micro_batches)
                 plan = next(passes)
             with part("forward"):
-                loss, statistics = self.deepspeed(tokens, targets, plan)
+                loss, statistics = self.deepspeed(inputs, targets, plan)
             with part("backward"):
                 self.deepspeed.backward(loss)
             with part("optimizer"):
@@ -218,10 +219,10 @@ class Engine:
         return float(total.sqrt())
 
     @torch.no_grad()
-    def evaluate(self, tokens: Tensor, targets: Tensor, plan: Pass) -> Tensor:
-        """Statistics [B, 4] of one batch, see MatLM.forward."""
+    def evaluate(self, inputs: Tensor, targets: Tensor, plan: Pass) -> Tensor:
+        """Statistics [B, 4] of one batch, see MatFormer.forward."""
         self.deepspeed.eval()
-        _, statistics = self.deepspeed(tokens, targets, plan)
+        _, statistics = self.deepspeed(inputs, targets, plan)
         self.deepspeed.train()
         return statistics
 

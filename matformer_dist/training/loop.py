@@ -13,9 +13,7 @@ from matformer_dist.checkpoints.files import replace_file
 from matformer_dist.checkpoints.store import CheckpointStore
 from matformer_dist.config import Config
 from matformer_dist.counting import forward_flops
-from matformer_dist.data.datasets import build_datasets, micro_batches
 from matformer_dist.data.feed import Batch, Feed
-from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.deepspeed_section import check_deepspeed_section
 from matformer_dist.errors import PreemptedError, UserError
 from matformer_dist.evaluation.loss import SubmodelLoss, evaluate_submodels
@@ -23,7 +21,7 @@ from matformer_dist.models.forward_pass import Pass
 from matformer_dist.parallel.agreement import agreement, gathered, on_main
 from matformer_dist.parallel.collectives import around_collectives
 from matformer_dist.parallel.topology import Topology
-from matformer_dist.run_directory import TOKENIZER_FILES, Checkpoint, Manifest, lock
+from matformer_dist.run_directory import LABEL_FILES, Checkpoint, Manifest, lock
 from matformer_dist.training import random_states, setup
 from matformer_dist.training.continuity import compare, probe_loss
 from matformer_dist.training.control import Control
@@ -37,6 +35,7 @@ from matformer_dist.training.metrics import LossSums, MetricsLog
 from matformer_dist.training.objective import Objective
 from matformer_dist.training.profiling import Profiler, Wanted
 from matformer_dist.training.screen import Screen
+from matformer_dist.training.task import open_task
 
 _NO_STEPS = Wanted()
 
@@ -62,34 +61,29 @@ class Run:
             check_deepspeed_section(config, topology.data_size)
             setup.check_monitors(config)
             setup.choose_operators(config, topology)
-            self.tokenizer = load_tokenizer(config.data.tokenizer)
-            self.vocab_size = setup.check_vocabulary(config, self.tokenizer)
+            self.task = open_task(config)
         notices = on_main(lambda: setup.check_run_directory(config))
         self.store = CheckpointStore(config.run.dir, config.checkpoint, control.busy)
         self.control.mark("reading checkpoints")
         resumed, damaged = self.store.choose_start()
         if resumed is not None:
-            setup.check_checkpoint(resumed, self._manifest(), training)
+            setup.check_checkpoint(resumed, self._manifest(), config)
             profiled.check_start(resumed.step)
         self.control.mark("opening the data")
-        self.train_data, self.validation_data = build_datasets(
-            config,
-            self.tokenizer,
-            self.total_steps * training.global_batch_size,
-            config.evaluation.batches * training.global_batch_size,
-        )
+        samples = self.total_steps * training.global_batch_size
+        self.train_data, self.validation_data = self.task.datasets(samples, topology)
         self.objective = Objective(
             config.objective, self.nesting, config.model.n_layers, training.seed
         )
         on_main(self._write_down)
 
-        self.screen = Screen(config, topology, self.vocab_size)
+        self.screen = Screen(config, topology, self.task.outputs)
         self.screen.show_plan(resumed, [*notices, *damaged])
         self.screen.warn_of_split_groups()
         self.screen.warn_of_uneven_work(self.objective.even_micro_batch())
         self.screen.warn_of_unaligned_widths()
         self.control.mark("building the model")
-        model = build_model(config, self.vocab_size, topology)
+        model = build_model(config, self.task.outputs, topology)
         self.measurements = Measurements(config, topology)
         self.stragglers = Stragglers()
         self.profiler = Profiler(
@@ -112,8 +106,8 @@ class Run:
         directory = self.config.run.dir
         directory.mkdir(parents=True, exist_ok=True)
         self._lock = lock(directory)
-        contents = {"config.yaml": self.config.to_yaml().encode(), **self.tokenizer.files}
-        for name in set(TOKENIZER_FILES) - contents.keys():  # of a start that came to nothing
+        contents = {"config.yaml": self.config.to_yaml().encode(), **self.task.label_files}
+        for name in set(LABEL_FILES) - contents.keys():  # of a start that came to nothing
             (directory / name).unlink(missing_ok=True)
         for name, content in contents.items():
             path = directory / name
@@ -121,9 +115,7 @@ class Run:
                 replace_file(path, content)
 
     def _manifest(self) -> Manifest:
-        return setup.describe(
-            self.config, self.topology, self.tokenizer.digest, self.vocab_size, self.step
-        )
+        return setup.describe(self.config, self.topology, self.task, self.step)
 
     def _load(self, checkpoint: Checkpoint) -> None:
         self.control.mark(f"loading {checkpoint.path.name}")
@@ -150,7 +142,7 @@ class Run:
             random_states.restore(manifest.random_states[dist.get_rank()])
 
     def _probe_loss(self) -> float:
-        return probe_loss(self.engine, self.config, self.vocab_size, self.topology)
+        return probe_loss(self.engine, self.config, self.task, self.topology)
 
     def train(self) -> None:
         """Run the remaining steps; save, evaluate and log when due, and at the end.
@@ -271,27 +263,17 @@ class Run:
         whole = self.objective.plan(step, 0, 1, self.config.training.global_batch_size)
         forward = forward_flops(
             self.config.model,
-            self.vocab_size,
+            self.task.outputs,
             whole.segments,
-            self.config.training.seq_len,
+            self.config.sample,
             shared_tokens=whole.shared_tokens,
         )
         return 3 * forward.total
 
-    def _batches(self, dataset: Any, consumed: int) -> Iterator[Batch]:
-        return micro_batches(
-            dataset,
-            consumed=consumed,
-            micro_batch_size=self.config.training.micro_batch_size,
-            data_parallel_rank=self.topology.data_rank,
-            data_parallel_size=self.topology.data_size,
-            workers=self.config.data.workers,
-        )
-
     def _training_batches(self) -> Iterator[Batch]:
         """The micro-batches of the remaining steps, in the order of their passes."""
         consumed = self.step * self.config.training.global_batch_size
-        batches = self._batches(self.train_data, consumed)
+        batches = self.task.micro_batches(self.train_data, consumed, self.topology)
         steps = range(self.step, self.total_steps)
         return chain.from_iterable(_in_order(batches, self._passes(step)) for step in steps)
 
@@ -302,13 +284,15 @@ class Run:
         layers = self.config.model.n_layers
         uniform = self.nesting.uniforms(layers)
         mixed = [self.nesting.parse(text, layers) for text in self.config.evaluation.submodels]
-        count = self.config.evaluation.batches * self.engine.accumulation
-        batches = islice(self._batches(self.validation_data, 0), count)
+        assert self.validation_data is not None
+        batches = self.task.micro_batches(self.validation_data, 0, self.topology)
+        count = self.config.evaluation.batches  # None: all
+        batches = islice(batches, count and count * self.engine.accumulation)
 
-        def run_pass(tokens: Tensor, targets: Tensor, plan: Pass) -> Tensor:
+        def run_pass(inputs: Tensor, targets: Tensor, plan: Pass) -> Tensor:
             self.control.mark(f"the evaluation of step {self.step}")
             self._end_if_asked()
-            return self.engine.evaluate(tokens, targets, plan)
+            return self.engine.evaluate(inputs, targets, plan)
 
         with self._feed(batches) as fed:
             return evaluate_submodels(
@@ -322,10 +306,9 @@ class Run:
 
     def _measurements(self) -> dict[str, Any]:
         """A line of metrics, but for what the evaluation and the checkpoint add to it."""
-        training = self.config.training
         return {
             "step": self.step,
-            "tokens": self.step * training.global_batch_size * training.seq_len,
+            self.config.unit: self.config.units(self.step * self.config.training.global_batch_size),
             "train_loss": self.losses.take(),
             "grad_norm": self.engine.grad_norm,
             "learning_rate": self.lr,
@@ -371,9 +354,9 @@ class Run:
 
 def _in_order(batches: Iterator[Batch], passes: list[Pass]) -> Iterator[Batch]:
     """A step's micro-batches, each as its pass wants it."""
-    for plan, (tokens, targets) in zip(passes, batches, strict=False):
+    for plan, (inputs, targets) in zip(passes, batches, strict=False):
         order = slice(None) if plan.order is None else list(plan.order)
-        yield tokens[order], targets[order]
+        yield inputs[order], targets[order]
 
 
 def _due(step: int, every: int) -> bool:

@@ -52,12 +52,12 @@ class Measurements:
         table = self._gather([*self.clock.take().values(), *memory_peaks(self._topology.device)])
         parts = {part: fmean(row[i] for row in table) for i, part in enumerate(PARTS)}
         seconds = max(sum(parts.values()), 1e-9)
-        tokens_per_second = training.global_batch_size * training.seq_len / seconds
+        rate = self._config.units(training.global_batch_size) / seconds
         tflops_per_second = flops / seconds / 1e12
         memory = _largest_memory([row[len(PARTS) :] for row in table])
         return {
-            "tokens_per_second": tokens_per_second,
-            "tokens_per_second_per_device": tokens_per_second / ranks,
+            f"{self._config.unit}_per_second": rate,
+            f"{self._config.unit}_per_second_per_device": rate / ranks,
             "model_tflops_per_second": tflops_per_second,
             "mfu": tflops_per_second / (peak * ranks) if peak else None,
             "step_ms": seconds * 1e3,

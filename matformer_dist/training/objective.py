@@ -21,7 +21,9 @@ from dataclasses import replace
 from itertools import accumulate, pairwise
 
 from matformer_dist.config import ObjectiveConfig
+from matformer_dist.config_vision import VisionObjectiveConfig
 from matformer_dist.models.forward_pass import Pass
+from matformer_dist.models.mixing import SoftTargets
 from matformer_dist.nesting import Nesting, Segment
 
 
@@ -48,8 +50,15 @@ class Objective:
     def plan(self, step: int, micro_batch: int, micro_batches: int, sequences: int) -> Pass:
         """The Pass of one of a step's `micro_batches` (over all ranks and accumulation steps).
 
-        `sequences` is the number of distinct sequences in this micro-batch.
+        `sequences` is the number of distinct sequences, or images, in this micro-batch.
         """
+        plan = self._plan(step, micro_batch, micro_batches, sequences)
+        if isinstance(self.config, VisionObjectiveConfig):
+            key = f"{self.seed}:{step}:{micro_batch}"
+            plan = replace(plan, soft=SoftTargets.draw(self.config, key))
+        return plan
+
+    def _plan(self, step: int, micro_batch: int, micro_batches: int, sequences: int) -> Pass:
         kind = self.config.kind
         if kind == "joint":
             return self._shared(range(len(self.nesting)), self.weights, sequences)

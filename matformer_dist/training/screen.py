@@ -26,10 +26,10 @@ _BF16_MULTIPLE = 8  # values in the 16 bytes that tensor cores want operands ali
 class Screen:
     """Prints on the main rank only; a bar that renews itself on a terminal, lines elsewhere."""
 
-    def __init__(self, config: Config, topology: Topology, vocab_size: int) -> None:
+    def __init__(self, config: Config, topology: Topology, outputs: int) -> None:
         self.config = config
         self.topology = topology
-        self.vocab_size = vocab_size
+        self.outputs = outputs
         self.total_steps = config.training.total_steps
         self.console = Console(quiet=not topology.is_main, highlight=False, soft_wrap=True)
         self._started: tuple[float, int] | None = None
@@ -39,8 +39,8 @@ class Screen:
         """What is about to be trained, on what, and the memory that it should take."""
         config, topology = self.config, self.topology
         training = config.training
-        self.console.print(granularities_table(config, self.vocab_size))
-        planned = PlannedRun(config, self.vocab_size, topology.data_size, topology.device.type)
+        self.console.print(granularities_table(config, self.outputs))
+        planned = PlannedRun(config, self.outputs, topology.data_size, topology.device.type)
         hosts = len(set(topology.hosts))
         self.console.print(
             f"ranks      {topology.world_size} = tensor {topology.tensor.size} x data "
@@ -48,12 +48,12 @@ class Screen:
             f"{topology.device.type}{f', on {hosts} hosts' if hosts > 1 else ''}\n"
             f"operators  {native.describe(topology.device)}\n"
             f"objective  {config.objective.kind}\n"
-            f"batch      {training.global_batch_size} sequences of {training.seq_len} tokens = "
+            f"batch      {training.global_batch_size} {config.samples_in_words} = "
             f"{training.micro_batch_size} x {topology.data_size} ranks x {planned.micro_batches} "
             "micro-batches\n"
             f"steps      {self.total_steps:,} = "
-            f"{short_count(self.total_steps * training.global_batch_size * training.seq_len)} "
-            "tokens\n"
+            f"{short_count(config.units(self.total_steps * training.global_batch_size))} "
+            f"{config.unit}\n"
             f"memory     {estimate_memory(planned)}\n"
             f"run        {config.run.dir}"
         )
@@ -114,12 +114,12 @@ class Screen:
         else:
             begun, first = self._started
             left = (now - begun) / (line["step"] - first) * (self.total_steps - line["step"])
-        losses = line.get("val_loss", line["train_loss"])
+        losses, unit = line.get("val_loss", line["train_loss"]), self.config.unit
         text = "  ".join(
             [
                 ("validation " if "val_loss" in line else "loss ")
                 + " ".join(f"{name} {loss:.3f}" for name, loss in losses.items()),
-                f"{short_number(line['tokens_per_second'])} tokens/s",
+                f"{short_number(line[f'{unit}_per_second'])} {unit}/s",
                 f"{line['model_tflops_per_second']:.3g} TFLOP/s",
                 f"{short_time(left)} left",
             ]

@@ -1,4 +1,4 @@
-"""Checks of a run against its directory, tokenizer and checkpoint, before anything is built."""
+"""Checks of a run against its directory and checkpoint, before anything is built."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import importlib.util
 import platform
 from collections.abc import Iterator, Mapping
 
-from matformer_dist.config import Config, TrainingConfig
+from matformer_dist.config import Config
 from matformer_dist.config_file import load_config
-from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.deepspeed_section import zero_options
 from matformer_dist.errors import UserError
 from matformer_dist.ops import native
 from matformer_dist.parallel.topology import Topology
 from matformer_dist.run_directory import Checkpoint, Layout, Manifest, read_checkpoints
+from matformer_dist.training.task import Task
 
 # A run may go on with these changed, and with another length (whoever changes that is told what it
 # does to the schedule). All else decides what its weights become. Which tokenizer a checkpoint
 # belongs to, and how its files are laid out, is checked against its manifest.
 _FREE_SECTIONS = ("run", "nesting", "parallel", "evaluation", "checkpoint", "logging")
 _FREE_KEYS = {
-    "model": ("init_std", "max_seq_len", "vocab_size"),
+    "model": ("init_std", "max_seq_len", "vocab_size", "classes"),
     "data": ("tokenizer", "workers", "prefetch"),
     "training": (
-        "steps", "tokens", "compile", "operators", "activation_checkpointing",
+        "steps", "tokens", "images", "compile", "operators", "activation_checkpointing",
         "max_skipped_steps", "hang_timeout", "micro_batch_size",
     ),
     "deepspeed": (
@@ -47,6 +47,11 @@ def check_run_directory(config: Config) -> list[str]:
     if not path.exists() or not (found.damaged or any(one.step for one in found.complete)):
         return []
     saved = load_config(path)
+    if saved.task != config.task:
+        raise UserError(
+            f"the run directory {config.run.dir} holds a run of task: {saved.task}, this one is of "
+            f"task: {config.task}; choose another run.dir"
+        )
     before, now = saved.model_dump(mode="json"), config.model_dump(mode="json")
     changed = [
         f"nesting (was {saved.granularities}, now {config.granularities})"
@@ -89,17 +94,6 @@ def _changes(
             yield f"{prefix}.{key} (was {before.get(key)!r}, now {now.get(key)!r})"
 
 
-def check_vocabulary(config: Config, tokenizer: Tokenizer) -> int:
-    """The model's vocabulary size; UserError where the configuration's is not the tokenizer's."""
-    if config.model.vocab_size not in (None, tokenizer.vocab_size):
-        raise UserError(
-            f"model.vocab_size is {config.model.vocab_size}, but the tokenizer "
-            f"{config.data.tokenizer} has {tokenizer.vocab_size} pieces; leave model.vocab_size "
-            "out, or set data.tokenizer to the one that the model is meant for"
-        )
-    return tokenizer.vocab_size
-
-
 def check_monitors(config: Config) -> None:
     """UserError where the run is to log to something that is not installed."""
     if config.logging.wandb and importlib.util.find_spec("wandb") is None:
@@ -116,13 +110,12 @@ def choose_operators(config: Config, topology: Topology) -> None:
     native.prefer(config.training.operators)
 
 
-def check_checkpoint(checkpoint: Checkpoint, now: Manifest, training: TrainingConfig) -> None:
-    """UserError where a checkpoint is not of the model, tokenizer, batch and layout of this run.
+def check_checkpoint(checkpoint: Checkpoint, now: Manifest, config: Config) -> None:
+    """UserError where a checkpoint is not of the model, labels, batch and layout of this run.
 
     The batch too, because the steps done say which data are to come; at step 0, where weights are
     imported, none are done.
     """
-    batch_size, seq_len = training.global_batch_size, training.seq_len
     saved = checkpoint.manifest
     wrong = list(
         _changes(
@@ -135,14 +128,18 @@ def check_checkpoint(checkpoint: Checkpoint, now: Manifest, training: TrainingCo
     pairs: dict[str, tuple[object, object]] = {
         "nesting.widths": (list(saved.nesting.widths), list(now.nesting.widths)),
         "nesting.names": (list(saved.nesting.names), list(now.nesting.names)),
-        "vocabulary": (saved.vocab_size, now.vocab_size),
-        "SHA-256 of the tokenizer": (saved.tokenizer_sha256[:12], now.tokenizer_sha256[:12]),
+        "tokens or classes": (saved.outputs, now.outputs),
+        "SHA-256 of the tokenizer or class names": (
+            saved.labels_sha256[:12],
+            now.labels_sha256[:12],
+        ),
     }
     if saved.step:
+        batch_size = config.training.global_batch_size
         pairs |= {
             "training.precision": (saved.precision, now.precision),
-            "training.global_batch_size": (_per(saved.consumed_sequences, saved.step), batch_size),
-            "training.seq_len": (_per(saved.tokens, saved.consumed_sequences), seq_len),
+            "training.global_batch_size": (_per(saved.samples, saved.step), batch_size),
+            f"{config.unit} a sample": (_per(saved.units, saved.samples), config.units(1)),
         }
     wrong += [
         f"{key} (was {was!r}, now {is_!r})" for key, (was, is_) in pairs.items() if was != is_
@@ -158,27 +155,25 @@ def _per(total: int, parts: int) -> int:
     return total // max(parts, 1)
 
 
-def describe(
-    config: Config, topology: Topology, tokenizer_sha256: str, vocab_size: int, step: int = 0
-) -> Manifest:
+def describe(config: Config, topology: Topology, task: Task, step: int = 0) -> Manifest:
     """The manifest of a checkpoint at `step`, but for its files."""
-    consumed = step * config.training.global_batch_size
+    samples = step * config.training.global_batch_size
     packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return Manifest(
         step=step,
-        consumed_sequences=consumed,
-        tokens=consumed * config.training.seq_len,
+        samples=samples,
+        units=config.units(samples),
         layout=Layout(
             tensor=topology.tensor.size,
             data=topology.data_size,
             zero_stage=config.zero_stage,
             zero_options=zero_options(config),
         ),
-        model=config.model,
+        model=config.model,  # type: ignore[arg-type]  # of one of the tasks
         nesting=config.granularities,
-        vocab_size=vocab_size,
+        outputs=task.outputs,
         precision=config.training.precision,
-        tokenizer_sha256=tokenizer_sha256,
+        labels_sha256=task.labels_sha256,
         config_sha256=hashlib.sha256(config.to_yaml().encode()).hexdigest(),
         versions={**packages, "python": platform.python_version()},
         files={},

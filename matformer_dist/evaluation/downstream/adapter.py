@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from matformer_dist.errors import UserError
 from matformer_dist.evaluation.downstream.continuation import Continuation, continue_prompts
-from matformer_dist.inference.loading import LoadedModel, load_model
+from matformer_dist.inference.language import LoadedLanguageModel
+from matformer_dist.inference.loading import load_language_model
 from matformer_dist.nesting import Segment, Submodel
 
 BATCH_SIZE = 16
@@ -37,17 +38,17 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 
 @register_model("matformer")
 class MatformerLM(TemplateLM):
-    """One submodel of a loaded model. Adapters of the same LoadedModel share its weights.
+    """One submodel of a loaded model. Adapters of the same LoadedLanguageModel share its weights.
 
     `pretrained` is that, or RUN[@STEP], or a `native` directory; `submodel` as in
-    `LoadedModel.parse`, or with + for its commas, since those of --model_args are lm-eval's; else
-    all of it. `on_progress` is called with the kind of requests, those
-    done and their number; without it, a bar shows them. UserError for arguments that do not fit.
+    `LoadedLanguageModel.parse`, or with + for its commas, since those of --model_args are
+    lm-eval's; else all of it. `on_progress` is called with the kind of requests, those done and
+    their number; without it, a bar shows them. UserError for arguments that do not fit.
     """
 
     def __init__(
         self,
-        pretrained: LoadedModel | str,
+        pretrained: LoadedLanguageModel | str,
         submodel: Submodel | str | None = None,
         batch_size: int | str = BATCH_SIZE,
         device: str | None = None,
@@ -57,10 +58,10 @@ class MatformerLM(TemplateLM):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(f"batch_size {batch_size!r} must be a whole number of at least 1")
-        if not isinstance(pretrained, LoadedModel):
+        if not isinstance(pretrained, LoadedLanguageModel):
             # lm-eval's own command says cuda:0 where its user says nothing.
             where = (device or "cuda") if torch.cuda.is_available() else "cpu"
-            pretrained = load_model(pretrained, _parse_dtype(dtype), where)
+            pretrained = load_language_model(pretrained, _parse_dtype(dtype), where)
         self.loaded = pretrained
         self.submodel = pretrained.submodel
         if submodel is not None:

@@ -10,7 +10,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from matformer_dist.errors import UserError
 from matformer_dist.inference.generation import Sampling, generate
-from matformer_dist.inference.loading import LoadedModel
+from matformer_dist.inference.language import LoadedLanguageModel
 from matformer_dist.nesting import Submodel
 
 DEFAULT_NEW_TOKENS = 256  # as lm-eval's `hf` model has it
@@ -49,7 +49,7 @@ class Continuation:
 
 
 def continue_prompts(
-    loaded: LoadedModel,
+    loaded: LoadedLanguageModel,
     submodel: Submodel,
     prompts: Sequence[Sequence[int]],
     how: Continuation,
@@ -82,6 +82,6 @@ def continue_prompts(
     return [loaded.tokenizer.decode(ids) for ids in found]
 
 
-def _stops(loaded: LoadedModel, ids: Sequence[int], how: Continuation) -> bool:
+def _stops(loaded: LoadedLanguageModel, ids: Sequence[int], how: Continuation) -> bool:
     text = loaded.tokenizer.decode(ids)
     return any(stop in text for stop in how.until)

@@ -19,7 +19,8 @@ from matformer_dist.checkpoints.files import check_output, replace_json
 from matformer_dist.errors import UserError
 from matformer_dist.evaluation.downstream.quiet import quiet
 from matformer_dist.inference.device import choose_device
-from matformer_dist.inference.loading import LoadedModel, load_model
+from matformer_dist.inference.language import LoadedLanguageModel
+from matformer_dist.inference.loading import load_language_model
 from matformer_dist.nesting import Submodel
 from matformer_dist.submodels.entry import is_extracted, read_entry
 
@@ -109,7 +110,7 @@ def evaluate_tasks(
             + (", or run lm-eval's own model hf on it" if kind == "hf" else "")
         )
     where = choose_device(device)
-    loaded = load_model(source, torch.float32 if where.type == "cpu" else None, where)
+    loaded = load_language_model(source, torch.float32 if where.type == "cpu" else None, where)
     submodels = [loaded.parse(text) for text in notations] or loaded.usual()
     progress("loading tasks", 0, 0)
     with quiet():
@@ -183,7 +184,10 @@ def _run(lm: Any, chosen: LoadedTasks, limit: int | None) -> Mapping[str, Any]:
 
 
 def _begin(
-    loaded: LoadedModel, chosen: LoadedTasks, submodels: Sequence[Submodel], limit: int | None
+    loaded: LoadedLanguageModel,
+    chosen: LoadedTasks,
+    submodels: Sequence[Submodel],
+    limit: int | None,
 ) -> dict[str, Any]:
     return {
         "step": loaded.step,

@@ -68,7 +68,7 @@ def test_planned_weights_are_those_of_the_model(name: str, tensor: int) -> None:
     if tensor > 1:
         other = changed(config, tensor, tensor=tensor, micro=1)
         assert other is not None
-        run = PlannedRun(other, run.vocab_size)
+        run = PlannedRun(other, run.outputs)
 
     class Meta(Initializer):
         def parameter(self, *arguments, **named):  # type: ignore[no-untyped-def]
@@ -78,7 +78,7 @@ def test_planned_weights_are_those_of_the_model(name: str, tensor: int) -> None:
     ranks = TensorParallel(0, tensor)
     nestings = [config.granularities] * config.model.n_layers
     with torch.device("meta"):
-        model = MatLM(config.model, nestings, run.vocab_size, Meta(0), ranks)
+        model = MatLM(config.model, nestings, run.outputs, Meta(0), ranks)
     assert sum(parameter.numel() for parameter in model.parameters()) == run.parameters
 
 
@@ -86,7 +86,7 @@ def test_planned_weights_are_those_of_the_model(name: str, tensor: int) -> None:
 def test_each_shipped_configuration_fits_where_it_says(name: str) -> None:
     devices = {"llama/2.6b-1gpu.yaml": 1, "llama/2.6b-64gpu.yaml": 64}.get(name, 8)
     asked = order(name, devices)
-    run = PlannedRun(asked.config, asked.vocab_size, devices // asked.config.parallel.tensor)
+    run = PlannedRun(asked.config, asked.outputs, devices // asked.config.parallel.tensor)
     assert run.micro_batches >= 1
     assert estimate_memory(run).total_bytes <= H100.usable_bytes
     shown = text_of(plan.show_plan(asked))
@@ -95,7 +95,7 @@ def test_each_shipped_configuration_fits_where_it_says(name: str) -> None:
 
 def test_proposals_fit_and_are_sorted_by_time() -> None:
     asked = order("paper/2.6b.yaml", 16)
-    found = candidates(asked.config, asked.vocab_size, 16, H100)
+    found = candidates(asked.config, asked.outputs, 16, H100)
     assert found
     for one in found:
         assert one.memory.total_bytes <= H100.usable_bytes
@@ -127,7 +127,7 @@ def test_what_is_proposed_a_run_would_take() -> None:
     ):
         deepspeed = {"zero_optimization": section}
         update = {"training": training, "deepspeed": deepspeed}
-        found = candidates(asked.config.model_copy(update=update), asked.vocab_size, 8, H100)
+        found = candidates(asked.config.model_copy(update=update), asked.outputs, 8, H100)
         for one in found:
             check_deepspeed_section(one.run.config, one.run.data_size)
         # Of layouts that deal weights to several data-parallel ranks.
@@ -153,7 +153,7 @@ def test_as_little_is_spent_on_memory_as_there_is_need_for(
             "training": asked.config.training.model_copy(update={"seq_len": seq_len}),
         }
     )
-    best = candidates(config, asked.vocab_size, asked.devices, asked.machine)[0]
+    best = candidates(config, asked.outputs, asked.devices, asked.machine)[0]
     assert best.run.config.training.activation_checkpointing == checkpointing
     assert best.run.config.parallel.sequence == sequence
     assert Config.model_validate(best.run.config.model_dump(mode="json"))
@@ -263,7 +263,7 @@ def test_a_batch_that_cannot_be_dealt_is_told_with_the_next_that_can() -> None:
 
 def test_each_part_of_memory_is_told_at_each_moment() -> None:
     asked = order("llama/2.6b-8gpu.yaml", 8)
-    moments = memory_by_moment(PlannedRun(asked.config, asked.vocab_size, 8))
+    moments = memory_by_moment(PlannedRun(asked.config, asked.outputs, 8))
     shown = text_of(plan.show_plan(asked))
     for one in moments:
         (line,) = [line for line in shown.splitlines() if line.startswith(f"│ {one.moment}")]
@@ -277,7 +277,7 @@ def test_each_zero_stage_each_collective_and_the_checkpoint_are_told() -> None:
     own = changed(asked.config, 8, tensor=2)
     assert own is not None
     shown = text_of(plan.show_plan(replace(asked, config=own)))
-    run = PlannedRun(own, asked.vocab_size, 4)
+    run = PlannedRun(own, asked.outputs, 4)
     for one in traffic(run):
         line = next(line for line in shown.splitlines() if f"│ {one.what} " in line)
         assert one.operation.replace("_", "-") in line and f" {one.count:,} " in line

@@ -69,7 +69,7 @@ def test_copies_of_a_model_stay_inside_nodes() -> None:
     config = asked.config.model_copy(update={"training": batch})
     for node, wanted in ((6, {1, 2}), (4, {1, 2, 4}), (12, {1, 2, 4})):  # of 16 heads
         machine = replace(H100, devices_per_node=node)
-        found = candidates(config, asked.vocab_size, 12, machine)
+        found = candidates(config, asked.outputs, 12, machine)
         assert {one.run.tensor for one in found} == wanted
 
 

@@ -1,0 +1,85 @@
+"""Validation images, read as they are needed: see validation.py."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from matformer_dist.config_vision import VisionConfig
+from matformer_dist.data.images.datasets import ValidationImages, image_batches, image_datasets
+from matformer_dist.data.images.finding import find_images
+from matformer_dist.data.labels import Labels
+from matformer_dist.errors import UserError
+from matformer_dist.evaluation.validation import Validation
+
+
+class Images(Validation):
+    text_bytes = None
+
+    def __init__(self, dataset: ValidationImages, micro_batch_size: int, workers: int) -> None:
+        self.dataset, self.micro_batch_size, self.workers = dataset, micro_batch_size, workers
+        self.samples = self.predictions = len(dataset)
+
+    @property
+    def digest(self) -> str:
+        """Of where the images lie, which of them, their labels and sizes; of no pixel, since that
+        would be to decode them all.
+        """
+        source, samples = self.dataset.part.source, self.dataset.samples
+        described = json.dumps([source.path, self.dataset.preprocessing.to_dict()])
+        digest = hashlib.sha256(described.encode())
+        digest.update(samples.tobytes())
+        digest.update(source.labels[samples].tobytes())
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return -(-self.samples // self.micro_batch_size)
+
+    def micro_batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        whole = self.samples // self.micro_batch_size * self.micro_batch_size
+        rest = self.samples - whole
+        for consumed, size in ((0, self.micro_batch_size), (whole, rest)):
+            if not size:
+                continue
+            batches = image_batches(
+                self.dataset,
+                consumed=consumed,
+                micro_batch_size=size,
+                data_parallel_rank=0,
+                data_parallel_size=1,
+                workers=self.workers if consumed == 0 else 0,
+            )
+            for images, labels in batches:
+                yield images.to(device), labels.to(device)
+
+
+def open_images(
+    config: VisionConfig, labels: Labels, batches: int | None, data: Path | None
+) -> Images:
+    """See open_validation. UserError, too, where the images' classes are not the model's."""
+    settings = config.data
+    if data is not None:  # as training data too: those of the run may be elsewhere
+        settings = settings.model_copy(
+            update={"train": str(data), "validation": str(data), "split": None}
+        )
+    elif settings.validation is not None:
+        settings = settings.model_copy(update={"train": settings.validation})
+    found = find_images(settings)
+    if found.classes.digest != labels.digest:
+        raise UserError(
+            f"the classes of {found.classes.source} are not those that the model was trained on, "
+            f"{labels.source}; give images of the same classes, whose folders or labels have the "
+            "same names"
+        )
+    count = batches or config.evaluation.batches
+    asked = sys.maxsize if count is None else count * config.training.global_batch_size
+    model = config.model
+    _, validation = image_datasets(settings, model.image_size, model.channels, 1, asked, found)
+    assert validation is not None, "images were asked for"
+    return Images(validation, config.training.micro_batch_size, config.data.workers)

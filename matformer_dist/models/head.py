@@ -1,0 +1,117 @@
+"""The head of a MatFormer: the output projection, and the losses over it.
+
+Legend: N rows that this rank holds, R rows of all segments, D d_model, V outputs (tokens of the
+vocabulary, or classes), T tensor-parallel ranks, B samples in flight.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from matformer_dist.config import ModelConfig
+from matformer_dist.counting import check_outputs
+from matformer_dist.models.forward_pass import Pass
+from matformer_dist.ops.multi_granularity_loss import multi_granularity_loss
+from matformer_dist.ops.vocab_shard import VocabShard
+from matformer_dist.parallel.layers import Initializer, column_linear, copy_to_ranks, vocab_shard
+from matformer_dist.parallel.layout import ROWS
+from matformer_dist.parallel.topology import TensorParallel
+
+IGNORED_TARGET = -100
+_ALIGNED = 8  # values in the 16 bytes that tensor cores want operands aligned to
+
+
+class Head(nn.Module):
+    """The output projection and the losses over it, vocabulary cut over T ranks.
+
+    | operand | whole  | local                     |                                          |
+    |---------|--------|---------------------------|------------------------------------------|
+    | weight  | [V, D] | [ceil(V/T), D]            | rows, the last rank's padded             |
+    | hidden  | [R, D] | the whole                 | backward: all-reduces its gradient       |
+    |         |        | or cut rows, [R/T, D]     | gathered; backward: reduce-scatters it   |
+    | logits  | [R, V] | a chunk's [c, ceil(V/T)]  | forward: an all-gather for each half of  |
+    |         |        |                           | a chunk, of a few numbers a row          |
+
+    Where embeddings are tied, it works on the embedding's weight, which the caller passes in. A
+    bias [V] is cut as the weight is, and works as one more column of it, on rows of ones.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        outputs: int,
+        init: Initializer,
+        tensor: TensorParallel,
+        *,
+        tied: bool = False,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.tensor = tensor
+        first, size = vocab_shard(outputs, tensor)
+        check_outputs(outputs, tensor.size)  # of all ranks, so that all stop
+        gather = tensor.start_gather if tensor.size > 1 else None
+        self.shard = VocabShard(offset=first, size=size, gather=gather)
+        self.outputs = outputs
+        if tied:
+            self.register_parameter("weight", None)
+        else:
+            self.weight = init.parameter(
+                "head.weight", (outputs, model.d_model), model.init_std, ROWS, tensor
+            )
+        if bias:
+            self.bias = init.parameter("head.bias", (outputs,), 0.0, ROWS, tensor)
+        else:
+            self.register_parameter("bias", None)
+
+    def forward(
+        self, hidden: Tensor, tied: Tensor | None, targets: Tensor, plan: Pass
+    ) -> tuple[Tensor, Tensor]:
+        """hidden [N, D], targets [b, predictions] -> total loss and statistics [B, 4]; see
+        MatFormer.forward.
+        """
+        hidden, weight = self._operands(hidden, tied)
+        s = targets.shape[1]
+        rows = [segment.sequences * s for segment in plan.segments]
+        flat = targets.flatten()
+        valid = (flat != IGNORED_TARGET).sum().clamp(min=1)
+        if plan.shared_tokens:
+            flat = flat.repeat(len(rows))
+        out = multi_granularity_loss(
+            copy_to_ranks(hidden, self.tensor),
+            weight,
+            flat,
+            rows=rows,
+            ce_weights=plan.ce_weights,
+            z_weights=plan.z_weights,
+            kl_weights=plan.kl_weights,
+            scale=valid.reciprocal().to(torch.float32),
+            temperature=plan.temperature,
+            shared_tokens=plan.shared_tokens,
+            ignore_index=IGNORED_TARGET,
+            vocab=self.shard,
+        )
+        counted = (flat != IGNORED_TARGET).to(out.nll.dtype)
+        agrees = counted.new_zeros(flat.shape) if out.agrees is None else out.agrees * counted
+        columns = torch.stack([out.nll, agrees, out.kl, counted], dim=1)
+        return out.total, columns.view(-1, s, 4).sum(dim=1)
+
+    def logits(self, hidden: Tensor, tied: Tensor | None) -> Tensor:
+        """hidden [N, D] -> logits [R, V] of all rows and the whole vocabulary, on every rank."""
+        hidden, weight = self._operands(hidden, tied)
+        local = column_linear(hidden, weight, self.tensor)
+        if self.tensor.size == 1:
+            return local
+        shards = self.tensor.gather(local)  # [T, R, V/T]
+        return shards.transpose(0, 1).flatten(1)[:, : self.outputs]
+
+    def _operands(self, hidden: Tensor, tied: Tensor | None) -> tuple[Tensor, Tensor]:
+        """hidden [N, D'] and weight [V/T, D'], the bias among them."""
+        weight = self.weight if tied is None else tied
+        if self.bias is None:
+            return hidden, weight
+        ones = F.pad(hidden.new_ones(len(hidden), 1), (0, _ALIGNED - 1))
+        column = F.pad(self.bias[:, None], (0, _ALIGNED - 1))
+        return torch.cat([hidden, ones], dim=1), torch.cat([weight, column], dim=1)

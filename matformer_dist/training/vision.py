@@ -1,0 +1,97 @@
+"""The task vision: labelled images."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from matformer_dist.config_vision import VisionConfig
+from matformer_dist.data.feed import Batch
+from matformer_dist.data.images.classes import ClassNames
+from matformer_dist.data.images.datasets import image_batches, image_datasets
+from matformer_dist.data.images.finding import find_images
+from matformer_dist.errors import UserError
+from matformer_dist.models.head import IGNORED_TARGET
+from matformer_dist.parallel.topology import Topology
+from matformer_dist.training.task import Task
+
+
+class VisionTask(Task):
+    config: VisionConfig
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__(config)
+        self.found = find_images(config.data)
+        self.outputs = check_classes(config, self.found.classes)
+        self.labels_sha256 = self.found.classes.digest
+        self.label_files = self.found.classes.files
+
+    def datasets(
+        self, train_samples: int, topology: Topology
+    ) -> tuple[Dataset[Any], Dataset[Any] | None]:
+        config = self.config
+        batches = config.evaluation.batches
+        asked = sys.maxsize if batches is None else batches * config.training.global_batch_size
+        train, validation = image_datasets(
+            config.data,
+            config.model.image_size,
+            config.model.channels,
+            train_samples,
+            asked,
+            self.found,
+        )
+        assert validation is not None, "images were asked for"
+        unit = config.training.micro_batch_size * topology.data_size
+        return train, _FilledUp(validation, unit)
+
+    def micro_batches(
+        self, dataset: Dataset[Any], consumed: int, topology: Topology
+    ) -> Iterator[Batch]:
+        return image_batches(
+            dataset,
+            consumed=consumed,
+            micro_batch_size=self.config.training.micro_batch_size,
+            data_parallel_rank=topology.data_rank,
+            data_parallel_size=topology.data_size,
+            workers=self.config.data.workers,
+        )
+
+    def probe(self) -> Batch:
+        model = self.config.model
+        size = (1, model.channels, model.image_size, model.image_size)
+        images = torch.randn(size, generator=torch.Generator().manual_seed(0))
+        return images, torch.zeros(1, 1, dtype=torch.long)
+
+
+class _FilledUp(Dataset[tuple[Tensor, int]]):
+    """A data set with images behind its last that have no class, up to a multiple of `unit`: so
+    every rank has as many, and none is left out.
+    """
+
+    def __init__(self, dataset: Dataset[tuple[Tensor, int]], unit: int) -> None:
+        self.dataset = dataset
+        self.real = len(dataset)  # type: ignore[arg-type]
+        self.size = -(-self.real // unit) * unit
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index < self.real:
+            return self.dataset[index]
+        return self.dataset[0][0], IGNORED_TARGET
+
+
+def check_classes(config: VisionConfig, classes: ClassNames) -> int:
+    """The model's number of classes; UserError where the configuration's is not the data's."""
+    if config.model.classes not in (None, len(classes)):
+        raise UserError(
+            f"model.classes is {config.model.classes}, but {classes.source} has {len(classes)}; "
+            "leave model.classes out, or set data.train to the images that the model is meant for"
+        )
+    return len(classes)
