@@ -37,7 +37,7 @@ from benchmarks.machine import RESULTS, write_result
 from benchmarks.prepare_data import documents
 from matformer_dist.checkpoints.deepspeed_files import MOMENTS, optimizer_order
 from matformer_dist.checkpoints.files import write_file
-from matformer_dist.config import ModelConfig
+from matformer_dist.config_language import LanguageModelConfig
 from matformer_dist.data.sentencepiece_tokenizer import train_tokenizer
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.nesting import Nesting
@@ -61,12 +61,12 @@ CASES: list[tuple[list[str], dict[str, Any]]] = [
 ]
 
 
-def model_config(layers: int) -> ModelConfig:
+def model_config(layers: int) -> LanguageModelConfig:
     shape = {"d_model": 2048, "n_layers": layers, "n_heads": 16, "n_kv_heads": 4, "d_ff": 8192}
-    return ModelConfig.model_validate(shape)
+    return LanguageModelConfig.model_validate(shape)
 
 
-def write_parent(directory: Path, model: ModelConfig) -> None:
+def write_parent(directory: Path, model: LanguageModelConfig) -> None:
     tokenizer = train_tokenizer(list(documents(4_000_000)), VOCAB)
     nesting = Nesting.from_fractions(model.d_ff, ["1/8", "1/4", "1/2", "1"])
     checkpoint = directory / "checkpoints" / "step-1"
@@ -79,14 +79,14 @@ def write_parent(directory: Path, model: ModelConfig) -> None:
             files[name] = write_file(checkpoint / name, lambda f, s=state: torch.save(s, f))  # type: ignore[misc, arg-type]
     manifest = Manifest(
         step=1,
-        consumed_sequences=1,
-        tokens=1,
+        samples=1,
+        units=1,
         layout=RANKS,
         model=model,
         nesting=nesting,
-        vocab_size=tokenizer.vocab_size,
+        outputs=tokenizer.vocab_size,
         precision="bf16",
-        tokenizer_sha256=tokenizer.digest,
+        labels_sha256=tokenizer.digest,
         config_sha256="",
         versions={},
         files=files,
@@ -94,7 +94,9 @@ def write_parent(directory: Path, model: ModelConfig) -> None:
     (checkpoint / "manifest.json").write_text(manifest.sealed())
 
 
-def _rank_states(model: ModelConfig, nesting: Nesting, rank: int) -> Iterator[dict[str, Any]]:
+def _rank_states(
+    model: LanguageModelConfig, nesting: Nesting, rank: int
+) -> Iterator[dict[str, Any]]:
     """What the data-parallel ranks of a tensor-parallel one save: equal parts of flat groups."""
     from deepspeed.utils.tensor_fragment import fragment_address
 

@@ -24,11 +24,13 @@ import torch
 
 from benchmarks.machine import RESULTS, write_result
 from matformer_dist.config_file import load_config
+from matformer_dist.config_language import as_language
 from matformer_dist.demo import SCRIPTS, prepare_corpus, show
 from matformer_dist.evaluation.loss import measure_sequences
 from matformer_dist.evaluation.measured import Measured, gain
-from matformer_dist.evaluation.validation import Validation
-from matformer_dist.inference.loading import LoadedModel, load_model
+from matformer_dist.evaluation.validation import Tokens, Validation
+from matformer_dist.inference.language import LoadedLanguageModel
+from matformer_dist.inference.loading import load_language_model
 from matformer_dist.nesting import Submodel
 from matformer_dist.parallel.topology import cpu_environment
 from matformer_dist.report.inputs import read_run
@@ -42,7 +44,7 @@ RANKS = 2
 
 def train() -> Path:
     """The run of CONFIG, from nothing, or from where it was."""
-    config = load_config(CONFIG)
+    config = as_language(load_config(CONFIG), "the benchmark")
     prepare_corpus(Path(config.data.train[0][1]))
     command = [SCRIPTS / "deepspeed", "--quiet", "--num_gpus", RANKS, "launch/train.py"]
     show([*command, "--config", CONFIG], cpu_environment(RANKS))
@@ -68,7 +70,7 @@ def main() -> None:
             print(f"\r{done}/{total} submodels", end="", file=sys.stderr)
 
     found = search(str(run), options=Options(batches=args.batches), progress=progress)
-    loaded = load_model(run)
+    loaded = load_language_model(run)
     unseen = _unseen(loaded, args.batches)
     uniform = loaded.submodel.nesting.names
     chosen = (name for one in found.slices for name in (one.submodel, one.heuristic))
@@ -100,17 +102,17 @@ def main() -> None:
 _KEPT = {"submodel", "parameters", "loss", "agreement", "kl"}
 
 
-def _unseen(loaded: LoadedModel, batches: int) -> Validation:
+def _unseen(loaded: LoadedLanguageModel, batches: int) -> Tokens:
     """As many validation sequences as were chosen on, those behind them."""
-    config = load_config(loaded.directory / "config.yaml")
-    both = Validation.of(config, loaded.tokenizer, 2 * batches)
+    config = as_language(load_config(loaded.directory / "config.yaml"), "the benchmark")
+    both = Tokens.of(config, loaded.tokenizer, 2 * batches)
     half = len(both.tokens) // 2
-    return Validation(both.tokens[half:], both.targets[half:], both.micro_batch_size, 0)
+    return Tokens(both.tokens[half:], both.targets[half:], both.micro_batch_size, 0)
 
 
 @torch.no_grad()
 def _measure(
-    loaded: LoadedModel, validation: Validation, submodels: Sequence[Submodel]
+    loaded: LoadedLanguageModel, validation: Validation, submodels: Sequence[Submodel]
 ) -> dict[Submodel, Measured]:
     found = measure_sequences(
         loaded.run_pass,
@@ -122,7 +124,7 @@ def _measure(
     return {one: Measured(sequences, 0) for one, sequences in found.items()}
 
 
-def _row(one: Any, loaded: LoadedModel, judged: dict[Submodel, Measured]) -> dict[str, Any]:
+def _row(one: Any, loaded: LoadedLanguageModel, judged: dict[Submodel, Measured]) -> dict[str, Any]:
     ours, other = judged[loaded.parse(one.submodel)], judged[loaded.parse(one.heuristic)]
     gained, interval = gain(ours, other)
     return {
@@ -158,7 +160,7 @@ def print_slices(rows: Sequence[dict[str, Any]]) -> None:
     )
 
 
-def _against_neighbours(slices: Slices, loaded: LoadedModel) -> dict[str, Any]:
+def _against_neighbours(slices: Slices, loaded: LoadedLanguageModel) -> dict[str, Any]:
     """Of all measured Mix'n'Match submodels: how many lie below their neighbours by size."""
     uniform = [one for one in slices.measured if loaded.parse(one.submodel).is_uniform]
     mixed = [one for one in slices.measured if one not in uniform]

@@ -31,7 +31,8 @@ import torch
 
 from benchmarks.machine import RESULTS, keep_freed_memory, write_result
 from matformer_dist.inference.generation import Drafting, Sampling, generate
-from matformer_dist.inference.loading import LoadedModel, load_model
+from matformer_dist.inference.language import LoadedLanguageModel
+from matformer_dist.inference.loading import load_language_model
 from matformer_dist.inference.speculative import Statistics
 from matformer_dist.inference.speedup import Terms, find_prompts, take_turns
 from matformer_dist.submodels.extract import extract
@@ -69,7 +70,7 @@ def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     keep_freed_memory()
-    loaded = load_model(args.run)
+    loaded = load_language_model(args.run)
     terms = Terms(
         prompts=args.prompts, n_prompts=args.prompt_count, prompt_tokens=args.prompt_tokens,
         new_tokens=args.new_tokens,
@@ -113,7 +114,9 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def our_cases(loaded: LoadedModel, drafts: list[str], args: argparse.Namespace) -> list[Case]:
+def our_cases(
+    loaded: LoadedLanguageModel, drafts: list[str], args: argparse.Namespace
+) -> list[Case]:
     def case(draft: str = "none", cache: Any = "", tokens: str = "") -> Case:
         drafting = None
         if tokens:

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import RESULTS, keep_freed_memory, wait, write_result
-from matformer_dist.config import ModelConfig, ObjectiveConfig
+from matformer_dist.config import ObjectiveConfig
+from matformer_dist.config_language import LanguageModelConfig
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.nesting import Nesting, Segment
@@ -60,7 +61,7 @@ class Stepper:
 
     def __init__(self, case: Case, device: torch.device, dtype: torch.dtype) -> None:
         nesting = Nesting.from_fractions(case.d_ff, ["1/8", "1/4", "1/2", 1])
-        model = ModelConfig(
+        model = LanguageModelConfig(
             d_model=case.d_model,
             n_layers=case.n_layers,
             n_heads=case.d_model // 64,

@@ -38,9 +38,9 @@ from torch import Tensor
 
 from benchmarks.machine import RESULTS, device_name, wait, write_result
 from benchmarks.training_step import alone
-from matformer_dist.config import Config
 from matformer_dist.config_file import load_config
-from matformer_dist.counting import flops_per_token
+from matformer_dist.config_language import LanguageConfig, as_language
+from matformer_dist.counting import flops_per_unit
 from matformer_dist.models import nested_feed_forward
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.models.matlm import MatLM
@@ -74,7 +74,7 @@ class Way:
 class Bench:
     """One configuration's model, engine and tokens; steps of any way."""
 
-    def __init__(self, config: Config, tokens: int, topology: Topology) -> None:
+    def __init__(self, config: LanguageConfig, tokens: int, topology: Topology) -> None:
         assert config.model.vocab_size is not None
         self.config, self.topology = config, topology
         self.vocab_size = config.model.vocab_size
@@ -249,8 +249,8 @@ def _row(
     run = bench.planned(way)
     flops = 3 * run.forward_flops_per_step.total
     if way.name == "xl":
-        widest, seq_len = bench.submodels[0], run.config.training.seq_len
-        of_token = flops_per_token(run.config.model, bench.vocab_size, widest, seq_len)
+        widest, sample = bench.submodels[0], run.config.sample
+        of_token = flops_per_unit(run.config.model, bench.vocab_size, widest, sample)
         flops = 3 * of_token * run.units_per_step
     middle = statistics.median(taken)
     loop = all_seconds.get(Way("loop", way.micro_batch), []) if way.objective == "joint" else []
@@ -320,7 +320,7 @@ def main() -> None:
     print("|---|---|" + "---:|" * 9)
     results: dict[str, Any] = {}
     for path in arguments.configs:
-        config = load_config(path, arguments.set, if_open=IF_OPEN)
+        config = as_language(load_config(path, arguments.set, if_open=IF_OPEN), "the benchmark")
         known = device_called(device_name(str(device))) if device.type == "cuda" else None
         peak = arguments.peak_tflops or (
             known.peak_tflops(config.training.precision) if known else None

@@ -245,7 +245,20 @@ class CheckpointConfig(Section):
     keep_last: Positive = 2
     keep_every: Positive | None = None  # steps: these are never deleted
     resume: str = "auto"  # auto, never, or the path of a checkpoint
+    # RUN[@STEP] whose weights a run begins with that has no checkpoint of its own: step, optimizer
+    # and data begin anew. See training/beginning.py for what may be another there.
+    initial: str | None = None
     async_save: Switch = False  # write beside the training, from a copy in host memory
+
+    @model_validator(mode="after")
+    def _check(self) -> CheckpointConfig:
+        if self.initial is not None and self.resume not in ("auto", "never"):
+            raise ValueError(
+                f"checkpoint.initial {self.initial} and checkpoint.resume {self.resume} both say "
+                "where to begin; keep initial for the weights alone, or resume to go on with step "
+                "and optimizer too"
+            )
+        return self
 
 
 class LoggingConfig(Section):

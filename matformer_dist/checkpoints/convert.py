@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 
-from matformer_dist.checkpoints.deepspeed_files import MOMENTS, optimizer_order
+from matformer_dist.checkpoints.deepspeed_files import optimizer_order
 from matformer_dist.checkpoints.files import (
     HashingStream,
     replace_file,
@@ -75,7 +75,7 @@ def _copy_settings(run: Path, new: NewDirectory) -> None:
 
 
 def _states(model: UniversalModel) -> tuple[str, ...]:
-    return ("fp32", *(MOMENTS if model.checkpoint.manifest.has_optimizer else ()))
+    return ("fp32", *model.moments)
 
 
 def _write(

@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from matformer_dist.checkpoints.deepspeed_files import RankStates, rank_states
+from matformer_dist.checkpoints.deepspeed_files import MOMENTS, RankStates, rank_states
 from matformer_dist.checkpoints.memory import FRESH, FreshMemory
 from matformer_dist.checkpoints.universal_files import read_value
 from matformer_dist.config_file import AnyModelConfig
@@ -101,6 +101,13 @@ class UniversalModel:
                 f"({state}) on tensor-parallel rank {rank}; choose another"
             )
         return flat.view(shape)
+
+    fresh = ()  # no weight is to be left out, see training/resharding.py
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """Adam's, where the checkpoint has them."""
+        return MOMENTS if self.checkpoint.manifest.has_optimizer else ()
 
     @property
     def optimizer_steps(self) -> int:

@@ -82,6 +82,12 @@ def faults(
     return [fault for fault in found if fault]
 
 
+def check_whole(checkpoint: Checkpoint) -> None:
+    """DamagedError where a file is not as it was written; reads them all."""
+    if found := faults(checkpoint, threads=THREADS):
+        raise DamagedError(checkpoint.path, *found)
+
+
 class _StoppedError(Exception):
     pass
 

@@ -32,7 +32,7 @@ from matformer_dist.models.matformer import MatFormer
 from matformer_dist.parallel.layers import Initializer
 from matformer_dist.parallel.topology import DeepSpeedView, Topology
 from matformer_dist.run_directory import Checkpoint
-from matformer_dist.training.resharding import load_other_layout
+from matformer_dist.training.resharding import Shares, load_other_layout
 from matformer_dist.training.timing import Clock
 
 # On a CPU DeepSpeed would compile this at every first start; it serves only inference.
@@ -252,5 +252,8 @@ class Engine:
 
     def load_other_layout(self, checkpoint: Checkpoint, advance: Callable[[str], None]) -> None:
         """The same of any other layout; `advance` is told the name of every weight done."""
-        source = load_universal(checkpoint)
+        self.begin_from(load_universal(checkpoint), advance)
+
+    def begin_from(self, source: Shares, advance: Callable[[str], None]) -> None:
+        """Weights, and moments if there are any, from wherever."""
         load_other_layout(self.deepspeed, source, self.topology, advance)

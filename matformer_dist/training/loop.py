@@ -11,6 +11,7 @@ from torch import Tensor
 
 from matformer_dist.checkpoints.files import replace_file
 from matformer_dist.checkpoints.store import CheckpointStore
+from matformer_dist.checkpoints.verify import check_whole
 from matformer_dist.config import Config
 from matformer_dist.counting import forward_flops
 from matformer_dist.data.feed import Batch, Feed
@@ -21,8 +22,9 @@ from matformer_dist.models.forward_pass import Pass
 from matformer_dist.parallel.agreement import agreement, gathered, on_main
 from matformer_dist.parallel.collectives import around_collectives
 from matformer_dist.parallel.topology import Topology
-from matformer_dist.run_directory import LABEL_FILES, Checkpoint, Manifest, lock
+from matformer_dist.run_directory import LABEL_FILES, Checkpoint, Manifest, find_checkpoint, lock
 from matformer_dist.training import random_states, setup
+from matformer_dist.training.beginning import begin_from
 from matformer_dist.training.continuity import compare, probe_loss
 from matformer_dist.training.control import Control
 from matformer_dist.training.engine import (
@@ -96,6 +98,8 @@ class Run:
         self.losses = LossSums(self.nesting, topology)
         if resumed is not None:
             self._load(resumed)
+        elif config.checkpoint.initial is not None:
+            self._begin_from(config.checkpoint.initial)
         with agreement():
             self.log = MetricsLog(config, self.step) if topology.is_main else None
         if on_main(lambda: self.log is not None and self.log.reaches(self.step)):
@@ -115,7 +119,10 @@ class Run:
                 replace_file(path, content)
 
     def _manifest(self) -> Manifest:
-        return setup.describe(self.config, self.topology, self.task, self.step)
+        task = self.task
+        return setup.describe(
+            self.config, self.topology, task.labels_sha256, task.outputs, self.step
+        )
 
     def _load(self, checkpoint: Checkpoint) -> None:
         self.control.mark(f"loading {checkpoint.path.name}")
@@ -140,6 +147,16 @@ class Run:
             self.losses.load(manifest.loss_sums)
         if dist.get_rank() < len(manifest.random_states):
             random_states.restore(manifest.random_states[dist.get_rank()])
+
+    def _begin_from(self, run: str) -> None:
+        self.control.mark(f"loading the weights of {run}")
+        with agreement():
+            checkpoint = find_checkpoint(run)
+            source = begin_from(checkpoint, self.config, self._manifest())
+        with self.screen.progress(f"from {checkpoint.path}", self.engine.weights) as advance:
+            self.engine.begin_from(source, advance)
+        on_main(lambda: check_whole(checkpoint))
+        self.began_from = str(checkpoint.path.resolve())
 
     def _probe_loss(self) -> float:
         return probe_loss(self.engine, self.config, self.task, self.topology)

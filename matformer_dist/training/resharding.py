@@ -6,17 +6,15 @@ layout (checkpoints/universal.py): nothing is converted on disk first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from matformer_dist.checkpoints.deepspeed_files import MOMENTS
-from matformer_dist.checkpoints.memory import ReusedMemory
-from matformer_dist.checkpoints.universal import UniversalModel
+from matformer_dist.checkpoints.memory import FreshMemory, ReusedMemory
 from matformer_dist.errors import UserError
-from matformer_dist.parallel.topology import Topology
+from matformer_dist.parallel.topology import TensorParallel, Topology
 
 
 class _Slot(NamedTuple):
@@ -29,9 +27,30 @@ class _Slot(NamedTuple):
     offset: int  # in that
 
 
+class Shares(Protocol):
+    """Weights, and Adam's moments of them, as any layout of ranks stores them."""
+
+    @property
+    def moments(self) -> Sequence[str]:
+        """Names of those that there are."""
+
+    @property
+    def optimizer_steps(self) -> int:
+        """That the moments are of."""
+
+    @property
+    def fresh(self) -> Collection[str]:
+        """Weights that stay as the engine has them."""
+
+    def share(
+        self, name: str, state: str, tensor: TensorParallel, *, memory: FreshMemory
+    ) -> Tensor:
+        """What a rank stores of a state of a weight."""
+
+
 def load_other_layout(
     engine: Any,
-    source: UniversalModel,
+    source: Shares,
     topology: Topology,
     advance: Callable[[str], None] = lambda _: None,
 ) -> None:
@@ -42,17 +61,18 @@ def load_other_layout(
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     if getattr(zero, "swap_optimizer", False):
         raise UserError(
-            f"the checkpoint {source.checkpoint.path} is of another layout, which cannot be loaded "
-            "with deepspeed.zero_optimization.offload_optimizer.device nvme; use cpu"
+            "weights of another layout or run cannot be loaded with "
+            "deepspeed.zero_optimization.offload_optimizer.device nvme; use cpu"
         )
     if stage == 3:
         zero.checkpoint_event_prologue()
     optimizer = zero if stage == 0 else zero.optimizer
-    keys = MOMENTS if source.checkpoint.manifest.has_optimizer else ()
     moments: dict[Tensor, dict[str, Tensor]] = {}
     memory = ReusedMemory()
     with torch.no_grad():
         for slot in _SLOTS[stage](engine, topology):
+            if slot.name in source.fresh:
+                continue
             part = slice(slot.offset, slot.offset + slot.size)
 
             def copy_to(target: Tensor, state: str, slot: _Slot = slot, part: slice = part) -> None:
@@ -60,7 +80,7 @@ def load_other_layout(
                 target.view(-1)[part].copy_(share[slot.start : slot.start + slot.size])
 
             copy_to(slot.master, "fp32")
-            for key in keys:
+            for key in source.moments:
                 states = moments.setdefault(slot.master, {})
                 if key not in states:
                     states[key] = torch.zeros_like(slot.master)
@@ -71,7 +91,7 @@ def load_other_layout(
     _update_weights(stage, zero)
 
 
-def _step(optimizer: Any, source: UniversalModel, master: Tensor) -> Tensor | int:
+def _step(optimizer: Any, source: Shares, master: Tensor) -> Tensor | int:
     """The optimizer's steps, as it keeps them."""
     if isinstance(optimizer, torch.optim.AdamW):
         return torch.tensor(float(source.optimizer_steps), device=master.device)

@@ -8,14 +8,13 @@ import importlib.util
 import platform
 from collections.abc import Iterator, Mapping
 
-from matformer_dist.config import Config
+from matformer_dist.config import Config, ModelConfig
 from matformer_dist.config_file import load_config
 from matformer_dist.deepspeed_section import zero_options
 from matformer_dist.errors import UserError
 from matformer_dist.ops import native
 from matformer_dist.parallel.topology import Topology
 from matformer_dist.run_directory import Checkpoint, Layout, Manifest, read_checkpoints
-from matformer_dist.training.task import Task
 
 # A run may go on with these changed, and with another length (whoever changes that is told what it
 # does to the schedule). All else decides what its weights become. Which tokenizer a checkpoint
@@ -94,6 +93,18 @@ def _changes(
             yield f"{prefix}.{key} (was {before.get(key)!r}, now {now.get(key)!r})"
 
 
+def changes_of_model(
+    before: ModelConfig, now: ModelConfig, free: tuple[str, ...] = ()
+) -> Iterator[str]:
+    """Keys of the section `model` that decide weights, and differ; but for those in `free`."""
+    yield from _changes(
+        before.model_dump(mode="json"),
+        now.model_dump(mode="json"),
+        (*_FREE_KEYS["model"], *free),
+        "model",
+    )
+
+
 def check_monitors(config: Config) -> None:
     """UserError where the run is to log to something that is not installed."""
     if config.logging.wandb and importlib.util.find_spec("wandb") is None:
@@ -117,14 +128,7 @@ def check_checkpoint(checkpoint: Checkpoint, now: Manifest, config: Config) -> N
     imported, none are done.
     """
     saved = checkpoint.manifest
-    wrong = list(
-        _changes(
-            saved.model.model_dump(mode="json"),
-            now.model.model_dump(mode="json"),
-            _FREE_KEYS["model"],
-            "model",
-        )
-    )
+    wrong = list(changes_of_model(saved.model, now.model))
     pairs: dict[str, tuple[object, object]] = {
         "nesting.widths": (list(saved.nesting.widths), list(now.nesting.widths)),
         "nesting.names": (list(saved.nesting.names), list(now.nesting.names)),
@@ -155,7 +159,9 @@ def _per(total: int, parts: int) -> int:
     return total // max(parts, 1)
 
 
-def describe(config: Config, topology: Topology, task: Task, step: int = 0) -> Manifest:
+def describe(
+    config: Config, topology: Topology, labels_sha256: str, outputs: int, step: int = 0
+) -> Manifest:
     """The manifest of a checkpoint at `step`, but for its files."""
     samples = step * config.training.global_batch_size
     packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
@@ -171,9 +177,9 @@ def describe(config: Config, topology: Topology, task: Task, step: int = 0) -> M
         ),
         model=config.model,  # type: ignore[arg-type]  # of one of the tasks
         nesting=config.granularities,
-        outputs=task.outputs,
+        outputs=outputs,
         precision=config.training.precision,
-        labels_sha256=task.labels_sha256,
+        labels_sha256=labels_sha256,
         config_sha256=hashlib.sha256(config.to_yaml().encode()).hexdigest(),
         versions={**packages, "python": platform.python_version()},
         files={},

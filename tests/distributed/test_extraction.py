@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from matformer_dist.checkpoints.universal import load_universal
-from matformer_dist.config import Config
+from matformer_dist.config_language import LanguageConfig
 from matformer_dist.data.sentencepiece_tokenizer import train_tokenizer
 from matformer_dist.data.tokenizer_files import load_tokenizer
-from matformer_dist.inference.loading import load_native
+from matformer_dist.inference.loading import load_language_model
+from matformer_dist.models.matformer import MatFormer
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.nesting import Submodel
 from matformer_dist.parallel.layers import Initializer
@@ -52,7 +53,7 @@ CASES: dict[str, tuple[int, int, str, dict[str, Any]]] = {
 }
 
 
-def case_config(name: str, directory: Path) -> Config:
+def case_config(name: str, directory: Path) -> LanguageConfig:
     tensor, stage, precision, model = CASES[name]
     base = tiny_config().model.model_dump()
     return tiny_config(
@@ -71,7 +72,7 @@ def some_tokens() -> Tensor:
     return torch.randint(0, VOCAB, (3, SEQ_LEN), generator=torch.Generator().manual_seed(2))
 
 
-def submodel_of(config: Config, notation: str) -> Submodel:
+def submodel_of(config: LanguageConfig, notation: str) -> Submodel:
     return config.granularities.parse(notation, config.model.n_layers)
 
 
@@ -87,7 +88,7 @@ def train_and_save_each(directory: Path) -> dict[str, dict[str, NDArray[Any]]]:
     return results
 
 
-def train_and_save(config: Config, topology: Topology) -> dict[str, NDArray[Any]]:
+def train_and_save(config: LanguageConfig, topology: Topology) -> dict[str, NDArray[Any]]:
     """Logits by submodel (fp32), or this rank's weights (bf16), as they are after training."""
     from matformer_dist.checkpoints.store import CheckpointStore
     from matformer_dist.training import setup
@@ -111,7 +112,7 @@ def train_and_save(config: Config, topology: Topology) -> dict[str, NDArray[Any]
         }
 
 
-def local_copy(config: Config, topology: Topology, trained: MatLM) -> MatLM:
+def local_copy(config: LanguageConfig, topology: Topology, trained: MatFormer) -> MatLM:
     """This rank's part of the model, free of ZeRO 3, which takes weights away between uses."""
     import deepspeed
 
@@ -141,7 +142,7 @@ def test_extracted_logits_match_ranks_in_place(
     directory, results = runs
     config = case_config(name, directory)
     expected = {key: torch.from_numpy(value) for key, value in results[0][name].items()}
-    universal = load_universal(find_checkpoint(f"{directory / name}@{STEPS}")).build()
+    universal = load_language_model(f"{directory / name}@{STEPS}").model
     models: dict[str, Path] = {}
     for kind in ("native", "hf"):
         for one in extract(str(directory / name), EXPORTED, output=tmp_path / kind, format=kind):
@@ -151,7 +152,7 @@ def test_extracted_logits_match_ranks_in_place(
             actual = universal.logits(some_tokens(), submodel_of(config, notation))
             torch.testing.assert_close(actual, logits, rtol=1e-5, atol=1e-5)
         for notation in EXPORTED:
-            native = load_native(models[f"native {notation}"])
+            native = load_language_model(models[f"native {notation}"])
             actual = native.model.logits(some_tokens(), native.submodel)
             torch.testing.assert_close(actual, expected[notation], rtol=1e-5, atol=1e-5)
             transformers = pytest.importorskip("transformers")

@@ -11,7 +11,7 @@ from tests.tolerance import assert_as_exact_as_plain
 pytest.importorskip("pydantic", reason="MatLM's settings need pydantic")
 pytest.importorskip("megatron.core", reason="MatLM's layers need megatron-core")
 
-from matformer_dist.config import ModelConfig
+from matformer_dist.config_language import LanguageModelConfig
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.nesting import Nesting, Segment
@@ -37,7 +37,7 @@ def passes() -> dict[str, Pass]:
 def test_loss_and_gradients_are_as_exact_as_on_a_cpu(variant: str, kind: str) -> None:
     paper = {"ffn": "gelu", "norm": "layernorm", "tied_embeddings": True}
     settings = paper if variant == "paper" else {}
-    model = ModelConfig.model_validate(
+    model = LanguageModelConfig.model_validate(
         {"d_model": 64, "n_layers": LAYERS, "n_heads": 4, "d_ff": 128, "max_seq_len": 64}
         | {"init_std": 0.1}
         | settings

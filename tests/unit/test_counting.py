@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from matformer_dist.config import ModelConfig
+from matformer_dist.config import Sample
+from matformer_dist.config_language import LanguageModelConfig
 from matformer_dist.counting import count_parameters, forward_flops
 from matformer_dist.nesting import Nesting, Segment
 
@@ -17,8 +18,8 @@ PAPER = [  # d_model, total parameters XL L M S, non-embedding XL L M S, in mill
 ]
 
 
-def paper_model(d_model: int) -> ModelConfig:
-    return ModelConfig(
+def paper_model(d_model: int) -> LanguageModelConfig:
+    return LanguageModelConfig(
         d_model=d_model,
         n_layers=16,
         n_heads=16,
@@ -50,8 +51,8 @@ def test_joint_body_matches_paper_2_58_of_xl() -> None:
     nesting = Nesting.from_fractions(model.d_ff, ["1/8", "1/4", "1/2", 1])
     xl, *_ = submodels = nesting.uniforms(16)
     # One position: the score products, which the paper leaves out, vanish.
-    joint = forward_flops(model, VOCAB, [Segment(s, 1) for s in submodels], 1)
-    alone = forward_flops(model, VOCAB, [Segment(xl, 1)], 1)
+    joint = forward_flops(model, VOCAB, [Segment(s, 1) for s in submodels], Sample(1, 1))
+    alone = forward_flops(model, VOCAB, [Segment(xl, 1)], Sample(1, 1))
     assert joint.body / alone.body == pytest.approx(31 / 12, rel=2e-3)
 
 
@@ -59,14 +60,14 @@ def test_shared_tokens_save_the_first_layers_attention() -> None:
     model = paper_model(256)
     nesting = Nesting.from_fractions(model.d_ff, ["1/4", 1])
     segments = [Segment(submodel, 3) for submodel in nesting.uniforms(16)]
-    plain = forward_flops(model, VOCAB, segments, 64)
-    shared = forward_flops(model, VOCAB, segments, 64, shared_tokens=True)
+    plain = forward_flops(model, VOCAB, segments, Sample(64, 64))
+    shared = forward_flops(model, VOCAB, segments, Sample(64, 64), shared_tokens=True)
     assert shared.ffn == plain.ffn and shared.head == plain.head
     assert shared.attention == plain.attention * 31 // 32
 
 
 def test_parameter_count_matches_gated_grouped_query_by_hand() -> None:
-    model = ModelConfig(
+    model = LanguageModelConfig(
         d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, kv_channels=24, d_ff=96, max_seq_len=8
     )
     nesting = Nesting.from_widths([32, 96])

@@ -40,14 +40,14 @@ class Engine:
 def manifest(step: int) -> Manifest:
     return Manifest(
         step=step,
-        consumed_sequences=step,
-        tokens=step,
+        samples=step,
+        units=step,
         layout=Layout(tensor=1, data=1, zero_stage=0),
         model=model_config(),
         nesting=Nesting.from_widths([8, 64]),
-        vocab_size=9,
+        outputs=9,
         precision="fp32",
-        tokenizer_sha256="",
+        labels_sha256="",
         config_sha256="",
         versions={},
         files={},

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from matformer_dist.config import Config
 from matformer_dist.config_file import validate_config
+from matformer_dist.config_language import LanguageConfig, as_language
 from matformer_dist.data.checks import check_data
 from matformer_dist.data.datasets import build_datasets, micro_batches
 from matformer_dist.data.prepare import prepare_data
@@ -29,10 +29,10 @@ SEQ_LEN = 16
 
 def make_config(
     folder: Path, tokenizer: Path, train: list[tuple[float, str]] | None = None, **data: Any
-) -> Config:
+) -> LanguageConfig:
     data.setdefault("split", (90, 10))
     data["train"] = train or [(1.0, str(folder / "d"))]
-    return validate_config(
+    config = validate_config(
         {
             "run": {"dir": str(folder / "run")},
             "model": {"d_model": 8, "n_layers": 1, "n_heads": 1, "d_ff": 8},
@@ -46,6 +46,7 @@ def make_config(
         },
         "test",
     )
+    return as_language(config, "the test")
 
 
 def batches(dataset: Any, consumed: int = 0, rank: int = 0, ranks: int = 1, **options: Any) -> Any:
@@ -72,12 +73,12 @@ def contains(stream: list[int], sample: list[int]) -> bool:
     return any(stream[i : i + len(sample)] == sample for i in range(len(stream) - len(sample) + 1))
 
 
-def build(config: Config, train: int, validation: int) -> Any:
+def build(config: LanguageConfig, train: int, validation: int) -> Any:
     return build_datasets(config, load_tokenizer(config.data.tokenizer), train, validation)
 
 
 @pytest.fixture
-def config(tmp_path: Path, tokenizer_path: Path) -> Config:
+def config(tmp_path: Path, tokenizer_path: Path) -> LanguageConfig:
     write_ours(tmp_path / "d", make_documents(200), np.uint16)
     (tmp_path / "d.json").unlink()
     return make_config(tmp_path, tokenizer_path)
@@ -118,14 +119,14 @@ def split_at(row: list[int], eod: int) -> list[list[int]]:
 
 
 def test_files_of_megatrons_preprocessing_give_the_same_samples(
-    tmp_path: Path, config: Config
+    tmp_path: Path, config: LanguageConfig
 ) -> None:
     write_megatrons(tmp_path / "theirs", make_documents(200), np.uint16)
     theirs = make_config(tmp_path, config.data.tokenizer, [(1.0, str(tmp_path / "theirs"))])
     assert rows(batches(build(theirs, 20, 4)[0])) == rows(batches(build(config, 20, 4)[0]))
 
 
-def test_resumed_batches_match_the_uninterrupted_ones(config: Config) -> None:
+def test_resumed_batches_match_the_uninterrupted_ones(config: LanguageConfig) -> None:
     train, _ = build(config, 60, 4)
     whole = rows(batches(train))
     assert len(whole) >= 60 and len({tuple(row) for row in whole}) == len(whole)
@@ -137,7 +138,7 @@ def test_resumed_batches_match_the_uninterrupted_ones(config: Config) -> None:
     assert rows(batches(build(other, 60, 4)[0])) != whole
 
 
-def test_samples_of_a_global_batch_do_not_depend_on_the_ranks(config: Config) -> None:
+def test_samples_of_a_global_batch_do_not_depend_on_the_ranks(config: LanguageConfig) -> None:
     train, _ = build(config, 60, 4)
     alone = rows(itertools.islice(batches(train, 8), 24))
     for ranks in (2, 4, 3):
@@ -147,20 +148,20 @@ def test_samples_of_a_global_batch_do_not_depend_on_the_ranks(config: Config) ->
         assert len(shared) == (len(train) - 8) // (2 * ranks) * 2 * ranks
 
 
-def test_reading_ahead_in_processes_changes_nothing(config: Config) -> None:
+def test_reading_ahead_in_processes_changes_nothing(config: LanguageConfig) -> None:
     train, _ = build(config, 60, 4)
     ahead = batches(train, 4, workers=2)
     assert rows(ahead) == rows(batches(train, 4))
 
 
-def test_batches_leave_the_global_generator_alone(config: Config) -> None:
+def test_batches_leave_the_global_generator_alone(config: LanguageConfig) -> None:
     train, _ = build(config, 60, 4)
     state = torch.get_rng_state()
     next(batches(train))
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_more_samples_than_there_are_pass_over_the_data_again(config: Config) -> None:
+def test_more_samples_than_there_are_pass_over_the_data_again(config: LanguageConfig) -> None:
     once = len(build(config, 1, 4)[0])
     train, _ = build(config, 3 * once, 4)
     assert len(train) >= 3 * once
@@ -168,7 +169,7 @@ def test_more_samples_than_there_are_pass_over_the_data_again(config: Config) ->
     assert seen.total() > 2.9 * once * SEQ_LEN
 
 
-def test_validation_is_not_passed_over_again(config: Config) -> None:
+def test_validation_is_not_passed_over_again(config: LanguageConfig) -> None:
     """All samples it holds are given once each; who asks for more is told how many there are."""
     tokenizer = load_tokenizer(config.data.tokenizer)
     held = len(build(config, 4, 2)[1])
@@ -237,22 +238,22 @@ def test_validation_of_its_own_is_used_alone(tmp_path: Path, tokenizer_path: Pat
     assert build(config, 40, 0)[1] is None
 
 
-def test_training_keeps_to_its_share_without_validation(config: Config) -> None:
+def test_training_keeps_to_its_share_without_validation(config: LanguageConfig) -> None:
     with_validation, _ = build(config, 20, 4)
     without, nothing = build(config, 20, 0)
     assert nothing is None
     assert rows(batches(without)) == rows(batches(with_validation))
 
 
-def failing(config: Config, message: str, validation: int = 4) -> None:
+def failing(config: LanguageConfig, message: str, validation: int = 4) -> None:
     with pytest.raises(UserError, match=message):
         build(config, 20, validation)
 
 
 def test_data_that_cannot_be_trained_on_are_named(
-    tmp_path: Path, config: Config, tokenizer_path: Path
+    tmp_path: Path, config: LanguageConfig, tokenizer_path: Path
 ) -> None:
-    def changed(**data: Any) -> Config:
+    def changed(**data: Any) -> LanguageConfig:
         return make_config(tmp_path, tokenizer_path, **data)
 
     failing(changed(train=[(1.0, str(tmp_path / "none"))]), r"no data file .*none\.idx")
@@ -277,7 +278,7 @@ def test_data_that_cannot_be_trained_on_are_named(
 
 
 def test_ids_of_another_vocabulary_are_found(
-    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, config: LanguageConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     documents = make_documents(200)
     documents[150][0] = 400
@@ -312,7 +313,9 @@ def test_data_of_another_tokenizer_are_found_though_their_ids_fit(
     build(make_config(tmp_path, tokenizer_path), 4, 2)
 
 
-def first_rows(config: Config, tokenizer: SentencePieceTokenizer, samples: int) -> tuple[Any, ...]:
+def first_rows(
+    config: LanguageConfig, tokenizer: SentencePieceTokenizer, samples: int
+) -> tuple[Any, ...]:
     """On every rank: what it would train on, or the message of its UserError."""
     try:
         train, validation = build_datasets(config, tokenizer, samples, 4)
@@ -321,7 +324,7 @@ def first_rows(config: Config, tokenizer: SentencePieceTokenizer, samples: int) 
     return rows(batches(train)), rows(batches(validation))
 
 
-def cut_cache_short(config: Config) -> None:
+def cut_cache_short(config: LanguageConfig) -> None:
     """As if rank 0 had been killed while it wrote."""
     (cache,) = (config.run.dir / "index_cache").iterdir()
     (cache / "complete").unlink()
@@ -329,7 +332,7 @@ def cut_cache_short(config: Config) -> None:
         file.write_bytes(file.read_bytes()[:-8])
 
 
-def ask_often(config: Config, tokenizer: SentencePieceTokenizer, prefix: str) -> list[Any]:
+def ask_often(config: LanguageConfig, tokenizer: SentencePieceTokenizer, prefix: str) -> list[Any]:
     """What a rank gets at first, again, from a cut cache, of replaced data, of missing data."""
     import torch.distributed as dist
 
@@ -352,7 +355,7 @@ def ask_often(config: Config, tokenizer: SentencePieceTokenizer, prefix: str) ->
 
 
 def test_ranks_share_indices_that_match_a_single_process(
-    tmp_path: Path, config: Config, tokenizer: SentencePieceTokenizer
+    tmp_path: Path, config: LanguageConfig, tokenizer: SentencePieceTokenizer
 ) -> None:
     alone = first_rows(config, tokenizer, 60)
     prefix = str(tmp_path / "d")
@@ -367,7 +370,7 @@ def test_ranks_share_indices_that_match_a_single_process(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.bin", "d.idx", "run"]
 
 
-def test_building_prints_nothing(tmp_path: Path, config: Config) -> None:
+def test_building_prints_nothing(tmp_path: Path, config: LanguageConfig) -> None:
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     script = (
         "import sys\n"

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from matformer_dist.errors import UserError
-from matformer_dist.inference.loading import LoadedModel, load_model
+from matformer_dist.inference.language import LoadedLanguageModel
+from matformer_dist.inference.loading import load_language_model
 from matformer_dist.submodels.extract import extract
 from tests.unit.submodels.odd_texts import ODD
 from tests.unit.submodels.synthetic_run import TEXT, model_config, random_model, write_run
@@ -43,8 +44,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loaded(run: Path) -> LoadedModel:
-    return load_model(run)
+def loaded(run: Path) -> LoadedLanguageModel:
+    return load_language_model(run)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def _instances(kind: Any, arguments: list[Any]) -> list[Instance]:
 
 @pytest.mark.parametrize("submodel", SUBMODELS)
 def test_every_metric_of_shipped_tasks_matches_lm_evals_hf_model(
-    loaded: LoadedModel, theirs: dict[str, Any], submodel: str
+    loaded: LoadedLanguageModel, theirs: dict[str, Any], submodel: str
 ) -> None:
     found = []
     for lm in (theirs[submodel], MatformerLM(loaded, submodel, batch_size=7)):
@@ -128,7 +129,7 @@ def _pairs() -> list[tuple[str, str]]:
 @pytest.mark.parametrize("submodel", ["S", "S:1,L:2"])
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_loglikelihood_of_odd_requests_matches_lm_evals_hf_model(
-    loaded: LoadedModel, theirs: dict[str, Any], submodel: str, batch_size: int
+    loaded: LoadedLanguageModel, theirs: dict[str, Any], submodel: str, batch_size: int
 ) -> None:
     requests = _instances("loglikelihood", _pairs())
     # With its cache, theirs takes the wrong rows where one sequence is split at two places.
@@ -143,7 +144,7 @@ def test_loglikelihood_of_odd_requests_matches_lm_evals_hf_model(
     assert answer[1] and not any(hit for _, hit in expected)
 
 
-def _greedy(loaded: LoadedModel, submodel: str, context: str) -> str:
+def _greedy(loaded: LoadedLanguageModel, submodel: str, context: str) -> str:
     """A text of one token that is the likeliest one."""
     tokens = torch.tensor([loaded.tokenizer.encode(context)])
     with torch.no_grad():
@@ -153,7 +154,7 @@ def _greedy(loaded: LoadedModel, submodel: str, context: str) -> str:
 
 @pytest.mark.parametrize("submodel", ["M", "XL"])
 def test_rolling_likelihood_matches_lm_evals_hf_model(
-    loaded: LoadedModel, theirs: dict[str, Any], submodel: str
+    loaded: LoadedLanguageModel, theirs: dict[str, Any], submodel: str
 ) -> None:
     texts = [*ODD, TEXT, TEXT * 30, "x" * (CONTEXT - 1), "x" * CONTEXT, "x" * (CONTEXT + 1)]
     requests = _instances("loglikelihood_rolling", [(text,) for text in texts])
@@ -167,7 +168,7 @@ def test_rolling_likelihood_matches_lm_evals_hf_model(
 
 @pytest.mark.parametrize("submodel", ["S", "L"])
 def test_generated_texts_match_lm_evals_hf_model(
-    loaded: LoadedModel, theirs: dict[str, Any], submodel: str
+    loaded: LoadedLanguageModel, theirs: dict[str, Any], submodel: str
 ) -> None:
     prompts = ["def total", "return", "naïve café", TEXT, TEXT * 20, "x"]
     common = {"do_sample": False}
@@ -185,14 +186,14 @@ def test_generated_texts_match_lm_evals_hf_model(
     assert lm.truncated == len(settings) and len(set(expected)) > 6
 
 
-def test_sampled_texts_differ_and_repeat(loaded: LoadedModel) -> None:
+def test_sampled_texts_differ_and_repeat(loaded: LoadedLanguageModel) -> None:
     how = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "max_gen_toks": 12, "until": []}
     requests = _instances("generate_until", [("def total", how)] * 4)
     first, again = (MatformerLM(loaded, "M").generate_until(requests) for _ in range(2))
     assert first == again and len(set(first)) > 1
 
 
-def test_adapters_share_weights(loaded: LoadedModel) -> None:
+def test_adapters_share_weights(loaded: LoadedLanguageModel) -> None:
     small, large = (MatformerLM(loaded, submodel) for submodel in ("S", "XL"))
     mixed = MatformerLM(loaded, "S:1+L:2")  # as --model_args can have it
     assert str(mixed.submodel) == "S:1,L:2"
@@ -213,7 +214,7 @@ def test_adapters_share_weights(loaded: LoadedModel) -> None:
     ],
 )
 def test_requests_that_cannot_be_answered(
-    loaded: LoadedModel, kind: str, argument: Any, says: str
+    loaded: LoadedLanguageModel, kind: str, argument: Any, says: str
 ) -> None:
     with pytest.raises(UserError, match=says):
         getattr(MatformerLM(loaded), kind)(_instances(kind, [argument]))
@@ -233,7 +234,7 @@ def test_bad_arguments(run: Path, arguments: dict[str, Any], says: str) -> None:
         MatformerLM(str(run), **arguments)
 
 
-def test_lm_eval_finds_the_model_by_name(run: Path, loaded: LoadedModel) -> None:
+def test_lm_eval_finds_the_model_by_name(run: Path, loaded: LoadedLanguageModel) -> None:
     made = get_model("matformer").create_from_arg_string(
         f"pretrained={run}@5,submodel=M", {"batch_size": "3", "device": "cpu"}
     )

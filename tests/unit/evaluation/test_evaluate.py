@@ -17,13 +17,14 @@ from typer.testing import CliRunner
 
 from matformer_dist.cli import app
 from matformer_dist.config_file import load_config
+from matformer_dist.config_language import as_language
 from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.errors import UserError
 from matformer_dist.evaluation import sources
 from matformer_dist.evaluation.parts import Part
 from matformer_dist.evaluation.run import evaluate_run
-from matformer_dist.evaluation.validation import Validation
-from matformer_dist.inference.loading import load_model
+from matformer_dist.evaluation.validation import Tokens
+from matformer_dist.inference.loading import load_language_model, load_model
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.submodels.extract import extract
 from tests.unit.submodels.run_with_data import SEQ_LEN, SEQUENCES, write_run_with_data
@@ -45,8 +46,9 @@ def run(lm: MatLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run_with_data(tmp_path_factory.mktemp("evaluate") / "run", lm)
 
 
-def validation_of(run: Path) -> Validation:
-    return Validation.of(load_config(run / "config.yaml"), load_tokenizer(run), None)
+def validation_of(run: Path) -> Tokens:
+    config = as_language(load_config(run / "config.yaml"), "the test")
+    return Tokens.of(config, load_tokenizer(run), None)
 
 
 def results(evaluation: Any) -> dict[str, dict[str, Any]]:
@@ -138,7 +140,7 @@ def test_xl_that_is_gone_is_not_agreed_with(run: Path, tmp_path: Path) -> None:
 def test_models_of_another_run_are_told_apart(run: Path, tmp_path: Path) -> None:
     """Of the same shape: nothing agrees. Of another: nothing is evaluated."""
     (one,) = extract(str(run), ["M"], output=tmp_path / "m")
-    changes = load_model(run).model.model.model_copy(update={"init_std": 0.3})
+    changes = load_language_model(run).model.model.model_copy(update={"init_std": 0.3})
     other = write_run_with_data(tmp_path / "other", random_model(changes))
     evaluation = evaluate_run(str(one.path), run=other, device="cpu")
     assert "holds other weights by now" in evaluation.note

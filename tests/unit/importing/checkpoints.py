@@ -56,7 +56,9 @@ def some_tokens(vocab_size: int = VOCAB) -> Tensor:
 
 def load(run: Path) -> MatLM:
     """The imported universal model, in memory."""
-    return load_universal(find_checkpoint(str(run))).build().eval()
+    model = load_universal(find_checkpoint(str(run))).build().eval()
+    assert isinstance(model, MatLM)
+    return model
 
 
 @torch.no_grad()

@@ -12,10 +12,11 @@ import yaml
 
 from matformer_dist.checkpoints.verify import faults
 from matformer_dist.config_file import load_config
+from matformer_dist.config_language import as_language
 from matformer_dist.errors import UserError
 from matformer_dist.importing.import_model import ImportOptions, import_model
 from matformer_dist.importing.llama_weights import LlamaWeights
-from matformer_dist.inference.loading import load_native
+from matformer_dist.inference.loading import load_language_model
 from matformer_dist.run_directory import UNIVERSAL, find_checkpoint
 from matformer_dist.submodels.extract import extract
 from tests.unit.importing.checkpoints import (
@@ -105,7 +106,7 @@ def test_prefixes_come_out_as_models_of_their_own(tmp_path: Path, calibration: P
     import_model(save(random_llama(), tmp_path / "hf"), tmp_path / "run", options)
     lm = load(tmp_path / "run")
     (one,) = extract(str(tmp_path / "run"), ["a:2,b:1"], output=tmp_path / "out")
-    loaded = load_native(one.path)
+    loaded = load_language_model(one.path)
     assert loaded.submodel.widths == (6, 6, 30)
     nesting = find_checkpoint(str(tmp_path / "run")).manifest.nesting
     with torch.no_grad():
@@ -129,7 +130,7 @@ def test_the_run_directory_is_what_training_would_have_left(tmp_path: Path) -> N
     checkpoint = find_checkpoint(str(run))
     assert faults(checkpoint) == []
     manifest = checkpoint.manifest
-    assert (manifest.step, manifest.tokens, manifest.has_optimizer) == (0, 0, False)
+    assert (manifest.step, manifest.units, manifest.has_optimizer) == (0, 0, False)
     assert manifest.layout == UNIVERSAL
     for name, weight in load(run).named_parameters():  # no file holds more than its weight
         assert 0 < manifest.files[f"zero/{name}/fp32.pt"].bytes - weight.nbytes < 2000
@@ -140,7 +141,7 @@ def test_the_run_directory_is_what_training_would_have_left(tmp_path: Path) -> N
 
     with pytest.raises(UserError, match=r"leaves data\.train open"):
         load_config(run / "config.yaml")
-    config = load_config(run / "config.yaml", ["data.train=[[1,corpus]]"])
+    config = as_language(load_config(run / "config.yaml", ["data.train=[[1,corpus]]"]), "it")
     assert (config.model, config.granularities) == (manifest.model, manifest.nesting)
     assert config.training.precision == manifest.precision
     assert (config.training.seq_len, config.model.kv_heads, config.run.dir) == (16, 2, run)

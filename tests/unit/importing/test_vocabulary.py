@@ -10,6 +10,7 @@ import sentencepiece
 import torch
 
 from matformer_dist.config_file import load_config
+from matformer_dist.config_language import as_language
 from matformer_dist.data.sentencepiece_tokenizer import train_tokenizer
 from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.errors import UserError
@@ -118,9 +119,8 @@ def test_a_tokenizer_json_comes_in_and_goes_out(tmp_path: Path, rows: int) -> No
     model = import_model(source, tmp_path / "run")
     run, original = load_tokenizer(tmp_path / "run"), load_tokenizer(source)
     assert (run.vocab_size, run.eod) == (rows, original.eod)
-    assert load_config(tmp_path / "run/config.yaml", ["data.train=[[1,x]]"]).data.tokenizer == (
-        tmp_path / "run/tokenizer.json"
-    )
+    config = load_config(tmp_path / "run/config.yaml", ["data.train=[[1,x]]"])
+    assert as_language(config, "it").data.tokenizer == (tmp_path / "run/tokenizer.json")
     first, *rest = model.notices
     assert first.startswith(f"the checkpoint's texts begin with id {SIZE - 2}; ")
     assert "extracted" not in first, "this tokenizer comes and goes whole"

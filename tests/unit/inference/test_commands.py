@@ -13,7 +13,7 @@ from matformer_dist import cli
 from matformer_dist.data.prepare import prepare_data
 from matformer_dist.errors import UserError
 from matformer_dist.inference.generation import Sampling, generate, sample
-from matformer_dist.inference.loading import load_model
+from matformer_dist.inference.loading import load_language_model
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.submodels.extract import extract
 from tests.unit.submodels.synthetic_run import (
@@ -74,7 +74,7 @@ def test_generate_matches_each_prompt_alone(lm: MatLM, run: Path) -> None:
         for notation, prompt, text in zip(SUBMODELS, PROMPTS, texts, strict=True)
     ]
     assert shown == "".join(blocks)
-    assert load_model(run).generate(
+    assert load_language_model(run).generate(
         PROMPTS, SUBMODELS, max_new_tokens=20, temperature=0
     ) == texts  # fmt: skip
     alone, _ = invoke("generate", run, *options("prompt", PROMPTS[:1]), *limits, "--submodel", "S")
@@ -96,9 +96,11 @@ def test_drafts_change_no_text(run: Path) -> None:
 def test_an_extracted_model_drafts_too(run: Path, tmp_path: Path) -> None:
     """It is nested still."""
     (one,) = extract(str(run), ["S:1,L:2"], output=tmp_path / "native", format="native")
-    loaded = load_model(one.path)
+    loaded = load_language_model(one.path)
     texts = loaded.generate(PROMPTS, max_new_tokens=9, temperature=0, draft="S", draft_tokens=2)
-    assert texts == load_model(run).generate(PROMPTS, "S:1,L:2", max_new_tokens=9, temperature=0)
+    assert texts == load_language_model(run).generate(
+        PROMPTS, "S:1,L:2", max_new_tokens=9, temperature=0
+    )
     with pytest.raises(UserError, match="submodel 'L' is wider"):
         loaded.generate(PROMPTS, "L")
 
@@ -149,7 +151,7 @@ def test_devices_that_are_not_there_are_named(run: Path, words: list[str]) -> No
 
 def test_sample_takes_runs(run: Path) -> None:
     text = sample(run, "def", max_new_tokens=8, temperature=0, device="cpu").text
-    assert [text] == load_model(run).generate(["def"], max_new_tokens=8, temperature=0)
+    assert [text] == load_language_model(run).generate(["def"], max_new_tokens=8, temperature=0)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +175,7 @@ def test_what_does_not_fit_is_named(run: Path, words: list[str], says: str) -> N
 
 
 def test_a_list_of_granularities_is_a_submodel(run: Path) -> None:
-    model = load_model(run)
+    model = load_language_model(run)
     lists = model.generate(PROMPTS, ["S", ["S", "L", "L"], "XL"], max_new_tokens=5, temperature=0)
     names = model.generate(PROMPTS, ["S", "S:1,L:2", "XL"], max_new_tokens=5, temperature=0)
     assert lists == names
@@ -184,20 +186,20 @@ def test_a_list_of_granularities_is_a_submodel(run: Path) -> None:
 
 def test_a_step_that_is_not_there_is_named_with_those_that_are(run: Path) -> None:
     with pytest.raises(UserError, match=r"@9 is not there; checkpoints are: .*@5"):
-        load_model(f"{run}@9")
+        load_language_model(f"{run}@9")
 
 
 def test_an_empty_draft_is_no_submodel(run: Path) -> None:
     """Not as if none had been asked for."""
     with pytest.raises(UserError, match="there is no slice ''"):
-        load_model(run).generate(["def"], max_new_tokens=2, draft="")
+        load_language_model(run).generate(["def"], max_new_tokens=2, draft="")
 
 
 def test_one_text_is_no_list(run: Path) -> None:
     with pytest.raises(UserError, match="prompts must be a list of texts, such as"):
-        load_model(run).generate("def ")
+        load_language_model(run).generate("def ")
     with pytest.raises(UserError, match="there is no prompt"):
-        load_model(run).generate([])
+        load_language_model(run).generate([])
 
 
 def test_speculate_writes_what_it_shows(run: Path, tmp_path: Path) -> None:

@@ -261,7 +261,7 @@ def test_sample_stops_at_the_end_of_a_document(
     tokenizer = small_tokenizer()
     whole = sample(extracted["native"], "def", max_new_tokens=20, temperature=0, device="cpu")
     ids = tokenizer.encode("def")
-    loaded = loading.load_native(extracted["native"])
+    loaded = loading.load_language_model(extracted["native"])
     (tokens,) = generate(loaded.model, loaded.submodel, [ids], max_new_tokens=20, sampling=GREEDY)
     monkeypatch.setattr(SentencePieceTokenizer, "eod", tokens[7])
     cut = sample(extracted["native"], "def", max_new_tokens=20, temperature=0, device="cpu")
@@ -276,7 +276,7 @@ def test_low_precision_weights_run_in_fp32_on_a_cpu(lm: MatLM, tmp_path: Path) -
     prompts = ["d", "total", "re", "(", "co", "s", "#", "n"]  # enough for bf16 to stray from fp32
 
     def continuations(dtype: torch.dtype) -> list[str]:
-        loaded = loading.load_native(tmp_path / "native", dtype)
+        loaded = loading.load_language_model(tmp_path / "native", dtype)
         rows = [
             generate(loaded.model, loaded.submodel, [ids], max_new_tokens=40, sampling=GREEDY)[0]
             for ids in map(tokenizer.encode, prompts)

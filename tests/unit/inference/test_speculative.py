@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from matformer_dist.config import ModelConfig
+from matformer_dist.config_language import LanguageModelConfig
 from matformer_dist.errors import UserError
 from matformer_dist.inference import speculative
 from matformer_dist.inference.generation import Sampling, generate
@@ -142,7 +142,9 @@ DRAWS = 10_000
 
 def tiny_model() -> MatLM:
     """Its S is often right, and often wrong."""
-    config = ModelConfig(d_model=8, n_layers=2, n_heads=2, d_ff=8, max_seq_len=16, init_std=0.5)
+    config = LanguageModelConfig(
+        d_model=8, n_layers=2, n_heads=2, d_ff=8, max_seq_len=16, init_std=0.5
+    )
     return MatLM(config, [TINY] * 2, VOCAB, Initializer(seed=1)).eval()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from matformer_dist.config import ModelConfig
+from matformer_dist.config_language import LanguageModelConfig
 from matformer_dist.models.cache import Span
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.models.rotation import Rotation
@@ -25,7 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def matlm(**settings: Any) -> MatLM:
-    model = ModelConfig(
+    model = LanguageModelConfig(
         d_model=24, n_layers=2, n_heads=4, d_ff=16, init_std=0.3, max_seq_len=32, **settings
     )
     return MatLM(model, [NESTING] * 2, VOCAB, Initializer(seed=1)).double()

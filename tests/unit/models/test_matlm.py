@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from matformer_dist.config import ModelConfig
+from matformer_dist.config import Sample
+from matformer_dist.config_language import LanguageModelConfig
 from matformer_dist.counting import count_parameters, forward_flops
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.models.matlm import MatLM
@@ -29,7 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def matlm(**settings: Any) -> MatLM:
-    model = ModelConfig(**{**SHAPE, "max_seq_len": 32, **settings})
+    model = LanguageModelConfig(**{**SHAPE, "max_seq_len": 32, **settings})
     return MatLM(model, [NESTING] * 3, VOCAB, Initializer(seed=1)).double()
 
 
@@ -157,26 +158,28 @@ def test_activation_checkpointing_changes_no_gradient(
 PAPER_VOCAB = 256_000
 
 
-def paper_model(d_model: int) -> ModelConfig:
+def paper_model(d_model: int) -> LanguageModelConfig:
     """The shapes of table T4."""
-    return ModelConfig(
+    return LanguageModelConfig(
         d_model=d_model, n_layers=16, n_heads=16, d_ff=4 * d_model, ffn="gelu", norm="layernorm",
         tied_embeddings=True, max_seq_len=1024,
     )  # fmt: skip
 
 
-def paper_nesting(model: ModelConfig) -> Nesting:
+def paper_nesting(model: LanguageModelConfig) -> Nesting:
     return Nesting.from_fractions(model.d_ff, ["1/8", "1/4", "1/2", 1])
 
 
-def paper_pass(model: ModelConfig, counts: Sequence[int], shared: bool = False) -> Pass:
+def paper_pass(model: LanguageModelConfig, counts: Sequence[int], shared: bool = False) -> Pass:
     """`counts` sequences for each granularity, XL first."""
     submodels = paper_nesting(model).uniforms(model.n_layers)
     segments = [Segment(s, n) for s, n in zip(submodels, counts, strict=True)]
     return plan(segments, shared, [0.25] * 4)
 
 
-def counted_flops(model: ModelConfig, run: Pass, sequences: int, positions: int) -> tuple[int, int]:
+def counted_flops(
+    model: LanguageModelConfig, run: Pass, sequences: int, positions: int
+) -> tuple[int, int]:
     """FLOPs of forward and backward, body and head apart, counted on the meta device."""
     with torch.device("meta"):
         lm = MatLM(model, [paper_nesting(model)] * model.n_layers, PAPER_VOCAB, Initializer(None))
@@ -203,7 +206,9 @@ def test_flop_counter_matches_the_formula(d_model: int, shared: bool) -> None:
     model = paper_model(d_model)
     run = paper_pass(model, (2, 2, 2, 2) if shared else (1, 2, 0, 3), shared)
     counted = counted_flops(model, run, 2 if shared else 6, 1024)
-    expected = forward_flops(model, PAPER_VOCAB, run.segments, 1024, shared_tokens=shared)
+    expected = forward_flops(
+        model, PAPER_VOCAB, run.segments, Sample(1024, 1024), shared_tokens=shared
+    )
     assert counted == (3 * expected.body, 3 * expected.head)
 
 

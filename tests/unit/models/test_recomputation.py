@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from matformer_dist.config import ModelConfig
-from matformer_dist.models.matlm import Block
+from matformer_dist.config_language import LanguageModelConfig
+from matformer_dist.models.block import Block
 from matformer_dist.models.recomputation import Again, made_again
 from matformer_dist.models.rotation import Rotation
 from matformer_dist.nesting import Nesting
@@ -59,7 +59,7 @@ def _storages(tree: Any) -> dict[int, tuple[StorageWeakRef, int]]:
 
 class Layer:
     def __init__(self, variant: str, dtype: torch.dtype = torch.float32) -> None:
-        self.model = ModelConfig(
+        self.model = LanguageModelConfig(
             d_model=D, n_layers=1, n_heads=4, d_ff=128, max_seq_len=POSITIONS, **VARIANTS[variant]
         )
         self.block = Block("layer", self.model, NESTING, Initializer(seed=1), SINGLE).to(dtype)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from matformer_dist.config import ModelConfig
+from matformer_dist.config_language import LanguageModelConfig
 from matformer_dist.models.rotation import Rotation
 
 SHAPE = {"d_model": 256, "n_layers": 1, "n_heads": 4, "d_ff": 64, "rope_theta": 500000.0}
@@ -34,7 +34,9 @@ def test_rotations_are_bit_for_bit_transformers(
     transformers = pytest.importorskip("transformers")
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    model = ModelConfig.model_validate({**SHAPE, "max_seq_len": 131072, "rope_scaling": ours})
+    model = LanguageModelConfig.model_validate(
+        {**SHAPE, "max_seq_len": 131072, "rope_scaling": ours}
+    )
     config = transformers.LlamaConfig(
         hidden_size=256, num_attention_heads=4, max_position_embeddings=131072,
         rope_parameters={**theirs, "rope_theta": 500000.0},
@@ -59,4 +61,4 @@ def test_rotations_are_bit_for_bit_transformers(
 )
 def test_what_makes_no_sense_is_refused(scaling: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        ModelConfig.model_validate({**SHAPE, "rope_scaling": scaling})
+        LanguageModelConfig.model_validate({**SHAPE, "rope_scaling": scaling})

@@ -13,8 +13,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from matformer_dist.config import Config
 from matformer_dist.config_file import load_config
+from matformer_dist.config_language import LanguageConfig, as_language
 from matformer_dist.deepspeed_section import check_deepspeed_section
 from matformer_dist.errors import UserError
 from matformer_dist.models.matlm import MatLM
@@ -34,14 +34,14 @@ SHIPPED = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob(
 H100 = Machine("H100", round(79.6 * 2**30), 989)
 
 
-def shipped(name: str) -> Config:
-    return load_config(CONFIGS / name, if_open=plan.IF_OPEN)
+def shipped(name: str) -> LanguageConfig:
+    return as_language(load_config(CONFIGS / name, if_open=plan.IF_OPEN), "the test")
 
 
 def order(name: str, devices: int, machine: Machine = H100) -> plan.Order:
     config = shipped(name)
     assert config.model.vocab_size is not None
-    return plan.Order(config, config.model.vocab_size, devices, machine, tokens=10**9)
+    return plan.Order(config, config.model.vocab_size, devices, machine, units=10**9)
 
 
 def text_of(parts: object) -> str:
@@ -156,7 +156,7 @@ def test_as_little_is_spent_on_memory_as_there_is_need_for(
     best = candidates(config, asked.outputs, asked.devices, asked.machine)[0]
     assert best.run.config.training.activation_checkpointing == checkpointing
     assert best.run.config.parallel.sequence == sequence
-    assert Config.model_validate(best.run.config.model_dump(mode="json"))
+    assert LanguageConfig.model_validate(best.run.config.model_dump(mode="json"))
     shown = text_of(plan.show_plan(replace(asked, config=config)))
     assert f"parallel.sequence={str(sequence).lower()} " in shown
     for less in ("none", "selective", "full"):

@@ -14,7 +14,7 @@ import yaml
 
 from matformer_dist.config import Config
 from matformer_dist.config_file import load_config
-from matformer_dist.counting import count_parameters, flops_per_token
+from matformer_dist.counting import count_parameters, flops_per_unit
 from matformer_dist.nesting import Submodel, mix_n_match
 
 MakeRun = Callable[..., Path]
@@ -97,7 +97,7 @@ def evaluated_submodel(
         "kind": kind,
         "parameters": parameters.total,
         "non_embedding_parameters": parameters.non_embedding,
-        "flops_per_token": flops_per_token(config.model, 4096, submodel, 256),
+        "flops_per_token": flops_per_unit(config.model, 4096, submodel, config.sample),
         "loss": loss_at(submodel, tokens) + bend,
         "agreement": agreement_at(submodel, tokens),
     }

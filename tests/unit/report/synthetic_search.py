@@ -9,7 +9,7 @@ from typing import Any
 
 from matformer_dist.config import Config
 from matformer_dist.config_file import load_config
-from matformer_dist.counting import count_parameters, flops_per_token
+from matformer_dist.counting import count_parameters, flops_per_unit
 from matformer_dist.nesting import Submodel, mix_n_match
 from tests.unit.report.conftest import agreement_at, loss_at
 
@@ -36,7 +36,7 @@ def measured(config: Config, submodel: Submodel, tokens: int, latency: bool) -> 
         "widths": list(submodel.widths),
         "parameters": parameters.total,
         "non_embedding_parameters": parameters.non_embedding,
-        "flops_per_token": flops_per_token(config.model, 4096, submodel, 256),
+        "flops_per_token": flops_per_unit(config.model, 4096, submodel, config.sample),
         "memory_bytes": 4 * parameters.total + 4096 * max(submodel.widths),
         "latency_ms": latency_ms if latency else None,
         "loss": loss,

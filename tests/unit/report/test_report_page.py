@@ -14,6 +14,7 @@ import typer.main
 import yaml
 
 from matformer_dist import cli
+from matformer_dist.config_language import LanguageModelConfig
 from matformer_dist.errors import UserError
 from matformer_dist.report import write_report
 from matformer_dist.report.inputs import read_run
@@ -182,6 +183,7 @@ def test_every_command_matches_what_the_cli_takes(
                 read_run(run).nesting.parse(submodel, model.n_layers)
             assert options["format"] in FORMATS
             if options["format"] == "hf":
+                assert isinstance(model, LanguageModelConfig)
                 check_architecture(model)
 
 

@@ -8,8 +8,9 @@ from itertools import product
 import numpy as np
 import pytest
 
-from matformer_dist.config import ModelConfig
-from matformer_dist.counting import count_parameters, flops_per_token
+from matformer_dist.config import Sample
+from matformer_dist.config_language import LanguageModelConfig
+from matformer_dist.counting import count_parameters, flops_per_unit
 from matformer_dist.errors import UserError
 from matformer_dist.nesting import Nesting, Submodel, mix_n_match
 from matformer_dist.search import knapsack
@@ -21,12 +22,14 @@ from matformer_dist.submodels.slices import Cost
 
 NESTING = Nesting.from_widths([8, 16, 40, 64])
 LAYERS = 4
-MODEL = ModelConfig(d_model=32, n_layers=LAYERS, n_heads=4, d_ff=64, max_seq_len=48, n_kv_heads=2)
+MODEL = LanguageModelConfig(
+    d_model=32, n_layers=LAYERS, n_heads=4, d_ff=64, max_seq_len=48, n_kv_heads=2
+)
 EVERY = [Submodel(NESTING, chosen) for chosen in product(range(4), repeat=LAYERS)]
 
 
 def costs(latency: tuple[float, ...] = (1.0, 1.7, 2.0, 4.3)) -> Costs:
-    return Costs.of(MODEL, NESTING, 307, seq_len=16, dtype="bf16", latency_ms=latency)
+    return Costs.of(MODEL, NESTING, 307, Sample(16, 16), dtype="bf16", latency_ms=latency)
 
 
 def random_predictor(seed: int, layers: int = LAYERS) -> Predictor:
@@ -39,7 +42,7 @@ def test_costs_match_counts_of_every_submodel() -> None:
     for one in EVERY[::7]:
         count = count_parameters(MODEL, 307, one)
         assert found.cost("params", one) == count.total
-        assert found.cost("flops", one) == flops_per_token(MODEL, 307, one, 16)
+        assert found.cost("flops", one) == flops_per_unit(MODEL, 307, one, Sample(16, 16))
         cache = 2 * LAYERS * 2 * 8 * 16  # keys and values of 2 heads of 8
         assert found.cost("memory", one) == 2 * (count.total + cache)
         assert found.embeddings == count.total - count.non_embedding
@@ -77,8 +80,8 @@ def test_too_many_costs_share_places(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_best_of_a_deep_model_is_near_the_bound_of_its_dual() -> None:
     odd = Nesting.from_widths([1024, 1537, 2048, 3071, 4096, 6111, 8192, 10240])
-    deep = ModelConfig(d_model=2560, n_layers=48, n_heads=20, d_ff=10240, max_seq_len=2048)
-    found = Costs.of(deep, odd, 256_000, seq_len=2048, dtype="bf16")
+    deep = LanguageModelConfig(d_model=2560, n_layers=48, n_heads=20, d_ff=10240, max_seq_len=2048)
+    found = Costs.of(deep, odd, 256_000, Sample(2048, 2048), dtype="bf16")
     predictor = Predictor(3.0, np.random.default_rng(0).exponential(0.01, (48, 7)))
     sack = Knapsack(predictor, found, "params", keep=12)
     smallest, largest = (found.cost("params", odd.uniform(i, 48)) for i in (0, 7))
@@ -191,9 +194,9 @@ def test_budgets_out_of_range_are_told_the_range(limit: float, where: str) -> No
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_range_that_is_told_can_be_asked_for(kind: Cost) -> None:
-    large = ModelConfig(d_model=2568, n_layers=LAYERS, n_heads=4, d_ff=64, max_seq_len=48)
+    large = LanguageModelConfig(d_model=2568, n_layers=LAYERS, n_heads=4, d_ff=64, max_seq_len=48)
     times = (1.0000001, 2, 3, 4321.98765)
-    found = Costs.of(large, NESTING, 32001, seq_len=16, dtype="bf16", latency_ms=times)
+    found = Costs.of(large, NESTING, 32001, Sample(16, 16), dtype="bf16", latency_ms=times)
     with pytest.raises(UserError) as told:
         found.check(Budget(kind, 1e-3))
     smallest, largest = re.findall(r"([0-9.]+[A-Za-z]*) \((?:S|XL)\)", str(told.value))

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from matformer_dist.checkpoints.files import hash_file
-from matformer_dist.config import ModelConfig
+from matformer_dist.config_language import LanguageModelConfig
 from matformer_dist.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.nesting import Nesting
@@ -27,14 +27,14 @@ def small_tokenizer() -> SentencePieceTokenizer:
     return train_tokenizer([TEXT] * 3, VOCAB)
 
 
-def model_config(**changes: Any) -> ModelConfig:
+def model_config(**changes: Any) -> LanguageModelConfig:
     shape: dict[str, Any] = {
         "d_model": 32, "n_layers": 3, "n_heads": 4, "d_ff": 64, "max_seq_len": 48, "init_std": 0.2,
     }  # fmt: skip
-    return ModelConfig.model_validate({**shape, **changes})
+    return LanguageModelConfig.model_validate({**shape, **changes})
 
 
-def random_model(model: ModelConfig, seed: int = 3) -> MatLM:
+def random_model(model: LanguageModelConfig, seed: int = 3) -> MatLM:
     """Whole random weights; norms too, or an export that forgets them would go unnoticed."""
     lm = MatLM(model, [NESTING] * model.n_layers, VOCAB, Initializer(seed))
     generator = torch.Generator().manual_seed(seed)
@@ -71,14 +71,14 @@ def write_run(directory: Path, lm: MatLM, *, tensor: int = 1, step: int = 5) -> 
         torch.save(state, checkpoint / f"mp_rank_{rank:02d}_model_states.pt")
     manifest = Manifest(
         step=step,
-        consumed_sequences=step,
-        tokens=8 * step,
+        samples=step,
+        units=8 * step,
         layout=Layout(tensor=tensor, data=1, zero_stage=0),
         model=lm.model,
-        vocab_size=VOCAB,
+        outputs=VOCAB,
         nesting=NESTING,
         precision="fp32",
-        tokenizer_sha256=tokenizer.digest,
+        labels_sha256=tokenizer.digest,
         config_sha256="",
         versions={},
         files={file.name: hash_file(file) for file in checkpoint.iterdir()},

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from matformer_dist.errors import UserError
-from matformer_dist.inference.loading import load_native
+from matformer_dist.inference.loading import load_language_model
 from matformer_dist.submodels.extract import extract
 from matformer_dist.submodels.safetensors_files import read_weights
 from tests.unit.submodels.synthetic_run import NESTING, VOCAB, model_config, random_model, write_run
@@ -25,7 +25,7 @@ def test_native_logits_match_universal_model_in_place(
     run = write_run(tmp_path / "run", lm, tensor=2)
     (one,) = extract(str(run), [notation], output=tmp_path / "out", shard_bytes=20_000)
     assert len(list(one.path.glob("model-*.safetensors"))) > 1
-    loaded = load_native(one.path)
+    loaded = load_language_model(one.path)
     submodel = NESTING.parse(notation, 3)
     assert loaded.submodel.widths == submodel.widths and str(loaded.submodel) == notation
     weights = dict(loaded.model.named_parameters())
@@ -49,11 +49,13 @@ def test_low_precision_is_the_rounded_weight(tmp_path: Path, dtype: torch.dtype)
     run = write_run(tmp_path / "run", lm)
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     (one,) = extract(str(run), ["XL"], output=tmp_path / "out", dtype=name)
-    loaded = load_native(one.path).model
+    loaded = load_language_model(one.path).model
     for parameter, stored in zip(lm.parameters(), loaded.parameters(), strict=True):
         assert torch.equal(stored, parameter.to(dtype))
     assert one.bytes == 2 * one.parameters
-    assert next(load_native(one.path, torch.float32).model.parameters()).dtype == torch.float32
+    assert (
+        next(load_language_model(one.path, torch.float32).model.parameters()).dtype == torch.float32
+    )
 
 
 def test_values_beyond_fp16_are_refused(tmp_path: Path) -> None:
@@ -87,7 +89,7 @@ def test_directories_that_are_not_whole_are_named(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", random_model(model_config()))
     (one,) = extract(str(run), ["M"], output=tmp_path / "out")
     with pytest.raises(UserError, match="not an extracted native model"):
-        load_native(tmp_path)
+        load_language_model(tmp_path)
     config = json.loads((one.path / "config.json").read_text())
     changes: list[tuple[dict[str, object], str]] = [
         ({"format": 2}, "format 2"),
@@ -98,8 +100,8 @@ def test_directories_that_are_not_whole_are_named(tmp_path: Path) -> None:
     for change, message in changes:
         (one.path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(UserError, match=message):
-            load_native(one.path)
+            load_language_model(one.path)
     (one.path / "config.json").write_text(json.dumps(config))
     (one.path / "model.safetensors").unlink()
     with pytest.raises(UserError, match="cannot read the weights"):
-        load_native(one.path)
+        load_language_model(one.path)

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from matformer_dist.checkpoints.store import CheckpointStore, _check_files
-from matformer_dist.config import CheckpointConfig, TrainingConfig
-from matformer_dist.config_file import load_config
+from matformer_dist.config import CheckpointConfig
+from matformer_dist.config_file import load_config, validate_config
+from matformer_dist.config_language import as_language
 from matformer_dist.errors import UserError
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.run_directory import Layout, Manifest, find_checkpoint, seal
@@ -20,7 +21,24 @@ from matformer_dist.training.loop import _in_order
 from matformer_dist.training.setup import check_checkpoint, check_run_directory
 from tests.unit.submodels.synthetic_run import model_config, random_model, write_run
 
-BATCH = TrainingConfig(steps=5, seq_len=8, micro_batch_size=1, global_batch_size=1)
+SETTINGS = as_language(
+    validate_config(
+        {
+            "run": {"dir": "unused"},
+            "model": {"d_model": 8, "n_layers": 1, "n_heads": 1, "d_ff": 8},
+            "data": {"train": [[1, "unused"]], "tokenizer": "unused"},
+            "training": {
+                "steps": 5,
+                "seq_len": 8,
+                "micro_batch_size": 1,
+                "global_batch_size": 1,
+                "precision": "fp32",
+            },
+        },
+        "test",
+    ),
+    "the test",
+)
 
 
 @pytest.fixture
@@ -64,9 +82,9 @@ def test_a_run_without_a_whole_checkpoint_does_not_begin_again(run: Path) -> Non
 
 def test_a_checkpoint_of_another_version_is_not_passed_over(run: Path) -> None:
     path = run / "checkpoints/step-6/manifest.json"
-    raw = path.read_bytes().replace(b'"format": 1', b'"format": 2')
+    raw = path.read_bytes().replace(b'"format": 2', b'"format": 3')
     path.write_bytes(seal(raw))
-    with pytest.raises(UserError, match="has format 2"):
+    with pytest.raises(UserError, match="has format 3"):
         step_of(run)
     path.write_bytes(raw)  # not as it was written: damaged, of whatever version
     assert step_of(run) == 4
@@ -124,8 +142,8 @@ def test_another_runs_checkpoint_can_be_gone_on_from(run: Path, tmp_path: Path) 
         ({"model": model_config(d_model=64)}, r"model.d_model \(was 32, now 64\)"),
         ({"model": model_config(rope_theta=5.0)}, "model.rope_theta"),
         ({"nesting": {"widths": [8, 24, 40, 64], "names": list("ABCD")}}, "nesting.widths .*names"),
-        ({"vocab_size": 9}, "vocabulary"),
-        ({"tokenizer_sha256": "0" * 64}, "SHA-256 of the tokenizer"),
+        ({"outputs": 9}, "tokens or classes"),
+        ({"labels_sha256": "0" * 64}, "SHA-256 of the tokenizer"),
         ({"precision": "bf16"}, "training.precision"),
     ],
 )
@@ -135,20 +153,24 @@ def test_a_checkpoint_of_another_model_is_refused(
     checkpoint = find_checkpoint(run)
     raw = checkpoint.manifest.model_dump(mode="json")
     with pytest.raises(UserError, match=says):
-        check_checkpoint(checkpoint, Manifest.model_validate({**raw, **change}), BATCH)
+        check_checkpoint(checkpoint, Manifest.model_validate({**raw, **change}), SETTINGS)
 
 
 def test_what_trained_weights_do_not_depend_on_may_change(run: Path) -> None:
     checkpoint = find_checkpoint(run)
     longer = model_config(max_seq_len=4096, init_std=1.0)
-    check_checkpoint(checkpoint, checkpoint.manifest.model_copy(update={"model": longer}), BATCH)
+    check_checkpoint(checkpoint, checkpoint.manifest.model_copy(update={"model": longer}), SETTINGS)
 
 
-@pytest.mark.parametrize("key", ["global_batch_size", "seq_len"])
-def test_another_batch_is_refused_because_steps_count_data(run: Path, key: str) -> None:
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [("global_batch_size", "training.global_batch_size"), ("seq_len", "tokens a sample")],
+)
+def test_another_batch_is_refused_because_steps_count_data(run: Path, key: str, says: str) -> None:
     checkpoint = find_checkpoint(run)
-    other = BATCH.model_copy(update={key: 2})
-    with pytest.raises(UserError, match=rf"training.{key} \(was \d, now 2\)"):
+    training = SETTINGS.training.model_copy(update={key: 2})
+    other = SETTINGS.model_copy(update={"training": training})
+    with pytest.raises(UserError, match=rf"{says} \(was \d, now 2\)"):
         check_checkpoint(checkpoint, checkpoint.manifest, other)
 
 
