@@ -46,7 +46,7 @@ def evaluate(run: PlannedRun, machine: Machine) -> Candidate:
     return Candidate(run, estimate_memory(run), step_time(run, machine))
 
 
-def candidates(config: Config, vocab_size: int, devices: int, machine: Machine) -> list[Candidate]:
+def candidates(config: Config, outputs: int, devices: int, machine: Machine) -> list[Candidate]:
     """The best of each TP degree and ZeRO stage that fits, fastest first.
 
     Of layouts whose steps take as long, to 2%, the simplest comes first: the lower ZeRO stage and
@@ -55,19 +55,19 @@ def candidates(config: Config, vocab_size: int, devices: int, machine: Machine) 
     found = []
     for tensor in _tensor_sizes(devices, machine):
         for stage in stages(config, devices // tensor):
-            every = _layouts(config, vocab_size, devices, machine, tensor, stage)
+            every = _layouts(config, outputs, devices, machine, tensor, stage)
             if best := _best(every, machine):
                 found.append(best)
     return sorted(found, key=_preference)
 
 
-def least_need(config: Config, vocab_size: int, devices: int, machine: Machine) -> Candidate | None:
+def least_need(config: Config, outputs: int, devices: int, machine: Machine) -> Candidate | None:
     """Of all layouts the one that needs least memory; None where there is no layout at all."""
     every = [
         candidate
         for tensor in _tensor_sizes(devices, machine)
         for stage in stages(config, devices // tensor)
-        for candidate in _layouts(config, vocab_size, devices, machine, tensor, stage)
+        for candidate in _layouts(config, outputs, devices, machine, tensor, stage)
     ]
     return min(every, key=lambda candidate: candidate.memory.total_bytes, default=None)
 
@@ -139,19 +139,19 @@ def changed(
     if rest or data == 0 or training["global_batch_size"] % (training["micro_batch_size"] * data):
         return None
     try:
-        return Config.model_validate(tree)
+        return type(config).model_validate(tree)
     except (ValidationError, UserError):
         return None
 
 
 def _layouts(
-    config: Config, vocab_size: int, devices: int, machine: Machine, tensor: int, stage: int
+    config: Config, outputs: int, devices: int, machine: Machine, tensor: int, stage: int
 ) -> Iterator[Candidate]:
     """All of a TP degree and a ZeRO stage, those that do not fit included."""
     for sequence in (False, True)[:tensor]:
         for checkpointing in _CHECKPOINTING:
             yield from _of_micro_batches(
-                config, vocab_size, devices, machine,
+                config, outputs, devices, machine,
                 tensor=tensor, sequence=sequence, stage=stage, checkpointing=checkpointing,
             )  # fmt: skip
 
@@ -163,14 +163,14 @@ def _best(layouts: Iterable[Candidate], machine: Machine) -> Candidate | None:
 
 
 def _of_micro_batches(
-    config: Config, vocab_size: int, devices: int, machine: Machine, tensor: int, **layout: Any
+    config: Config, outputs: int, devices: int, machine: Machine, tensor: int, **layout: Any
 ) -> Iterator[Candidate]:
     """From the smallest micro-batch on, to the first that does not fit, included."""
     micro = 1
     while micro * (devices // tensor) <= config.training.global_batch_size:
         other = changed(config, devices, tensor=tensor, micro=micro, **layout)
-        if other is not None and holds_outputs(vocab_size, tensor):
-            run = PlannedRun(other, vocab_size, devices // tensor)
+        if other is not None and holds_outputs(outputs, tensor):
+            run = PlannedRun(other, outputs, devices // tensor)
             candidate = evaluate(run, machine)
             yield candidate
             if candidate.memory.total_bytes > machine.usable_bytes:

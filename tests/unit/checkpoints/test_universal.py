@@ -67,7 +67,7 @@ def _forget_file(run: Path) -> None:
 
 
 def _newer_format(run: Path) -> None:
-    _reseal(run / "checkpoints/step-5/manifest.json", format=2)
+    _reseal(run / "checkpoints/step-5/manifest.json", format=3)
 
 
 def _other_stage(run: Path) -> None:
@@ -91,7 +91,7 @@ def _with_code(run: Path) -> None:
         (_cut_file, "whole checkpoint: mp_rank_01_model_states.pt has 1000 bytes"),
         (_fill_with_zeros, "damaged: cannot read .*mp_rank_01"),
         (_forget_file, "incomplete: .*mp_rank_01_model_states.pt is missing"),
-        (_newer_format, "has format 2, this version of matformer_dist reads format 1"),
+        (_newer_format, "has format 3, this version of matformer_dist reads format 2"),
         (_other_stage, "incomplete: .*zero_pp_rank_0_mp_rank_00_optim_states.pt is missing"),
         (_without_weight, "holds 0 of the 2048 values of layers.1.ffn.w_in"),
         (_with_code, "damaged: cannot read .*mp_rank_01"),

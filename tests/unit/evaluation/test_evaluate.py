@@ -316,5 +316,5 @@ def test_what_does_not_fit_is_named(run: Path, tmp_path: Path) -> None:
     shutil.copytree(one.path, tmp_path / "g")
     entry = json.loads((one.path / "submodel.json").read_text())
     (tmp_path / "g" / "submodel.json").write_text(json.dumps({**entry, "format": "gguf"}))
-    with pytest.raises(UserError, match="which llama"):
+    with pytest.raises(UserError, match="which other programs run"):
         evaluate_run(str(tmp_path / "g"), device="cpu")

@@ -69,7 +69,7 @@ class Layer:
         self.x = torch.randn(sum(self.rows), D, generator=generator).to(dtype).requires_grad_()
 
     def __call__(self, mode: str) -> Tensor:
-        rest = (self.rotation, self.rows, list(reversed(NESTING.widths)), 1, None)
+        rest = (POSITIONS, self.rotation, self.rows, list(reversed(NESTING.widths)), 1, None)
         if mode == "full":
             y: Tensor = checkpoint(self.block, self.x, *rest, use_reentrant=False)
             return y
