@@ -144,7 +144,7 @@ class Head(nn.Module):
     def forward(
         self, hidden: Tensor, tied: Tensor | None, targets: Tensor, plan: Pass
     ) -> tuple[Tensor, Tensor]:
-        """hidden [N, D], targets [b, s] -> total loss and statistics [B, 4]; see MatLM.forward."""
+        """hidden [N, D], targets [b, s] -> total loss and statistics [B, 5]; see MatLM.forward."""
         weight = self.weight if tied is None else tied
         s = targets.shape[1]
         rows = [segment.sequences * s for segment in plan.segments]
@@ -167,9 +167,13 @@ class Head(nn.Module):
             vocab=self.shard,
         )
         counted = (flat != IGNORED_TARGET).to(out.nll.dtype)
-        agrees = counted.new_zeros(flat.shape) if out.agrees is None else out.agrees * counted
-        columns = torch.stack([out.nll, agrees, out.kl, counted], dim=1)
-        return out.total, columns.view(-1, s, 4).sum(dim=1)
+        agrees = correct = torch.zeros_like(counted)
+        if out.best is not None:
+            best = out.best.view(len(rows), rows[0])
+            agrees = counted * (best == best[:1]).flatten()
+            correct = counted * (out.best == flat)
+        columns = torch.stack([out.nll, agrees, out.kl, counted, correct], dim=1)
+        return out.total, columns.view(-1, s, 5).sum(dim=1)
 
     def logits(self, hidden: Tensor, tied: Tensor | None) -> Tensor:
         """hidden [N, D] -> logits [R, V] of all rows and the whole vocabulary, on every rank."""
@@ -268,8 +272,9 @@ class MatLM(nn.Module):
 
         tokens, targets [b, s]; b is the sum of the segments' sequences, or, with shared tokens,
         each segment's own. Returns the total loss (0-d) and, per sequence, segment by segment, sums
-        over its tokens [B, 4]: negative log-likelihood in nats, agreements with the first segment's
-        top-1, KL from the first segment in nats, and the number of tokens.
+        over its tokens [B, 5]: negative log-likelihood in nats, agreements with the first segment's
+        top-1, KL from the first segment in nats, the number of tokens, and those whose top-1 is the
+        target. Without shared tokens nobody looks for the top-1: agreements and the last are 0.
         """
         hidden = self.hidden(tokens, plan.segments, plan.shared_tokens)
         return self.head(hidden, self.tied_weight, targets, plan)

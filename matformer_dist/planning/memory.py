@@ -203,5 +203,5 @@ def _loss_bytes(run: PlannedRun) -> int:
     chunk = rows * (4 * run.local_vocab + (4 + (4 if copies else e)) * model.d_model)
     rounded = e * head if e == 2 else 0
     operand = 4 * head if copies else 0
-    numbers = run.rows * (12 + 16 + 12)  # weights of the losses, losses, and their copies
+    numbers = run.rows * (12 + 16 + 12 + 8)  # the losses' weights, losses, their copies, best ids
     return e * run.rows * model.d_model + 4 * head + operand + max(chunk, rounded) + numbers

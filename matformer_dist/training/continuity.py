@@ -26,7 +26,7 @@ def probe_loss(engine: Engine, config: Config, vocab_size: int, topology: Topolo
     largest = config.granularities.uniforms(config.model.n_layers)[0]
     plan = Pass.evaluation([largest], 1)
     statistics = engine.evaluate(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), plan)
-    nll, *_, count = statistics[0].tolist()
+    nll, _, _, count, _ = statistics[0].tolist()
     return float(nll / count)
 
 

@@ -170,7 +170,7 @@ class Engine:
         passes: Iterator[Pass],
         lr: float,
     ) -> list[tuple[Pass, Tensor]]:
-        """One optimizer step; returns each micro-batch's Pass and its statistics [B, 4]."""
+        """One optimizer step; returns each micro-batch's Pass and its statistics [B, 5]."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         results = []
@@ -219,7 +219,7 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor, targets: Tensor, plan: Pass) -> Tensor:
-        """Statistics [B, 4] of one batch, see MatLM.forward."""
+        """Statistics [B, 5] of one batch, see MatLM.forward."""
         self.deepspeed.eval()
         _, statistics = self.deepspeed(tokens, targets, plan)
         self.deepspeed.train()
