@@ -222,7 +222,7 @@ def gradient_case(args: argparse.Namespace, dtype: torch.dtype, gradient: torch.
     ones = torch.ones(targets.shape, device=args.device)
     original = logits.clone()
     rows = targets.numel()
-    written = logits.numel() * gradient.itemsize + rows * (4 * 4 + 1)
+    written = logits.numel() * gradient.itemsize + rows * (4 * 4 + 8)
     rest = (ranks, ones, ones, ones, 0, -100, 1.0, True, gradient)
     return Case(
         "chunk_gradient_",

@@ -33,7 +33,7 @@ namespace {
 
 // To be raised, here and in ops/native.py, with every change of a schema or of what it means: a
 // library that was left from an earlier build is then told apart.
-int64_t interface() { return 1; }
+int64_t interface() { return 2; }
 
 // What the CUDA operators were compiled for, with commas between; nothing in a CPU build.
 std::string cuda_architectures() {

@@ -54,9 +54,10 @@ struct Weights {
 
 // A row over the whole vocabulary.
 struct RowNumbers {
-  float lse, lse_tau, target, best_high, best_low;
+  float lse, lse_tau, target;
   float top;      // of all ranks
   float sum_tau;  // relative to top
+  int64_t best;   // global id of top
 };
 
 // Joins the ranks' numbers [T, rows, kNumbers] of one row.
@@ -65,14 +66,13 @@ MATFORMER_HOST_DEVICE inline RowNumbers join(const float* ranks, int64_t n_ranks
   RowNumbers out;
   out.top = -INFINITY;
   out.target = -INFINITY;
-  out.best_high = out.best_low = 0;
+  out.best = 0;
   for (int64_t t = 0; t < n_ranks; ++t) {
     const float* numbers = ranks + (t * rows + row) * kNumbers;
     // The first rank of equals: ids grow with the rank. NaN wins, as in torch.
     if (t == 0 || numbers[kTop] > out.top || (numbers[kTop] != numbers[kTop] && out.top == out.top)) {
       out.top = numbers[kTop];
-      out.best_high = numbers[kBestHigh];
-      out.best_low = numbers[kBestLow];
+      out.best = int64_t(numbers[kBestHigh]) * kIdBase + int64_t(numbers[kBestLow]);
     }
     if (!(numbers[kTarget] <= out.target)) out.target = numbers[kTarget];
   }
@@ -115,7 +115,7 @@ struct RowGradient {
 
 struct RowOutcome {
   float results[kResults];
-  bool agrees;
+  int64_t best;
   RowGradient gradient;
 };
 
@@ -140,8 +140,7 @@ MATFORMER_HOST_DEVICE inline RowOutcome conclude(const Chunk& chunk, const Weigh
   out.results[kNll] = nll;
   out.results[kLse] = numbers.lse;
   out.results[kKl] = kl;
-  out.agrees = valid && numbers.best_high == teacher.best_high &&
-               numbers.best_low == teacher.best_low;
+  out.best = numbers.best;
   out.gradient.lse = numbers.lse;
   out.gradient.lse_tau = numbers.lse_tau;
   out.gradient.ce = !valid ? 0.f : unowned ? NAN : ce;

@@ -54,7 +54,7 @@ void write_gradient_of(const LossLoops<T>& loops, T* z, int64_t n, const RowGrad
 template <class T>
 void token_gradient(const Chunk& chunk, const GradientOperands& operands, T* logits,
                     const int64_t* targets, int64_t token, bool write_gradient, float* scratch,
-                    float* results, bool* agrees) {
+                    float* results, int64_t* best) {
   const LossLoops<T>& loops = loss_loops<T>();
   const int64_t rows = chunk.groups * chunk.tokens, vocab = chunk.vocab;
   const float tau = chunk.temperature;
@@ -67,7 +67,7 @@ void token_gradient(const Chunk& chunk, const GradientOperands& operands, T* log
     const RowOutcome out = conclude(chunk, operands.weights, operands.ranks, operands.n_ranks, row,
                                     targets[row], numbers, teacher);
     for (int k = 0; k < kResults; ++k) results[k * rows + row] = out.results[k];
-    agrees[row] = out.agrees;
+    best[row] = out.best;
     if (!write_gradient) continue;
     const RowGradient& g = out.gradient;
     if (g.pull != 0 && !taught) {
@@ -125,10 +125,10 @@ std::tuple<Tensor, Tensor> chunk_gradient_(Tensor logits, Tensor targets, Tensor
     for_each_token(chunk, [&](int64_t token, float* scratch) {
       token_gradient(chunk, operands, mutable_data_of<T>(logits), data_of<int64_t>(targets), token,
                      gradient.has_value(), scratch, mutable_data_of<float>(operands.results),
-                     mutable_data_of<bool>(operands.agrees));
+                     mutable_data_of<int64_t>(operands.best));
     });
   });
-  return {operands.results, operands.agrees};
+  return {operands.results, operands.best};
 }
 
 }  // namespace

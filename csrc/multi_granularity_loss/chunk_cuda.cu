@@ -180,7 +180,7 @@ __device__ Vector<Gradient, N> gradient_of(const Vector<T, N>& part, int64_t j,
 // Writes the results of a token's rows, and what their gradients need to shared memory.
 __device__ void conclude_token(const Chunk& chunk, const Weights& weights, const int64_t* targets,
                                const float* ranks, int64_t n_ranks, int64_t token, float* results,
-                               bool* agrees, RowGradient* gradients) {
+                               int64_t* best, RowGradient* gradients) {
   const int64_t rows = chunk.groups * chunk.tokens;
   const RowNumbers teacher = join(ranks, n_ranks, rows, token, chunk.temperature);
   for (int64_t i = threadIdx.x; i < chunk.groups; i += blockDim.x) {
@@ -190,7 +190,7 @@ __device__ void conclude_token(const Chunk& chunk, const Weights& weights, const
         conclude(chunk, weights, ranks, n_ranks, row, targets[row], numbers, teacher);
     gradients[i] = out.gradient;
     for (int k = 0; k < kResults; ++k) results[k * rows + row] = out.results[k];
-    agrees[row] = out.agrees;
+    best[row] = out.best;
   }
 }
 
@@ -202,11 +202,11 @@ template <class T, class Gradient, int N>
 __global__ void __launch_bounds__(kGradientThreads)
     gradient_kernel(T* logits, const int64_t* targets, const float* ranks, int64_t n_ranks,
                     Weights weights, Chunk chunk, bool write_gradient, float* results,
-                    bool* agrees) {
+                    int64_t* best) {
   constexpr bool kPacks = sizeof(Gradient) < sizeof(T);
   MATFORMER_DYNAMIC_SHARED(RowGradient, gradients);
   const int64_t token = blockIdx.x;
-  conclude_token(chunk, weights, targets, ranks, n_ranks, token, results, agrees, gradients);
+  conclude_token(chunk, weights, targets, ranks, n_ranks, token, results, best, gradients);
   if (!write_gradient) return;
   __syncthreads();
 
@@ -240,18 +240,18 @@ __global__ void __launch_bounds__(kGradientThreads)
 template <class T, class Gradient>
 void launch_gradient(T* logits, const int64_t* targets, const float* ranks, int64_t n_ranks,
                      const Weights& weights, const Chunk& chunk, bool write_gradient,
-                     float* results, bool* agrees, void* stream) {
+                     float* results, int64_t* best, void* stream) {
   const dim3 grid{unsigned(chunk.tokens)};
   const size_t shared_bytes = chunk.groups * sizeof(RowGradient);
   if (has_aligned_rows<T>(logits, chunk.vocab)) {
     constexpr int kN = 16 / sizeof(T);
     MATFORMER_LAUNCH((gradient_kernel<T, Gradient, kN>), grid, kGradientThreads, shared_bytes,
                      stream, logits, targets, ranks, n_ranks, weights, chunk, write_gradient,
-                     results, agrees);
+                     results, best);
   } else {
     MATFORMER_LAUNCH((gradient_kernel<T, Gradient, 1>), grid, kGradientThreads, shared_bytes,
                      stream, logits, targets, ranks, n_ranks, weights, chunk, write_gradient,
-                     results, agrees);
+                     results, best);
   }
 }
 
@@ -287,7 +287,7 @@ int matformer_chunk_gradient(void* logits, int dtype, const int64_t* targets, co
                              int64_t n_ranks, const float* ce, const float* z, const float* kl,
                              int64_t groups, int64_t tokens, int64_t vocab, int64_t offset,
                              int64_t ignore_index, float temperature, bool distills,
-                             int gradient_dtype, float* results, bool* agrees, void* stream) {
+                             int gradient_dtype, float* results, int64_t* best, void* stream) {
   if (groups * tokens == 0) return cudaSuccess;
   if (tokens > INT32_MAX) return cudaErrorInvalidConfiguration;
   const Chunk chunk{groups, tokens, vocab, offset, ignore_index, temperature, distills};
@@ -301,7 +301,7 @@ int matformer_chunk_gradient(void* logits, int dtype, const int64_t* targets, co
       if constexpr (sizeof(Gradient) < sizeof(T) || std::is_same_v<T, Gradient>) {
         pairs = true;
         launch_gradient<T, Gradient>(static_cast<T*>(logits), targets, ranks, n_ranks, weights,
-                                     chunk, write_gradient, results, agrees, stream);
+                                     chunk, write_gradient, results, best, stream);
       }
     });
   });

@@ -42,9 +42,9 @@ std::tuple<Tensor, Tensor> chunk_gradient_(Tensor logits, Tensor targets, Tensor
         logits.mutable_data_ptr(), dtype, data_of<int64_t>(targets), operands.ranks,
         operands.n_ranks, w.ce, w.z, w.kl, chunk.groups, chunk.tokens, chunk.vocab, offset,
         ignore_index, chunk.temperature, distills, gradient_dtype,
-        mutable_data_of<float>(operands.results), mutable_data_of<bool>(operands.agrees), stream);
+        mutable_data_of<float>(operands.results), mutable_data_of<int64_t>(operands.best), stream);
   });
-  return {operands.results, operands.agrees};
+  return {operands.results, operands.best};
 }
 
 }  // namespace

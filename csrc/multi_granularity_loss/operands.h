@@ -25,7 +25,7 @@ struct GradientOperands {
   const float* ranks;
   int64_t n_ranks;
   Weights weights;
-  Tensor results, agrees;  // to be written
+  Tensor results, best;  // to be written
 };
 
 inline GradientOperands gradient_operands(const Chunk& chunk, const Tensor& logits,
@@ -41,7 +41,7 @@ inline GradientOperands gradient_operands(const Chunk& chunk, const Tensor& logi
   return {data_of<float>(ranks), ranks.size(0),
           {data_of<float>(ce), data_of<float>(z), data_of<float>(kl)},
           torch::stable::new_empty(ce, {kResults, chunk.groups, chunk.tokens}),
-          torch::stable::new_empty(ce, {chunk.groups, chunk.tokens}, ScalarType::Bool)};
+          torch::stable::new_empty(ce, {chunk.groups, chunk.tokens}, ScalarType::Long)};
 }
 
 }  // namespace matformer

@@ -149,16 +149,18 @@ def _evaluate_losses(
             part=None if part is None else Part.parse(part),
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    names = ("submodel", "parameters", "loss", "95%", "perplexity", "bits/byte", "agrees", "KL")
-    table = Table(*names)
+    table = Table(
+        "submodel", "parameters", "loss", "95%", "perplexity", "bits/byte", "accuracy", "agrees",
+        "KL",
+    )  # fmt: skip
     for column in table.columns[1:]:
         column.justify = "right"
     for entry in evaluation.results:
         table.add_row(
             entry["submodel"], f"{entry['parameters']:,}", f"{entry['loss']:.4f}",
             interval_text(entry["loss_interval"]), f"{entry['perplexity']:.2f}",
-            f"{entry['bits_per_byte']:.4f}", number(entry["agreement"], ".1%"),
-            number(entry["kl"], ".4f"),
+            f"{entry['bits_per_byte']:.4f}", number(entry["accuracy"], ".1%"),
+            number(entry["agreement"], ".1%"), number(entry["kl"], ".4f"),
         )  # fmt: skip
     print_wide(table)
     file = evaluation.file

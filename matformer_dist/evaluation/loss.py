@@ -18,18 +18,19 @@ RunPass = Callable[[Tensor, Tensor, Pass], Tensor]
 
 @dataclass(frozen=True)
 class SubmodelLoss:
-    """Means over `tokens` validation tokens: nats per token, share of tokens, nats per token."""
+    """Means over `tokens` validation tokens: loss and kl in nats per token, shares of tokens."""
 
     loss: float
     agreement: float  # top-1 prediction equal to XL's, given the same prefix
     kl: float  # KL(XL || submodel)
+    accuracy: float  # top-1 prediction equal to the target
     tokens: int
 
     @classmethod
-    def of(cls, nll: float, agreed: float, kl: float, count: float) -> SubmodelLoss:
-        """Of sums over tokens and their number."""
+    def of(cls, nll: float, agreed: float, kl: float, count: float, correct: float) -> SubmodelLoss:
+        """Of sums over tokens and their number, in the order of MatLM.forward."""
         tokens = max(count, 1.0)
-        return cls(nll / tokens, agreed / tokens, kl / tokens, int(count))
+        return cls(nll / tokens, agreed / tokens, kl / tokens, correct / tokens, int(count))
 
 
 def evaluate_submodels(
@@ -63,7 +64,7 @@ def measure_sequences(
     *,
     per_pass: int,
 ) -> dict[Submodel, Tensor]:
-    """Sums over each sequence's tokens [sequences, 4], fp64, of every submodel on all batches.
+    """Sums over each sequence's tokens [sequences, 5], fp64, of every submodel on all batches.
 
     What is summed, and what `run_pass` returns of one pass: see MatLM.forward. At most `per_pass`
     submodels run at once, XL always among them, as what agreement and KL refer to.

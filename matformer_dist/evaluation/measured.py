@@ -16,7 +16,8 @@ _LONGEST = 700.0  # exp() of more is no float
 
 @dataclass(frozen=True)
 class Measured:
-    """Sums over each sequence [sequences, 4], fp64: nll, agreements with XL, KL from XL, tokens.
+    """Sums over each sequence [sequences, 5], fp64, as MatLM.forward has them: nll, agreements with
+    XL, KL from XL, tokens, correct ones.
 
     `text_bytes`: of all targets, in UTF-8; None where they are no text.
     """
@@ -46,13 +47,13 @@ class Measured:
 
     @cached_property
     def resampled(self) -> Tensor:
-        """Means a token of nll, agreement and KL, [RESAMPLES, 3]."""
-        return resampled_means(self.sequences[:, :3], self.sequences[:, 3])
+        """Means a token of all sums, in their order, [RESAMPLES, 5]."""
+        return resampled_means(self.sequences, self.sequences[:, 3])
 
     def described(self) -> dict[str, Any]:
         """As evaluation.json has it: means per token and 95% intervals."""
         found: dict[str, Any] = {}
-        for column, name in enumerate(("loss", "agreement", "kl")):
+        for column, name in ((0, "loss"), (1, "agreement"), (2, "kl"), (4, "accuracy")):
             found[name] = self.mean(column)
             found[f"{name}_interval"] = interval(self.resampled[:, column])
         if self.text_bytes is not None:

@@ -207,11 +207,12 @@ def _logs(logits: Tensor) -> Tensor:
 
 
 def _sums(logs: Tensor | None, largest: Tensor | None, targets: Tensor) -> Tensor:
-    """Of log-probabilities [s, V], those of XL, and targets [s], as MatLM.forward has them: [4]."""
-    sums = torch.full((4,), nan, dtype=torch.float64, device=targets.device)
+    """Of log-probabilities [s, V], those of XL, and targets [s], as MatLM.forward has them: [5]."""
+    sums = torch.full((5,), nan, dtype=torch.float64, device=targets.device)
     sums[3] = len(targets)
     if logs is not None:
         sums[0] = F.nll_loss(logs, targets, reduction="none").double().sum()
+        sums[4] = (logs.argmax(-1) == targets).sum()
     if logs is not None and largest is not None:
         sums[1] = (logs.argmax(-1) == largest.argmax(-1)).sum()
         sums[2] = (largest.exp() * (largest - logs)).sum(-1).double().sum()

@@ -78,9 +78,7 @@ class Calibration:
         block = self._block(weights)
         total = torch.zeros(self.model.d_ff, dtype=torch.float64)
         for i, x in enumerate(self._hidden):
-            x = x + block.attention(
-                block.attention_norm(x), len(x), self._rotation
-            )
+            x = x + block.attention(block.attention_norm(x), len(x), self._rotation)
             gate_up = F.linear(block.ffn_norm(x), weights["ffn.w_in"].view(-1, self.model.d_model))
             gate, up = gate_up.unflatten(1, (-1, 2)).unbind(2)
             activation = F.silu(gate) * up

@@ -69,7 +69,7 @@ class Head(nn.Module):
     def forward(
         self, hidden: Tensor, tied: Tensor | None, targets: Tensor, plan: Pass
     ) -> tuple[Tensor, Tensor]:
-        """hidden [N, D], targets [b, predictions] -> total loss and statistics [B, 4]; see
+        """hidden [N, D], targets [b, predictions] -> total loss and statistics [B, 5]; see
         MatFormer.forward.
         """
         hidden, weight = self._operands(hidden, tied)
@@ -94,9 +94,13 @@ class Head(nn.Module):
             vocab=self.shard,
         )
         counted = (flat != IGNORED_TARGET).to(out.nll.dtype)
-        agrees = counted.new_zeros(flat.shape) if out.agrees is None else out.agrees * counted
-        columns = torch.stack([out.nll, agrees, out.kl, counted], dim=1)
-        return out.total, columns.view(-1, s, 4).sum(dim=1)
+        agrees = correct = torch.zeros_like(counted)
+        if out.best is not None:
+            best = out.best.view(len(rows), rows[0])
+            agrees = counted * (best == best[:1]).flatten()
+            correct = counted * (out.best == flat)
+        columns = torch.stack([out.nll, agrees, out.kl, counted, correct], dim=1)
+        return out.total, columns.view(-1, s, 5).sum(dim=1)
 
     def logits(self, hidden: Tensor, tied: Tensor | None) -> Tensor:
         """hidden [N, D] -> logits [R, V] of all rows and the whole vocabulary, on every rank."""

@@ -126,7 +126,8 @@ class MatFormer(nn.Module):
         shared tokens, each segment's own. Returns the total loss (0-d) and, per sample, segment by
         segment, sums over its predictions [B, 5]: negative log-likelihood in nats, agreements with
         the first segment's top-1, KL from the first segment in nats, the number of predictions,
-        and how many have the target on top.
+        and those whose top-1 is the target. Without shared tokens nobody looks for the top-1:
+        agreements and the last are 0.
         """
         hidden = self.hidden(inputs, plan.segments, plan.shared_tokens)
         return self.head(hidden, self.tied_weight, targets, plan)

@@ -44,7 +44,7 @@ class LocalNumbers(NamedTuple):
 
 
 class RowNumbers(NamedTuple):
-    """The same over the whole vocabulary; [G, c] each. `best` is a pair of digits [G, c, 2]."""
+    """The same over the whole vocabulary; [G, c] each. `best` is the id itself, int64."""
 
     lse: Tensor
     lse_tau: Tensor
@@ -107,10 +107,11 @@ def chunk_gradient_(
     distills: bool,
     gradient: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """Results [4, G, c] (loss, nll, lse, kl), and whether a row's best id is its teacher's [G, c].
+    """Results [4, G, c] (loss, nll, lse, kl), and each row's best id [G, c], int64.
 
     ranks [T, G, c, 7]: everybody's numbers. ce, z and kl [G, c] weigh a row's losses; loss is
-    ce CE + z LSE^2 + kl tau^2 KL. All but lse is 0 at ignored rows; kl is 0 where it has no weight.
+    ce CE + z LSE^2 + kl tau^2 KL. All losses but lse are 0 at ignored rows; kl is 0 where it has no
+    weight. The best id is 0 where nobody looked for it.
     Where no rank owns a target, loss, nll and gradient are NaN.
 
     gradient: the dtype in which logits become their gradient, their own or a narrower one, packed
@@ -135,8 +136,7 @@ def chunk_gradient_(
             temperature=temperature,
             dtype=gradient,
         )
-    agrees = valid & (rows.best == rows.best[:1]).all(-1)
-    return torch.stack((loss, nll, rows.lse, row_kl)), agrees
+    return torch.stack((loss, nll, rows.lse, row_kl)), rows.best
 
 
 def packed(logits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -175,11 +175,9 @@ def _join(ranks: Tensor, temperature: float) -> RowNumbers:
     sum_tau = (local.sum_tau * share).sum(0)
     lse_tau = top / temperature + sum_tau.log()
     difference = (local.difference * share[:, :1]).sum(0) / sum_tau[:1]
-    digits = torch.stack((local.best_high, local.best_low), -1)
-    best = digits.gather(0, owner[None, ..., None].expand(1, *owner.shape, 2))[0]
-    return RowNumbers(
-        lse, lse_tau, local.target.amax(0), difference + (lse_tau - lse_tau[:1]), best
-    )
+    best = local.best_high.long() * _ID_BASE + local.best_low.long()
+    kl = difference + (lse_tau - lse_tau[:1])
+    return RowNumbers(lse, lse_tau, local.target.amax(0), kl, best.gather(0, owner[None])[0])
 
 
 def _overwrite_with_gradient(

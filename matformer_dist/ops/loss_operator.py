@@ -148,7 +148,7 @@ def compute(
     w = weight[: plan.vocab.size].to(operand_dtype)
     d_hidden = h.new_empty(h.shape, dtype=kept_dtype) if needs_hidden else None
     d_weight = w.new_zeros(weight.shape, dtype=dtype) if needs_weight else None
-    results, agrees = _over_chunks(plan, h, w, y, chunk_tokens, d_hidden, d_weight)
+    results, best = _over_chunks(plan, h, w, y, chunk_tokens, d_hidden, d_weight)
     if lift != 1:
         for lifted in (results[0], d_hidden, d_weight):
             if lifted is not None:
@@ -160,7 +160,7 @@ def compute(
         nll.clone(),  # an operator's results must not share memory
         lse.clone(),
         kl.clone(),
-        agrees.view(-1),
+        best.view(-1),
         nothing if d_hidden is None else d_hidden.view_as(hidden),
         nothing.clone() if d_weight is None else d_weight.to(kept_dtype),
     )
@@ -177,12 +177,12 @@ def _over_chunks(
 ) -> tuple[Tensor, Tensor]:
     """Fills d_hidden [G, n, D] and adds to d_weight [V, D], from hidden, w and targets [G, n].
 
-    Returns loss, nll, lse and kl of the rows [4, G, n], and agreement [G, n]. The operands of the
-    GEMMs have the dtype of w, the logits that of plan's weights.
+    Returns loss, nll, lse and kl of the rows [4, G, n], and their best ids [G, n]. The operands of
+    the GEMMs have the dtype of w, the logits that of plan's weights.
     """
     (groups, tokens, d_model), dtype = hidden.shape, plan.ce.dtype
     results = hidden.new_empty(4, groups, tokens, dtype=dtype)
-    agrees = targets.new_empty(groups, tokens, dtype=torch.bool)
+    best = torch.empty_like(targets)
     gradient = None if d_hidden is None and d_weight is None else w.dtype
     # One buffer for the logits of all chunks: on a CPU a fresh one is paid for page by page.
     buffer = results.new_empty(groups * min(chunk_tokens, tokens), len(w))
@@ -196,14 +196,14 @@ def _over_chunks(
             begun.append(plan.begin(logits.view(*y.shape, len(w)), y, part))
             rows = taken.stop
         for one in begun:
-            results[:, :, one.part], agrees[:, one.part] = plan.finish_(one, gradient)
+            results[:, :, one.part], best[:, one.part] = plan.finish_(one, gradient)
             if d_hidden is not None:
                 d_logits = packed(one.logits.flatten(0, 1), w.dtype)
                 d_h = _mm(d_logits, w, out=results.new_empty(len(d_logits), d_model))
                 d_hidden[:, one.part] = d_h.view(groups, -1, d_model)
         if d_weight is not None:
             _add_mm(d_weight[: len(w)], packed(buffer[:rows], w.dtype).t(), h)
-    return results, agrees
+    return results, best
 
 
 def _rows_of(hidden: Tensor, parts: Sequence[slice], dtype: torch.dtype) -> Tensor:
@@ -253,7 +253,7 @@ def _(
         nll,
         lse,
         kl,
-        targets.new_empty(targets.shape, dtype=torch.bool),
+        targets.new_empty(targets.shape),
         hidden.new_empty(hidden.shape if needs_hidden else 0, dtype=kept_dtype),
         weight.new_empty(weight.shape if needs_weight else 0, dtype=kept_dtype),
     )

@@ -22,18 +22,18 @@ from matformer_dist.ops.vocab_shard import WHOLE, VocabShard
 class LossOutput(NamedTuple):
     """`total` (0-d) is differentiable, the rest is detached. fp32 (fp64 for fp64 inputs).
 
-    nll     [R] cross-entropy in nats, 0 at ignored rows
-    lse     [R] log of the sum of exponentials of the logits
-    kl      [R] KL(teacher || row) at the temperature, 0 at ignored rows and without distillation
-    agrees  [R] bool, top-1 equal to the teacher's, False at ignored rows; None unless tokens are
-            shared
+    nll   [R] cross-entropy in nats, 0 at ignored rows
+    lse   [R] log of the sum of exponentials of the logits
+    kl    [R] KL(teacher || row) at the temperature, 0 at ignored rows and without distillation
+    best  [R] int64, global id of the largest logit, the lowest one of equals; None unless tokens
+          are shared
     """
 
     total: Tensor
     nll: Tensor
     lse: Tensor
     kl: Tensor
-    agrees: Tensor | None
+    best: Tensor | None
 
 
 def multi_granularity_loss(
@@ -86,7 +86,7 @@ def multi_granularity_loss(
     elif not isinstance(chunk_tokens, int) or chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; it must be a whole number from 1")
     learns = torch.is_grad_enabled()
-    total, nll, lse, kl, agrees, _, _ = operator(
+    total, nll, lse, kl, best, _, _ = operator(
         hidden,
         weight,
         targets,
@@ -105,7 +105,7 @@ def multi_granularity_loss(
         learns and hidden.requires_grad,
         learns and weight.requires_grad,
     )
-    return LossOutput(total, nll, lse, kl, agrees if shared_tokens else None)
+    return LossOutput(total, nll, lse, kl, best if shared_tokens else None)
 
 
 def _check(

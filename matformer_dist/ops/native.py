@@ -26,7 +26,7 @@ _DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
-_INTERFACE = 1  # of csrc/library.cpp
+_INTERFACE = 2  # of csrc/library.cpp
 _preferred: Implementation = "auto"
 
 
@@ -147,7 +147,7 @@ def _register_fakes() -> None:
         distills: bool,  # noqa: ARG001
         gradient: torch.dtype | None,  # noqa: ARG001
     ) -> tuple[Tensor, Tensor]:
-        return ce.new_empty(4, *targets.shape), ce.new_empty(targets.shape, dtype=torch.bool)
+        return ce.new_empty(4, *targets.shape), targets.new_empty(targets.shape)
 
     @torch.library.register_fake("matformer_dist::nested_activation")
     def _(h: Tensor) -> Tensor:

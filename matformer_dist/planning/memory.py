@@ -203,5 +203,5 @@ def _loss_bytes(run: PlannedRun) -> int:
     chunk = rows * (4 * run.local_outputs + (4 + (4 if copies else e)) * run.head_width)
     rounded = e * head if e == 2 else 0
     operand = 4 * head if copies else 0
-    numbers = run.head_rows * (12 + 16 + 12)  # weights of the losses, losses, and their copies
+    numbers = run.head_rows * (12 + 16 + 12 + 8)  # losses' weights, losses, copies, best ids
     return e * run.head_rows * run.head_width + 4 * head + operand + max(chunk, rounded) + numbers

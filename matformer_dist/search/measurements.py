@@ -22,7 +22,7 @@ from matformer_dist.nesting import Submodel
 
 FOLDER = "measurements"
 _AT_ONCE = 8  # submodels of a pass beside XL, and of what a kill loses
-_COLUMNS = ("nll", "agreed", "kl", "tokens")
+_COLUMNS = ("nll", "agreed", "kl", "tokens", "correct")
 
 
 class Measurements(Mapping[Submodel, Measured]):
@@ -90,7 +90,9 @@ class Measurements(Mapping[Submodel, Measured]):
         self.new += len(submodels)
 
     def _read(self) -> Iterator[tuple[Submodel, Measured]]:
-        """A damaged line, such as one that a kill cut short, is passed over, and measured again."""
+        """A damaged line, such as one that a kill cut short, is passed over, and measured again; so
+        is one of an earlier version, which lacks a column.
+        """
         if not self.path.exists():
             return
         nesting, layers = self.loaded.submodel.nesting, self.loaded.model.model.n_layers

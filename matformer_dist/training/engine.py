@@ -171,7 +171,7 @@ class Engine:
         passes: Iterator[Pass],
         lr: float,
     ) -> list[tuple[Pass, Tensor]]:
-        """One optimizer step; returns each micro-batch's Pass and its statistics [B, 4]."""
+        """One optimizer step; returns each micro-batch's Pass and its statistics [B, 5]."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         results = []
@@ -220,7 +220,7 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor, plan: Pass) -> Tensor:
-        """Statistics [B, 4] of one batch, see MatFormer.forward."""
+        """Statistics [B, 5] of one batch, see MatFormer.forward."""
         self.deepspeed.eval()
         _, statistics = self.deepspeed(inputs, targets, plan)
         self.deepspeed.train()

@@ -342,6 +342,7 @@ class Run:
             evaluated = self._evaluate()
             line["val_loss"] = {name: result.loss for name, result in evaluated.items()}
             line["val_agreement"] = {name: r.agreement for name, r in evaluated.items()}
+            line["val_accuracy"] = {name: r.accuracy for name, r in evaluated.items()}
         line["checkpoint_ms"] = self.store.take_seconds() * 1e3
         self.line = None
         if self.log is not None:

@@ -72,6 +72,8 @@ def test_training_writes_what_it_promises(trained: Path) -> None:
     assert set(lines[-1]["val_loss"]) == {"S", "M", "L", "XL", "S:1,L:1"}
     assert lines[-1]["val_loss"]["XL"] < lines[2]["val_loss"]["XL"]
     assert lines[-1]["val_agreement"]["XL"] == 1
+    assert lines[-1]["val_accuracy"].keys() == lines[-1]["val_loss"].keys()
+    assert all(0 < share < 1 for share in lines[-1]["val_accuracy"].values())
     kept = {path.name for path in (trained / "checkpoints").iterdir()}
     assert kept == {"step-4", "step-6", "latest"}
     (events,) = (trained / "tensorboard").rglob("events.out.tfevents.*")

@@ -64,9 +64,9 @@ def test_chunk_kernels_match_plain_torch(
     outcomes = []
     for twin in twins:
         own = logits.clone()
-        results, agrees = twin.chunk_gradient_(own, targets, ranks, *weights, *rest)
+        results, best = twin.chunk_gradient_(own, targets, ranks, *weights, *rest)
         d = packed(own, gradient) if gradient else own
-        outcomes.append((results, agrees, d.float()))
+        outcomes.append((results, best, d.float()))
     torch.testing.assert_close(outcomes[0][:2], outcomes[1][:2], rtol=64 * EPS32, atol=64 * EPS32,
                                equal_nan=True)  # fmt: skip
     eps = torch.finfo(gradient or dtype).eps  # one rounding apart

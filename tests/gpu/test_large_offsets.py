@@ -31,13 +31,13 @@ def test_logits_beyond_32_bits_match_a_small_call() -> None:
     small = [(logits[:, part].clone(), targets[:, part].contiguous()) for part in parts]
     numbers = ops.chunk_statistics(logits, targets, 0, 1.0, False, True)
     rest = (0, -100, 1.0, False, BF16)
-    results, agrees = ops.chunk_gradient_(logits, targets, numbers[None], *weights, *rest)
+    results, best = ops.chunk_gradient_(logits, targets, numbers[None], *weights, *rest)
     for part, (own, y) in zip(parts, small, strict=True):
         expected = ops.chunk_statistics(own, y, 0, 1.0, False, True)
         own_weights = [w[:, part].contiguous() for w in weights]
         outcome = ops.chunk_gradient_(own, y, expected[None], *own_weights, *rest)
         assert_equal_bits(
-            (numbers[:, part], results[:, :, part], agrees[:, part], logits[:, part]),
+            (numbers[:, part], results[:, :, part], best[:, part], logits[:, part]),
             (expected, *outcome, own),
         )
 

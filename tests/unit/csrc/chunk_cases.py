@@ -50,11 +50,11 @@ class Operands:
 
 @dataclass
 class Outcome:
-    """numbers [T, G, c, 7], results [4, G, c], agrees [G, c], gradient [G, c, V]."""
+    """numbers [T, G, c, 7], results [4, G, c], best [G, c], gradient [G, c, V]."""
 
     numbers: Tensor
     results: Tensor
-    agrees: Tensor
+    best: Tensor
     gradient: Tensor
 
 
@@ -87,11 +87,11 @@ def emulate(
     ranks = torch.stack(numbers)
     for part, offset in _with_offsets(case, parts):
         outcomes.append(gradient(kernels, case, given, part, offset, ranks))
-    results, agrees, _ = outcomes[0]
-    for other_results, other_agrees, _ in outcomes[1:]:  # every rank says the same
+    results, best, _ = outcomes[0]
+    for other_results, other_best, _ in outcomes[1:]:  # every rank says the same
         torch.testing.assert_close(other_results, results, rtol=0, atol=0, equal_nan=True)
-        assert other_agrees.equal(agrees)
-    return Outcome(ranks, results, agrees, torch.cat([d for _, _, d in outcomes], -1))
+        assert other_best.equal(best)
+    return Outcome(ranks, results, best, torch.cat([d for _, _, d in outcomes], -1))
 
 
 def statistics(
@@ -111,13 +111,13 @@ def statistics(
 def gradient(
     kernels: Kernels, case: Case, given: Operands, logits: Tensor, offset: int, ranks: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """results, agrees, and the gradient (logits where none is asked for)."""
+    """results, best, and the gradient (logits where none is asked for)."""
     dtype, wanted = NUMBER_OF_DTYPE[logits.dtype], NUMBER_OF_DTYPE[case.gradient]
     shape, results = given.targets.shape, torch.full((4, *given.targets.shape), torch.nan)
-    after, *unchanged, results, agrees = kernels.call(
+    after, *unchanged, results, best = kernels.call(
         *("chunk_gradient", logits, dtype, given.targets, ranks, len(ranks)),
         *(given.ce, given.z, given.kl, *logits.shape, offset, IGNORED, case.tau, case.distills),
-        *(wanted, results, torch.zeros(shape, dtype=torch.bool), None),
+        *(wanted, results, torch.full(shape, -1), None),
         order=case.order,
     )
     inputs = (given.targets, ranks, given.ce, given.z, given.kl)
@@ -125,7 +125,7 @@ def gradient(
     d = packed(after, case.gradient or logits.dtype)
     written = d.shape[-1] * d.element_size()
     assert _bits(after)[..., written:].equal(_bits(logits)[..., written:])
-    return results, agrees, d
+    return results, best, d
 
 
 def reference(case: Case, given: Operands) -> Outcome:
@@ -136,10 +136,10 @@ def reference(case: Case, given: Operands) -> Outcome:
     ranks = chunk_statistics(logits, targets, offset, tau, distills, find_best=True)[None]
     weights = given.ce.double(), given.z.double(), given.kl.double()
     d = logits.clone()
-    results, agrees = chunk_gradient_(
+    results, best = chunk_gradient_(
         d, targets, ranks, *weights, offset, IGNORED, tau, distills, torch.float64
     )
-    return Outcome(ranks, results, agrees, given.logits.double() if case.gradient is None else d)
+    return Outcome(ranks, results, best, given.logits.double() if case.gradient is None else d)
 
 
 def assert_matches_reference(actual: Outcome, case: Case, given: Operands) -> None:
@@ -155,7 +155,7 @@ def assert_matches_reference(actual: Outcome, case: Case, given: Operands) -> No
     of_loss = ce * of_nll + weight * lse.square() + kl * case.tau**2 * of_kl
     sizes = torch.stack((of_loss, of_nll, 1 + lse.abs(), of_kl))
     assert_close(actual.results, expected.results, ROUNDING * sizes)
-    assert actual.agrees.equal(expected.agrees)
+    assert actual.best.equal(expected.best)
     if case.gradient is None:
         assert actual.gradient.equal(given.logits)
         return

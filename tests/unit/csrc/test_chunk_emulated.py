@@ -84,14 +84,15 @@ def test_numbers_match_reference(kernels: Kernels, find_best_of: str) -> None:
 
 
 def test_first_rank_of_equals_has_the_best_id(kernels: Kernels) -> None:
-    """So rows agree whose largest logit lies on both, and on the first alone."""
-    case = Case(groups=2, distills=False, gradient=None)
+    """The lowest of equals, on one rank and on both; ids beyond what a float tells apart."""
+    case = Case(groups=2, distills=False, gradient=None, offset=(1 << 33) + 1)
     given = draw(case, 8, F32, tokens=2)
     given.logits[:, :, 1] = 16
     given.logits[0, 0, 5] = 16  # still column 1
     given.logits[0, 1, 5] = 17  # column 5
-    given.targets.fill_(0)
-    assert emulate(kernels, case, given, [4, 4]).agrees.tolist() == [[True, True], [True, False]]
+    given.targets.fill_(case.offset)
+    best = emulate(kernels, case, given, [4, 4]).best
+    assert (best - case.offset).tolist() == [[1, 5], [1, 1]]
 
 
 @pytest.mark.parametrize("shards", [[9], [5, 4]])
@@ -104,7 +105,7 @@ def test_target_that_nobody_owns_makes_nan(
     given.targets[1, 1] = target
     actual = emulate(kernels, case, given, shards)
     assert_matches_reference(actual, case, given)
-    is_nan = torch.zeros_like(actual.agrees)
+    is_nan = torch.zeros_like(actual.best, dtype=torch.bool)
     is_nan[1, 1] = True
     assert actual.results[0].isnan().equal(is_nan)
     assert actual.gradient.isnan().all(-1).equal(is_nan)
@@ -118,7 +119,7 @@ def test_ignored_rows_get_nothing(kernels: Kernels, gradient: torch.dtype) -> No
     given.targets.fill_(-100)
     actual = emulate(kernels, case, given)
     assert_matches_reference(actual, case, given)
-    assert not actual.gradient.any() and not actual.agrees.any()
+    assert not actual.gradient.any()
     assert not actual.results[[0, 1, 3]].any() and actual.results[2].all()
 
 
@@ -171,7 +172,7 @@ def test_nan_reaches_its_row_alone(kernels: Kernels) -> None:
     given.targets.fill_(3)
     given.logits[1, 1, 650] = torch.nan
     actual = emulate(kernels, case, given, [350, 350])
-    is_nan = torch.zeros_like(actual.agrees)
+    is_nan = torch.zeros_like(actual.best, dtype=torch.bool)
     is_nan[1, 1] = True
     for found in (actual.results[0], actual.results[2], actual.gradient[..., 0]):
         assert found.isnan().equal(is_nan)
@@ -203,7 +204,7 @@ def test_what_cannot_be_done_is_an_error(kernels: Kernels) -> None:
         error, arrays = kernels.call_for_error(
             *("chunk_gradient", logits, NUMBER_OF_DTYPE[dtype], torch.zeros(groups, 1).long()),
             *(torch.zeros(1, groups, 1, 7), 1, zeros, zeros, zeros, groups, 1, 4, 0, -100, 1.0),
-            *(True, gradient, torch.zeros(4, groups, 1), torch.zeros(groups, 1).bool(), None),
+            *(True, gradient, torch.zeros(4, groups, 1), torch.zeros(groups, 1).long(), None),
             order=FORWARD,
         )
         assert error == expected

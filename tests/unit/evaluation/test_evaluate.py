@@ -74,7 +74,9 @@ def test_numbers_match_plain_logits(lm: MatLM, run: Path) -> None:
             assert entry["agreement"] == pytest.approx(float(agreement))
             kl = (largest.exp() * (largest - logs)).sum(-1).mean()
             assert entry["kl"] == pytest.approx(float(kl), abs=1e-5)
-            for name in ("loss", "agreement", "kl"):
+            accuracy = (logs.argmax(-1) == data.targets).double().mean()
+            assert entry["accuracy"] == pytest.approx(float(accuracy))
+            for name in ("loss", "agreement", "kl", "accuracy"):
                 low, high = entry[f"{name}_interval"]
                 assert low - 1e-9 <= entry[name] <= high + 1e-9
             assert entry["loss_interval"][1] - entry["loss_interval"][0] > 1e-3
@@ -97,7 +99,8 @@ def test_extracted_models_match_the_run(
     found = results(evaluation)[notation]
     assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
     assert found["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], abs=1e-5)
-    assert found["loss_interval"] == pytest.approx(expected["loss_interval"], abs=1e-5)
+    for name in ("accuracy", "loss_interval", "accuracy_interval"):
+        assert found[name] == pytest.approx(expected[name], abs=1e-5)
     for name in ("parameters", "non_embedding_parameters", "flops_per_token"):
         assert found[name] == expected[name]
     for name in ("agreement", "kl", "agreement_interval", "kl_interval"):  # with the run's XL
@@ -115,7 +118,7 @@ def test_every_submodel_of_a_nested_export_matches_the_run(run: Path, tmp_path: 
     found = results(evaluate_run(str(one.path), [MIX], heuristic=True, device="cpu"))
     assert found.keys() == expected.keys()
     for notation, entry in found.items():
-        for name in ("loss", "agreement", "kl", "bits_per_byte"):
+        for name in ("loss", "agreement", "kl", "accuracy", "bits_per_byte"):
             assert entry[name] == pytest.approx(expected[notation][name], abs=1e-5)
 
 
@@ -127,14 +130,15 @@ def test_xl_that_is_gone_is_not_agreed_with(run: Path, tmp_path: Path) -> None:
     words = ["--run", str(moved), "--device", "cpu"]
     shown = CliRunner().invoke(app, ["evaluate", str(one.path), *words])
     assert shown.exit_code == 0 and "no agreement with XL" in shown.output
+    assert "accuracy" in shown.output
     assert "step-5" in shown.output or "@5 is not there" in shown.output
     written = json.loads((one.path / "evaluation.json").read_text())["submodels"]
     assert {(entry["agreement"], entry["kl"]) for entry in written} == {(None, None)}
-    loss = results(evaluate_run(str(run), device="cpu"))["M"]["loss"]
-    assert written[-1]["loss"] == pytest.approx(loss, abs=1e-5)
+    expected = results(evaluate_run(str(run), device="cpu"))
+    for name in ("loss", "accuracy"):  # which need no XL
+        assert written[-1][name] == pytest.approx(expected["M"][name], abs=1e-5)
     whole = evaluate_run(str(xl.path), run=moved, device="cpu")  # holds XL itself
-    expected = results(evaluate_run(str(run), device="cpu"))["S"]["kl"]
-    assert results(whole)["S"]["kl"] == pytest.approx(expected, abs=1e-5)
+    assert results(whole)["S"]["kl"] == pytest.approx(expected["S"]["kl"], abs=1e-5)
 
 
 def test_models_of_another_run_are_told_apart(run: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from matformer_dist.evaluation.measured import Measured, gain
 
 def of_sequences(losses: torch.Tensor, tokens: int = 10) -> torch.Tensor:
     """Sums of sequences whose tokens have these mean losses."""
-    sums = torch.zeros(len(losses), 4, dtype=torch.float64)
+    sums = torch.zeros(len(losses), 5, dtype=torch.float64)
     sums[:, 0] = losses.double() * tokens
     sums[:, 3] = tokens
     return sums
@@ -40,10 +40,11 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
 def test_long_sequences_weigh_more() -> None:
     tokens = torch.tensor([10.0, 1.0]).double()
     assert interval(resampled_means(tokens[:, None], tokens)) == (1.0, 1.0)
-    sequences = torch.tensor([[10.0, 5, 1, 10], [4.0, 1, 0, 1]]).double()
+    sequences = torch.tensor([[10.0, 5, 1, 10, 7], [4.0, 1, 0, 1, 1]]).double()
     measured = Measured(sequences, text_bytes=28)
     assert measured.loss == pytest.approx(14 / 11) and measured.tokens == 11
     assert measured.mean(1) == pytest.approx(6 / 11)
+    assert measured.described()["accuracy"] == pytest.approx(8 / 11)
     assert measured.bits_per_byte == pytest.approx(14 / 28 / 0.693147, rel=1e-5)
 
 

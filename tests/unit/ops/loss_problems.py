@@ -103,16 +103,14 @@ class Problem:
         for i, (z, y) in enumerate(segments):
             valid = y != IGNORED
             nll = F.cross_entropy(z, y, reduction="none", ignore_index=IGNORED)
-            lse, kl, agrees = z.logsumexp(-1), torch.zeros_like(nll), valid
-            if self.shared:
-                agrees = valid & (z.argmax(-1) == teacher.argmax(-1))
+            lse, kl, best = z.logsumexp(-1), torch.zeros_like(nll), z.argmax(-1)
             if self.kl[i]:
                 p, q = ((t / tau).log_softmax(-1) for t in (teacher, z))
                 kl = F.kl_div(q, p, reduction="none", log_target=True).sum(-1) * valid
             loss = self.ce[i] * nll + self.z[i] * lse**2 + self.kl[i] * tau**2 * kl
-            columns.append((loss * valid, nll, lse, kl, agrees))
-        loss, nll, lse, kl, agrees = (torch.cat(column) for column in zip(*columns, strict=True))
-        return LossOutput(SCALE * loss.sum(), nll, lse, kl, agrees if self.shared else None)
+            columns.append((loss * valid, nll, lse, kl, best))
+        loss, nll, lse, kl, best = (torch.cat(column) for column in zip(*columns, strict=True))
+        return LossOutput(SCALE * loss.sum(), nll, lse, kl, best if self.shared else None)
 
     def truth(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, upstream: float = 1.0

@@ -49,10 +49,10 @@ def compare(version: str) -> None:
             for twins, z in ((operators, logits.clone()), (head_chunk, logits.double())):
                 wide = [w.to(z.dtype) for w in weights]
                 numbers = twins.chunk_statistics(z, targets, 0, tau, True, True)
-                results, agrees = twins.chunk_gradient_(
+                results, best = twins.chunk_gradient_(
                     z, targets, numbers[None], *wide, 0, -100, tau, True, z.dtype
                 )
-                found.append((numbers[..., :3], results[2:], agrees.float(), z))
+                found.append((numbers[..., :3], results[2:], best.float(), z))
             for actual, expected in zip(*found, strict=True):
                 torch.testing.assert_close(actual.double(), expected.double(), rtol=3e-6, atol=3e-6)
     for k in (1, 2):

@@ -168,17 +168,16 @@ def test_gathers_beside_other_work_change_no_bit(problem: Problem) -> None:
 
 
 @of_every_kind("joint", rows=(2, 2), ce=(1, 1), z=(0, 0), kl=(0, 0), vocab=4, d_model=4)
-def test_agreement_over_shards_takes_the_lowest_of_equal_ids(problem: Problem) -> None:
+def test_best_over_shards_is_the_lowest_of_equal_ids(problem: Problem) -> None:
     hidden = torch.tensor([[0.0, 1, 1, 0], [0, 1, 1, 0], [0, 1, 0, 0], [0, 0, 1, 0]])
     hidden, weight = hidden.to(problem.dtype), torch.eye(4, dtype=problem.dtype)
     results, _ = run_ranks(problem, (hidden, weight, torch.ones(4).long()), 2)
     for output, _ in results:
-        assert output.agrees is not None
-        assert output.agrees.tolist() == [True, True, True, False]
+        assert output.best is not None and output.best.tolist() == [1, 1, 1, 2]
 
 
 @of_every_kind("joint", rows=(1, 1), ce=(1, 1), z=(0, 0), kl=(0, 0), vocab=2, d_model=2)
-def test_agreement_tells_ids_of_far_shards_apart(problem: Problem) -> None:
+def test_best_tells_ids_of_far_shards_apart(problem: Problem) -> None:
     """2^24 and 2^24 + 1 are the same number in fp32."""
     hidden, ranks = torch.eye(2, dtype=problem.dtype), Ranks(2)
     weights = (torch.zeros_like(hidden), torch.eye(2, dtype=problem.dtype))
@@ -188,8 +187,7 @@ def test_agreement_tells_ids_of_far_shards_apart(problem: Problem) -> None:
         return problem.run(hidden, weights[rank], torch.zeros(2).long(), vocab=shard)
 
     for output in ranks.run(work):
-        assert output.agrees is not None
-        assert output.agrees.tolist() == [True, False]
+        assert output.best is not None and output.best.tolist() == [2**24, 2**24 + 1]
 
 
 @pytest.mark.parametrize("target", [11, -1, 12])

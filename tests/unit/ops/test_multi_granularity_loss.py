@@ -281,7 +281,7 @@ def test_a_student_equal_to_its_teacher_has_no_kl(
     assert not any(g.any() for g in torch.autograd.grad(output.total, (twins, weight)))
 
 
-def test_agreement_takes_the_lowest_of_equal_logits_and_tells_large_ids_apart() -> None:
+def test_best_is_the_lowest_of_equal_logits_and_exact_for_large_ids() -> None:
     problem = Problem(rows=(4, 4), ce=(1, 1), z=(0, 0), kl=(0, 0), vocab=3, d_model=3)
     teacher = torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 1, 1], [0, 1, 0]])
     student = torch.tensor([[0.0, 1, 0], [1, 0, 0], [0, 0, 1], [0, 1, 0]])
@@ -290,8 +290,8 @@ def test_agreement_takes_the_lowest_of_equal_logits_and_tells_large_ids_apart() 
         output = problem.run(
             hidden, torch.eye(3), torch.full((8,), offset), vocab=VocabShard(offset, 3)
         )
-        assert output.agrees is not None
-        assert output.agrees.tolist() == [True, True, True, True, False, True, False, True]
+        assert output.best is not None
+        assert (output.best - offset).tolist() == [0, 0, 1, 1, 1, 0, 2, 1]
 
 
 @pytest.mark.parametrize("target", [11, 15, -1, 10**12])

@@ -99,14 +99,14 @@ def chunk(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
 def both_passes(
     twins: Any, operands: dict[str, Tensor], gradient: torch.dtype | None, temperature: float = 2.0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Numbers, results, agreement and gradient of a chunk."""
+    """Numbers, results, best ids and gradient of a chunk."""
     logits, targets = operands["logits"].clone(), operands["targets"]
     numbers = twins.chunk_statistics(logits, targets, 0, temperature, True, True)
-    results, agrees = twins.chunk_gradient_(
+    results, best = twins.chunk_gradient_(
         logits, targets, numbers[None], operands["ce"], operands["z"], operands["kl"],
         0, -100, temperature, True, gradient,
     )  # fmt: skip
-    return numbers.nan_to_num(neginf=0), results, agrees, logits  # -inf where nobody asks
+    return numbers.nan_to_num(neginf=0), results, best, logits  # -inf where nobody asks
 
 
 @NATIVE

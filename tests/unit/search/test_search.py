@@ -131,6 +131,19 @@ def test_a_search_goes_on_where_it_was_broken_off(
     assert again.all.slices == found.all.slices
 
 
+def test_lines_of_an_earlier_version_are_measured_again(run: Path) -> None:
+    """They do not tell how many tokens are correct."""
+    found = search(str(run))
+    (file,) = (run / "measurements").iterdir()
+    lines = [json.loads(line) for line in file.read_text().splitlines() if line]
+    assert all(line.keys() == {"submodel", *measurements._COLUMNS} for line in lines)
+    earlier = [{key: line[key] for key in line if key != "correct"} for line in lines[:-1]]
+    file.write_text("\n".join(map(json.dumps, [*earlier, lines[-1]])))
+    again = search(str(run))
+    assert again.measured_now == found.measured_now - 1
+    assert again.all.slices == found.all.slices
+
+
 def test_an_interrupted_command_says_what_is_kept(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
