@@ -14,11 +14,12 @@ from matformer_dist.cli import (
     generating,
     judging,
     making,
+    retrieving,
 )
 from matformer_dist.cli.app import app
 from matformer_dist.errors import EXIT_USER_ERROR, UserError, as_user_error
 
-__all__ = ["app", "checking", "choosing", "generating", "judging", "main", "making"]
+__all__ = ["app", "checking", "choosing", "generating", "judging", "main", "making", "retrieving"]
 
 
 def main() -> None:

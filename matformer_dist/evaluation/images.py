@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from matformer_dist.config_vision import VisionConfig
-from matformer_dist.data.images.datasets import ValidationImages, image_batches, image_datasets
+from matformer_dist.data.images.batches import image_batches
+from matformer_dist.data.images.datasets import ValidationImages, image_datasets
 from matformer_dist.data.images.finding import find_images
 from matformer_dist.data.labels import Labels
 from matformer_dist.errors import UserError

@@ -67,9 +67,14 @@ class Head(nn.Module):
             self.register_parameter("bias", None)
 
     def forward(
-        self, hidden: Tensor, tied: Tensor | None, targets: Tensor, plan: Pass
+        self,
+        hidden: Tensor,
+        tied: Tensor | None,
+        targets: Tensor,
+        plan: Pass,
+        kept: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """hidden [N, D], targets [b, predictions] -> total loss and statistics [B, 5]; see
+        """hidden [N, D], targets [b, predictions] -> total loss, statistics [B, 5]; see
         MatFormer.forward.
         """
         hidden, weight = self._operands(hidden, tied)

@@ -12,8 +12,9 @@ from torch.utils.data import Dataset
 
 from matformer_dist.config_vision import VisionConfig
 from matformer_dist.data.feed import Batch
+from matformer_dist.data.images.batches import image_batches
 from matformer_dist.data.images.classes import ClassNames
-from matformer_dist.data.images.datasets import image_batches, image_datasets
+from matformer_dist.data.images.datasets import image_datasets
 from matformer_dist.data.images.finding import find_images
 from matformer_dist.errors import UserError
 from matformer_dist.models.head import IGNORED_TARGET

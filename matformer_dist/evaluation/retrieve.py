@@ -1,0 +1,187 @@
+"""Adaptive retrieval of a run's vision encoder: `matformer retrieve`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from matformer_dist.checkpoints.files import check_output, replace_json
+from matformer_dist.config_file import load_config
+from matformer_dist.config_images import ImageDataConfig
+from matformer_dist.config_vision import VisionConfig
+from matformer_dist.counting import count_parameters, forward_flops
+from matformer_dist.data.images.datasets import ValidationImages
+from matformer_dist.data.images.finding import FoundImages, Part, find_images
+from matformer_dist.data.images.preprocessing import Preprocessing
+from matformer_dist.errors import UserError
+from matformer_dist.evaluation.images import Images
+from matformer_dist.evaluation.retrieval import KS, QueryEncoder, measure_retrieval
+from matformer_dist.inference.device import choose_device
+from matformer_dist.inference.loading import load_vision_model
+from matformer_dist.inference.vision import LoadedVisionModel
+from matformer_dist.nesting import Segment, Submodel, mix_n_match
+from matformer_dist.submodels.entry import is_extracted
+from matformer_dist.submodels.retrieval_results import (
+    NESTED,
+    RETRIEVAL,
+    Backend,
+    Kind,
+    RetrievalResult,
+)
+
+
+@dataclass(frozen=True)
+class ImagesAsked:
+    """Where gallery and queries come from; None: the run's training and validation images, whose
+    numbers may be limited.
+    """
+
+    gallery: str | None = None
+    queries: str | None = None
+    gallery_images: int | None = None
+    query_images: int | None = None
+
+
+def retrieve(
+    run: str,
+    submodels: Sequence[str] = (),
+    *,
+    independents: Sequence[str] = (),
+    images: ImagesAsked = ImagesAsked(),
+    ks: Sequence[int] = KS,
+    backend: Backend | None = None,
+    device: str | None = None,
+    output: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Path, RetrievalResult]:
+    """XL of RUN[@STEP] embeds the gallery, its submodels the queries: the uniform ones, the paper's
+    heuristic's, and `submodels`. Writes RUN/retrieval.json, or `output`.
+
+    independents: runs of encoders that were trained apart, for contrast. UserError for what is no
+    vision encoder, for images of other classes, and encoders that take other images.
+    """
+    check_output(output)
+    if is_extracted(Path(run)):
+        raise UserError(f"{run} is an extracted model; give the run, whose XL embeds the gallery")
+    where = choose_device(device)
+    loaded, config = _load(run, where)
+    asked = _chosen(loaded, submodels)
+    encoders = [_encoder(loaded, config, one, kind) for one, kind in asked.items()]
+    others = [_independent(name, config, where) for name in independents]
+    gallery, queries, words = _open(loaded, config, images)
+    measured = measure_retrieval(
+        encoders,
+        gallery,
+        queries,
+        independents=others,
+        ks=ks,
+        backend=backend,
+        progress=progress,
+    )
+    assert loaded.step is not None and loaded.checkpoint_sha256 is not None
+    result = RetrievalResult.of(
+        measured, step=loaded.step, checkpoint_sha256=loaded.checkpoint_sha256, data=words
+    )
+    file = output or loaded.directory / RETRIEVAL
+    replace_json(file, result.model_dump(mode="json"))
+    return file, result
+
+
+def _load(run: str, device: torch.device) -> tuple[LoadedVisionModel, VisionConfig]:
+    loaded = load_vision_model(run, device=device)
+    config = load_config(loaded.directory / "config.yaml")
+    assert isinstance(config, VisionConfig), "its checkpoint is a vision encoder's"
+    return loaded, config
+
+
+def _chosen(loaded: LoadedVisionModel, notations: Sequence[str]) -> dict[Submodel, Kind]:
+    chosen: dict[Submodel, Kind] = dict.fromkeys(loaded.usual(), "uniform")
+    for one in mix_n_match(loaded.submodel.nesting, len(loaded.submodel)):
+        chosen.setdefault(one, "heuristic")
+    for notation in notations:
+        chosen.setdefault(loaded.parse(notation), "mix")
+    return chosen
+
+
+def _encoder(
+    loaded: LoadedVisionModel,
+    config: VisionConfig,
+    submodel: Submodel,
+    kind: Kind,
+    name: str = NESTED,
+) -> QueryEncoder:
+    flops = forward_flops(config.model, loaded.model.outputs, [Segment(submodel, 1)], config.sample)
+    count = count_parameters(config.model, loaded.model.outputs, submodel)
+    encoding = flops.total - flops.head
+    without_head = count.total - count.head
+    return QueryEncoder(loaded, submodel, kind, encoding, without_head, name)
+
+
+def _independent(run: str, ours: VisionConfig, device: torch.device) -> QueryEncoder:
+    """XL of a run that was trained apart."""
+    loaded, config = _load(run, device)
+    if _preprocessing(config) != _preprocessing(ours):
+        raise UserError(
+            f"{run} takes other images than {ours.run.dir}: {_preprocessing(config)} and "
+            f"{_preprocessing(ours)}; give encoders of the same image size, channels, mean and std"
+        )
+    return _encoder(loaded, config, loaded.submodel, "uniform", loaded.directory.name)
+
+
+def _preprocessing(config: VisionConfig) -> Preprocessing:
+    return Preprocessing.of(config.data, config.model.image_size, config.model.channels)
+
+
+def _open(
+    loaded: LoadedVisionModel, config: VisionConfig, asked: ImagesAsked
+) -> tuple[_Labelled, _Labelled, str]:
+    """Gallery, queries, and both in words."""
+    found = find_images(_settings(config.data, asked))
+    if found.classes.digest != loaded.labels.digest:
+        raise UserError(
+            f"the classes of {found.classes.source} are not those that {loaded.directory} was "
+            "trained on; give images of the same classes"
+        )
+    gallery = _labelled(config, found, found.train, asked.gallery_images)
+    queries = _labelled(config, found, found.validation, asked.query_images)
+    names = (asked.gallery or f"training images of {config.data.train}",
+             asked.queries or "validation images")  # fmt: skip
+    return gallery, queries, f"gallery: {names[0]}; queries: {names[1]}"
+
+
+def _settings(data: ImageDataConfig, asked: ImagesAsked) -> ImageDataConfig:
+    """Such that what is found for training is the gallery, and for validation the queries."""
+    if asked.gallery is None and asked.queries is None:
+        return data
+    if asked.gallery is None or asked.queries is None:
+        raise UserError(
+            "--gallery and --queries name images in place of the run's; give both, or neither"
+        )
+    return data.model_copy(
+        update={"train": asked.gallery, "validation": asked.queries, "split": None}
+    )
+
+
+def _labelled(config: VisionConfig, found: FoundImages, part: Part, most: int | None) -> _Labelled:
+    preprocessing = _preprocessing(config)
+    images = ValidationImages(part, found.classes, preprocessing, most or sys.maxsize)
+    return _Labelled(Images(images, config.training.micro_batch_size, config.data.workers))
+
+
+class _Labelled:
+    """Batches (images [b, C, H, H], labels [b]), the same each time."""
+
+    def __init__(self, images: Images) -> None:
+        self._images = images
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in self._images.micro_batches(torch.device("cpu")):
+            yield images, labels[:, 0]
+
+    def __len__(self) -> int:
+        return len(self._images)
