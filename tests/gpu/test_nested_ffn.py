@@ -28,25 +28,31 @@ Operands = list[Tensor]
 
 
 def operands(
-    rows: Sequence[int], widths: Sequence[int], activation: Activation, dtype: torch.dtype
+    rows: Sequence[int],
+    widths: Sequence[int],
+    activation: Activation,
+    dtype: torch.dtype,
+    biases: bool = False,
 ) -> Operands:
-    """x, w_in and w_out, which need gradients, and the gradient of y; D is 48."""
+    """x, w_in, w_out and perhaps b_in, which need gradients, and the gradient of y; D is 48."""
     generator = torch.Generator().manual_seed(0)
     neurons, inputs = max(widths) + 3, 2 if activation == "swiglu" else 1
-    shapes = ((sum(rows), 48), (neurons, inputs * 48), (neurons, 48), (sum(rows), 48))
+    shapes: list[tuple[int, ...]] = [(sum(rows), 48), (neurons, inputs * 48), (neurons, 48)]
+    shapes += [(inputs * neurons,)] * biases + [(sum(rows), 48)]
     drawn = [torch.randn(shape, generator=generator) for shape in shapes]
     drawn[1] *= 0.2  # pre-activations of about 1
-    x, w_in, w_out, d_y = (t.to(CUDA, dtype) for t in drawn)
-    return [x.requires_grad_(), w_in.requires_grad_(), w_out.requires_grad_(), d_y]
+    *learning, d_y = (t.to(CUDA, dtype) for t in drawn)
+    return [*(t.requires_grad_() for t in learning), d_y]
 
 
 def separate_passes(operands: Operands, rows: Sequence[int], widths: Sequence[int]) -> Tensor:
-    x, w_in, w_out = operands[:3]
+    x, w_in, w_out, *b_in = operands[:-1]
     ys = [x[:0]]
     for part, width in zip(x.split(list(rows)), widths, strict=True):
         gate, *up = w_in[:width].split(w_out.shape[1], dim=1)
-        h = F.linear(part, gate)
-        act = F.silu(h) * F.linear(part, up[0]) if up else F.gelu(h)
+        biases = b_in[0].view(len(w_in), -1)[:width].unbind(1) if b_in else (None, None)
+        h = F.linear(part, gate, biases[0])
+        act = F.silu(h) * F.linear(part, up[0], biases[1]) if up else F.gelu(h)
         ys.append(act @ w_out[:width])
     return torch.cat(ys)
 
@@ -56,21 +62,29 @@ def with_gradients(y: Tensor, operands: Operands) -> tuple[Tensor, ...]:
     return y.detach(), *torch.autograd.grad(y, inputs, d_y, materialize_grads=True)
 
 
+@pytest.mark.parametrize("biases", [False, True], ids=["no biases", "biases"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS.keys())
 @every_dtype
 def test_output_and_gradients_are_as_exact_as_plain(
-    dtype: torch.dtype, segments: tuple[tuple[int, ...], tuple[int, ...]], activation: Activation
+    dtype: torch.dtype,
+    segments: tuple[tuple[int, ...], tuple[int, ...]],
+    activation: Activation,
+    biases: bool,
 ) -> None:
     rows, widths = segments
-    inputs = operands(rows, widths, activation, dtype)
-    y = nested_ffn(*inputs[:3], rows=rows, widths=widths, activation=activation, impl="native")
+    inputs = operands(rows, widths, activation, dtype, biases)
+    x, w_in, w_out, *b_in = inputs[:-1]
+    y = nested_ffn(
+        x, w_in, w_out, *b_in, rows=rows, widths=widths, activation=activation, impl="native"
+    )  # fmt: skip
     plain = separate_passes(inputs, rows, widths)
     wide = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
     truth = separate_passes(wide, rows, widths)
     three = (with_gradients(y, inputs), with_gradients(plain, inputs), with_gradients(truth, wide))
     floor = 8 if dtype == torch.float32 else 1  # in fp32 the order of a GEMM's sums is the error
-    for name, *results in zip(("y", "d x", "d w_in", "d w_out"), *three, strict=True):
+    names = ("y", "d x", "d w_in", "d w_out", "d b_in")[: len(inputs)]
+    for name, *results in zip(names, *three, strict=True):
         assert_as_exact_as_plain(*results, floor_eps=floor, what=name)
 
 

@@ -31,22 +31,24 @@ every_case = pytest.mark.parametrize(("name", "dtype"), CASES, ids=short)
 
 
 def ffn_step(activation: Activation) -> Step:
-    def step(x: Tensor, w_in: Tensor, w_out: Tensor, d_y: Tensor) -> tuple[Tensor, ...]:
+    def step(x: Tensor, w_in: Tensor, w_out: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        *b_in, d_y = rest
         y = nested_ffn(
-            x, w_in, w_out, rows=ROWS, widths=WIDTHS, activation=activation, impl="native"
+            x, w_in, w_out, *b_in, rows=ROWS, widths=WIDTHS, activation=activation, impl="native"
         )
-        return y.detach(), *torch.autograd.grad(y, (x, w_in, w_out), d_y)
+        return y.detach(), *torch.autograd.grad(y, (x, w_in, w_out, *b_in), d_y)
 
     return step
 
 
 def case(name: str, dtype: torch.dtype) -> tuple[Step, list[Tensor]]:
-    """A forward and backward pass, and its operands on the GPU."""
+    """A forward and backward pass, and its operands on the GPU. GELU has biases."""
     if name == "loss":
         problem = replace(PROBLEM, dtype=dtype)
         return LossStep(problem, 50), there(*problem.operands())
     activation: Activation = "swiglu" if name == "swiglu" else "gelu"
-    return ffn_step(activation), operands(ROWS, WIDTHS, activation, dtype)
+    biases = activation == "gelu"
+    return ffn_step(activation), operands(ROWS, WIDTHS, activation, dtype, biases)
 
 
 @every_case
@@ -101,10 +103,12 @@ def test_compiled_without_a_graph_break_matches_eager(name: str, dtype: torch.dt
         if isinstance(step, LossStep):
             return step.losses(2 * first, *rest).total * 2
         activation: Activation = "swiglu" if name == "swiglu" else "gelu"
+        w_in, w_out, *b_in, d_y = rest
         y = nested_ffn(
-            2 * first, *rest[:2], rows=ROWS, widths=WIDTHS, activation=activation, impl="native"
-        )
-        return (y * rest[2]).float().square().mean() * 2
+            2 * first, w_in, w_out, *b_in, rows=ROWS, widths=WIDTHS, activation=activation,
+            impl="native",
+        )  # fmt: skip
+        return (y * d_y).float().square().mean() * 2
 
     torch.compiler.reset()
     compiled, eager = torch.compile(total, fullgraph=True)(*inputs), total(*inputs)
