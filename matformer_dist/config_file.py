@@ -16,6 +16,7 @@ from matformer_dist.config_language import LanguageConfig, LanguageModelConfig
 from matformer_dist.config_vision import VisionConfig, VisionModelConfig
 from matformer_dist.errors import UserError
 
+_DEFAULT_TASK = "language"
 _TASKS: dict[str, type[Config]] = {"language": LanguageConfig, "vision": VisionConfig}
 
 
@@ -33,11 +34,13 @@ AnyModelConfig: TypeAlias = Annotated[
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), if_open: Mapping[str, Any] | None = None
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    if_open: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Config:
     """Read a YAML file, apply `section.key=value` overrides, validate; UserError on any mistake.
 
-    if_open: values of keys that the file may leave open (???).
+    if_open: by task, values of keys that the file may leave open (???).
     """
     try:
         text = Path(path).read_text()
@@ -49,9 +52,10 @@ def load_config(
         loaded = omegaconf.OmegaConf.create(text)
         _check_sections(loaded, path)
         merged = omegaconf.OmegaConf.merge(loaded, _parse_overrides(overrides))
+        given = (if_open or {}).get(str(merged.get("task", _DEFAULT_TASK)), {})
         for key in sorted(omegaconf.OmegaConf.missing_keys(merged)):
-            if if_open is not None and key in if_open:
-                omegaconf.OmegaConf.update(merged, key, if_open[key])
+            if key in given:
+                omegaconf.OmegaConf.update(merged, key, given[key])
                 continue
             raise UserError(
                 f"the config file {path} leaves {key} open (???); write a value there, or give it "
@@ -107,7 +111,7 @@ def _parse_overrides(overrides: Sequence[str]) -> omegaconf.DictConfig:
 
 def validate_config(tree: Any, source: str) -> Config:
     """Build a Config from plain dictionaries; every mistake becomes a line of one UserError."""
-    task = tree.get("task", "language")
+    task = tree.get("task", _DEFAULT_TASK)
     if task not in _TASKS:
         raise UserError(f"{source}: task is {task!r}; it must be one of {', '.join(_TASKS)}")
     of_task = _TASKS[task]

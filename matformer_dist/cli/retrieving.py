@@ -95,9 +95,11 @@ def retrieve_command(
 
 def _table(result: RetrievalResult) -> Table:
     reference = result.reference
-    columns = ("query encoder", "gallery", "MFLOPs", "saved", "1-NN", "lost", f"recall@{result.ks[-1]}",
-               "neighbours", "distances")  # fmt: skip
-    table = Table(*columns)
+    most = result.ks[-1]
+    table = Table(
+        "query encoder", "gallery", "MFLOPs", "saved", "1-NN", "lost", f"recall@{most}",
+        "neighbours", "distances",
+    )  # fmt: skip
     for column in table.columns[2:]:
         column.justify = "right"
     for one in result.entries:
@@ -109,8 +111,8 @@ def _table(result: RetrievalResult) -> Table:
             number(saved, ".1%"),
             number(one.knn_accuracy[1].value, ".1%"),
             number(100 * one.accuracy_lost[1].value, ".2f"),
-            number(one.recall[result.ks[-1]].value, ".1%"),
-            number(one.neighbour_agreement[result.ks[-1]].value, ".1%"),
+            number(one.recall[most].value, ".1%"),
+            number(one.neighbour_agreement[most].value, ".1%"),
             number(one.pearson.value, ".3f"),
         )
     return table

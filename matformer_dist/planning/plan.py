@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -29,7 +30,12 @@ from matformer_dist.planning.proposal import (
 from matformer_dist.planning.timing import collective_seconds
 from matformer_dist.units import short_bytes, short_count, short_number, short_time
 
-IF_OPEN = {"data.train": [[1.0, "unknown"]], "data.tokenizer": "unknown"}  # no matter here
+IF_OPEN: dict[str, dict[str, Any]] = {  # what a plan does not depend on
+    "language": {"data.train": [[1.0, "unknown"]], "data.tokenizer": "unknown"},
+    "vision": {
+        "data.train": "unknown", "data.validation": "unknown", "checkpoint.initial": "unknown",
+    },
+}  # fmt: skip
 SWEEP = tuple(8 * 2**i for i in range(10))  # 8 to 4096
 
 

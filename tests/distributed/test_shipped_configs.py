@@ -14,7 +14,14 @@ from matformer_dist.training.engine import Engine, build_model
 from matformer_dist.training.metrics import LossSums
 from matformer_dist.training.setup import choose_operators
 from tests.distributed.ranks import run_ranks
-from tests.distributed.training_cases import SEQ_LEN, VOCAB, passes, synthetic_batches
+from tests.distributed.training_cases import (
+    CLASSES,
+    SEQ_LEN,
+    VOCAB,
+    outputs_of,
+    passes,
+    synthetic_batches,
+)
 
 CONFIGS = Path(__file__).parents[2] / "launch" / "configs"
 LEARNING_RATE = 3e-3  # of so small a model
@@ -27,20 +34,26 @@ def shrunken(path: Path) -> Config:
     ratio = model["d_ff"] / model["d_model"]
     model["d_model"] = 4 * model["n_heads"]
     model["d_ff"] = 16 * round(ratio * model["d_model"] / 16)
-    model |= {"n_layers": 2, "max_seq_len": SEQ_LEN, "vocab_size": VOCAB, "init_std": 0.1}
-    training |= {"tokens": None, "steps": 3, "seq_len": SEQ_LEN}
-    training |= {"micro_batch_size": 2, "global_batch_size": 8}
+    model |= {"n_layers": 2, "init_std": 0.1}
+    training |= {"steps": 3, "micro_batch_size": 2, "global_batch_size": 8}
+    if tree["task"] == "vision":
+        model |= {"image_size": 6, "patch_size": 2, "classes": CLASSES}
+        training |= {"images": None}
+    else:
+        model |= {"max_seq_len": SEQ_LEN, "vocab_size": VOCAB}
+        training |= {"tokens": None, "seq_len": SEQ_LEN}
     tree["schedule"]["warmup_steps"] = 1
+    tree["checkpoint"]["initial"] = None
     tree["logging"]["tensorboard"] = False
     return validate_config(tree, str(path))
 
 
 def train_on_one_batch(configs: dict[str, Config]) -> dict[str, list[dict[str, float]]]:
-    """Losses by granularity of every step on the same sequences, each dealt as before."""
+    """Losses by granularity of every step on the same samples, each dealt as before."""
     topology = initialize(1)
     histories: dict[str, list[dict[str, float]]] = {}
     for name, config in configs.items():
-        model = build_model(config, VOCAB, topology)
+        model = build_model(config, outputs_of(config), topology)
         choose_operators(config, topology)
         engine = Engine(config, model, topology)
         sums = LossSums(config.granularities, topology)
@@ -57,7 +70,7 @@ def train_on_one_batch(configs: dict[str, Config]) -> dict[str, list[dict[str, f
 
 def test_shipped_configurations_train_shrunken() -> None:
     configs = {path.stem: shrunken(path) for path in sorted(CONFIGS.rglob("*/*.yaml"))}
-    assert len(configs) == 9
+    assert len(configs) == 13
     for rank in run_ranks(2, train_on_one_batch, configs):
         for name, history in rank.items():
             assert len(history) == 3, name

@@ -13,11 +13,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from matformer_dist.config import Config
 from matformer_dist.config_file import load_config
-from matformer_dist.config_language import LanguageConfig, as_language
 from matformer_dist.deepspeed_section import check_deepspeed_section
 from matformer_dist.errors import UserError
-from matformer_dist.models.matlm import MatLM
+from matformer_dist.models.building import build_model
 from matformer_dist.parallel.layers import Initializer
 from matformer_dist.parallel.topology import TensorParallel
 from matformer_dist.planning import machines, plan
@@ -31,17 +31,22 @@ from matformer_dist.units import short_bytes
 
 CONFIGS = Path(__file__).parents[3] / "launch" / "configs"
 SHIPPED = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*/*.yaml"))
+ALONE = ("llama/2.6b-1gpu.yaml", "vision/digits.yaml")
 H100 = Machine("H100", round(79.6 * 2**30), 989)
 
 
-def shipped(name: str) -> LanguageConfig:
-    return as_language(load_config(CONFIGS / name, if_open=plan.IF_OPEN), "the test")
+def shipped(name: str) -> Config:
+    return load_config(CONFIGS / name, if_open=plan.IF_OPEN)
+
+
+def outputs_of(config: Config) -> int:
+    of_imagenet_21k = 21843
+    return plan.known_outputs(config)[0] or of_imagenet_21k
 
 
 def order(name: str, devices: int, machine: Machine = H100) -> plan.Order:
     config = shipped(name)
-    assert config.model.vocab_size is not None
-    return plan.Order(config, config.model.vocab_size, devices, machine, units=10**9)
+    return plan.Order(config, outputs_of(config), devices, machine, units=10**9)
 
 
 def text_of(parts: object) -> str:
@@ -56,6 +61,8 @@ def test_all_sizes_of_the_issue_are_shipped() -> None:
         "llama/2.6b-1gpu.yaml", "llama/2.6b-64gpu.yaml", "llama/2.6b-8gpu.yaml",
         "paper/180m.yaml", "paper/2.6b.yaml", "paper/310m.yaml", "paper/463m.yaml",
         "paper/78m.yaml", "paper/850m.yaml",
+        "vision/digits.yaml", "vision/vit-b16.yaml", "vision/vit-l16-finetune.yaml",
+        "vision/vit-l16.yaml",
     ]  # fmt: skip
 
 
@@ -63,8 +70,7 @@ def test_all_sizes_of_the_issue_are_shipped() -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_planned_weights_are_those_of_the_model(name: str, tensor: int) -> None:
     config = shipped(name)
-    assert config.model.vocab_size is not None
-    run = PlannedRun(config, config.model.vocab_size)
+    run = PlannedRun(config, outputs_of(config))
     if tensor > 1:
         other = changed(config, tensor, tensor=tensor, micro=1)
         assert other is not None
@@ -78,13 +84,13 @@ def test_planned_weights_are_those_of_the_model(name: str, tensor: int) -> None:
     ranks = TensorParallel(0, tensor)
     nestings = [config.granularities] * config.model.n_layers
     with torch.device("meta"):
-        model = MatLM(config.model, nestings, run.outputs, Meta(0), ranks)
+        model = build_model(config.model, nestings, run.outputs, Meta(0), ranks)
     assert sum(parameter.numel() for parameter in model.parameters()) == run.parameters
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_each_shipped_configuration_fits_where_it_says(name: str) -> None:
-    devices = {"llama/2.6b-1gpu.yaml": 1, "llama/2.6b-64gpu.yaml": 64}.get(name, 8)
+    devices = {"llama/2.6b-64gpu.yaml": 64}.get(name, 1 if name in ALONE else 8)
     asked = order(name, devices)
     run = PlannedRun(asked.config, asked.outputs, devices // asked.config.parallel.tensor)
     assert run.micro_batches >= 1
@@ -156,7 +162,7 @@ def test_as_little_is_spent_on_memory_as_there_is_need_for(
     best = candidates(config, asked.outputs, asked.devices, asked.machine)[0]
     assert best.run.config.training.activation_checkpointing == checkpointing
     assert best.run.config.parallel.sequence == sequence
-    assert LanguageConfig.model_validate(best.run.config.model_dump(mode="json"))
+    assert type(config).model_validate(best.run.config.model_dump(mode="json"))
     shown = text_of(plan.show_plan(replace(asked, config=config)))
     assert f"parallel.sequence={str(sequence).lower()} " in shown
     for less in ("none", "selective", "full"):
@@ -222,7 +228,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         (["--vocab-size", "32001"], "--vocab-size 32001 is not model.vocab_size, which is 32000"),
         (
             ["parallel.tensor=8", "model.vocab_size=3"],
-            "a vocabulary of 3 leaves the last of 8 tensor-parallel ranks without a token",
+            "3 tokens or classes leave the last of 8 tensor-parallel ranks without one",
         ),
         (["deepspeed.zero_optimization.stage=0"], "stage 0 with training.precision bf16"),
     ],
