@@ -15,7 +15,7 @@ import logging
 import shutil
 import signal
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,10 @@ def micro_batches(
     data_parallel_rank: int,
     data_parallel_size: int,
     workers: int = 0,
+    collate: Callable[[Iterable[Any]], Any] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(tokens, targets), int64 [micro_batch_size, seq_len] each, targets one token further.
+    With `collate`, what that makes of the samples of a micro-batch.
 
     `consumed` samples of the dataset are skipped: those that earlier micro-batches of all ranks
     took together. Ends when not enough for a micro-batch of every rank are left. `workers`
@@ -81,7 +83,7 @@ def micro_batches(
         dataset,
         batch_sampler=(range(start, start + micro_batch_size) for start in starts),  # type: ignore[arg-type,misc]
         num_workers=workers,
-        collate_fn=_tokens_and_targets,
+        collate_fn=collate or _tokens_and_targets,
         worker_init_fn=_leave_signals_to_the_rank,
         generator=torch.Generator(),  # or it would draw from the global one, and shift dropout
     )

@@ -12,8 +12,8 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "matformer_dist"
 
 BOTTOM = (
-    "errors", "units", "nesting", "config", "config_file", "counting", "chunks", "planning",
-    "deepspeed_section", "run_directory",
+    "errors", "units", "nesting", "config", "config_images", "config_file", "counting", "chunks",
+    "planning", "deepspeed_section", "run_directory",
 )  # fmt: skip
 COMMANDS = (
     "checkpoints",
@@ -53,6 +53,7 @@ ONLY_IN = {  # a library: the files or folders that alone may import it
     "lm_eval": ("evaluation/downstream/",),
     "datasets": ("evaluation/downstream/",),
     "huggingface_hub": ("evaluation/downstream/",),
+    "sklearn": ("data/images/digits.py",),
     "launch": (),
 }
 NOT_IN = {
