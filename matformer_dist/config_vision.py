@@ -18,6 +18,7 @@ from matformer_dist.config import (
     Sample,
     TrainingConfig,
 )
+from matformer_dist.config_images import PRESETS as AUGMENTATIONS
 from matformer_dist.config_images import ImageDataConfig
 
 # Dosovitskiy et al., arXiv 2010.11929, table 1; S and Ti of Touvron et al., arXiv 2012.12877,
@@ -115,7 +116,7 @@ class VisionObjectiveConfig(ObjectiveConfig):
 
     label_smoothing: BelowOne = 0.0  # share of the target that all classes have alike
     # Beta(alpha, alpha) of the share that an image keeps beside another one; 0: no mixing
-    mixup: NonNegative = 0.0
+    mixup: NonNegative = 0.0  # left out: that of data.augmentation.kind
     cutmix: NonNegative = 0.0
     # Of the micro-batches; of mixup and cutmix each has half of them where both are on
     mixing_probability: Annotated[float, Field(ge=0, le=1, strict=True)] = 1.0
@@ -155,6 +156,17 @@ class VisionConfig(Config):
     @property
     def sample(self) -> Sample:
         return Sample(self.model.rows, 1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_mixup(cls, given: Any) -> Any:
+        """Of the augmentation's preset, where the objective does not say it."""
+        try:
+            kind = given["data"]["augmentation"]["kind"]
+            objective = {"mixup": AUGMENTATIONS[kind].mixup, **given.get("objective", {})}
+        except (KeyError, TypeError):
+            return given
+        return {**given, "objective": objective}
 
     @property
     def samples_in_words(self) -> str:

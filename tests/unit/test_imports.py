@@ -12,8 +12,8 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "matformer_dist"
 
 BOTTOM = (
-    "errors", "units", "nesting", "config", "config_file", "counting", "chunks", "planning",
-    "deepspeed_section", "run_directory",
+    "errors", "units", "nesting", "config", "config_language", "config_images", "config_vision",
+    "config_file", "counting", "chunks", "planning", "deepspeed_section", "run_directory",
 )  # fmt: skip
 COMMANDS = (
     "checkpoints",
@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # a part of the package: the other parts th
     "doctor": {*BOTTOM, "ops", "parallel"},
     "cli": {*BOTTOM, *COMMANDS, "doctor"},
     "demo": {*BOTTOM, "parallel", "inference", "evaluation"},
+    "demo_vision": {*BOTTOM, "parallel", "demo"},
 }
 ONLY_IN = {  # a library: the files or folders that alone may import it
     "deepspeed": ("training/engine.py", "deepspeed_section.py", "checkpoints/universal_files.py"),
@@ -53,6 +54,7 @@ ONLY_IN = {  # a library: the files or folders that alone may import it
     "lm_eval": ("evaluation/downstream/",),
     "datasets": ("evaluation/downstream/",),
     "huggingface_hub": ("evaluation/downstream/",),
+    "sklearn": ("data/images/digits.py",),
     "launch": (),
 }
 NOT_IN = {

@@ -1,0 +1,87 @@
+"""A folder of class folders of images: the folders' names, sorted, are the classes.
+
+Images may lie in folders of a class folder too. Files that are not named as images are passed
+over, and so is all that begins with a dot.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from matformer_dist.data.images.packed import PackedTexts
+from matformer_dist.data.images.source import EncodedSource
+from matformer_dist.errors import UserError
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_PARTS = {"dev", "eval", "test", "train", "training", "val", "valid", "validation"}
+
+
+class FolderSource(EncodedSource):
+    """Class by class, the files of each in the order of their paths."""
+
+    def __init__(self, path: str) -> None:
+        classes, files, labels = _class_folders(path), [], []
+        for label, name in enumerate(classes):
+            found = sorted(_files(path, name))
+            if not found:
+                raise UserError(
+                    f"the class folder {os.path.join(path, name)} holds no images "
+                    f"({', '.join(SUFFIXES)}); add some, or take it out"
+                )
+            files += found
+            labels += [label] * len(found)
+        super().__init__(path, np.array(labels, np.int64), classes)
+        self._files = PackedTexts(map(os.fsencode, files))
+
+    def where(self, sample: int) -> str:
+        return os.path.join(self.path, os.fsdecode(self._files[sample]))
+
+    def encoded(self, sample: int) -> bytes:
+        return Path(self.where(sample)).read_bytes()
+
+
+def _class_folders(path: str) -> list[str]:
+    """Their names, sorted; UserError where `path` does not look like a folder of such."""
+    with os.scandir(path) as entries:
+        seen = [entry for entry in entries if not entry.name.startswith(".")]
+    loose = sorted(entry.name for entry in seen if _is_image(entry.name) and entry.is_file())
+    classes = sorted(entry.name for entry in seen if entry.is_dir())
+    if loose:
+        raise UserError(
+            f"{path} holds images that are in no class folder ({loose[0]}); put each into the "
+            "folder of its class"
+        )
+    if not classes:
+        raise UserError(
+            f"{path} holds no images: neither class folders, nor .parquet or .tar files"
+        )
+    if {name.lower() for name in classes} <= _PARTS:
+        raise UserError(
+            f"{path} holds {', '.join(classes)}, which are parts of a data set, not classes; name "
+            f"one of them, such as {os.path.join(path, classes[-1])}"
+        )
+    return classes
+
+
+def _files(path: str, name: str) -> Iterator[str]:
+    """Paths, below `path`, of all images of the class folder `name`."""
+    for folder, folders, files in os.walk(
+        os.path.join(path, name), followlinks=True, onerror=_raise
+    ):
+        folders[:] = [below for below in folders if not below.startswith(".")]
+        below = os.path.relpath(folder, path)
+        for file in files:
+            if _is_image(file) and not file.startswith("."):
+                yield os.path.join(below, file)
+
+
+def _is_image(file: str) -> bool:
+    return file.lower().endswith(SUFFIXES)
+
+
+def _raise(error: OSError) -> None:
+    raise error
