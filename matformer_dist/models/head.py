@@ -14,6 +14,7 @@ from matformer_dist.config import ModelConfig
 from matformer_dist.counting import check_outputs
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.ops.multi_granularity_loss import multi_granularity_loss
+from matformer_dist.ops.soft_targets import soft_target_correction
 from matformer_dist.ops.vocab_shard import VocabShard
 from matformer_dist.parallel.layers import Initializer, column_linear, copy_to_ranks, vocab_shard
 from matformer_dist.parallel.layout import ROWS
@@ -75,7 +76,8 @@ class Head(nn.Module):
         kept: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """hidden [N, D], targets [b, predictions] -> total loss, statistics [B, 5]; see
-        MatFormer.forward.
+        MatFormer.forward. kept: share of its own target where samples are mixed (see mixing.py);
+        the loss of statistics is to the soft target then.
         """
         hidden, weight = self._operands(hidden, tied)
         s = targets.shape[1]
@@ -84,15 +86,17 @@ class Head(nn.Module):
         valid = (flat != IGNORED_TARGET).sum().clamp(min=1)
         if plan.shared_tokens:
             flat = flat.repeat(len(rows))
+        hidden = copy_to_ranks(hidden, self.tensor)
+        scale = valid.reciprocal().to(torch.float32)
         out = multi_granularity_loss(
-            copy_to_ranks(hidden, self.tensor),
+            hidden,
             weight,
             flat,
             rows=rows,
             ce_weights=plan.ce_weights,
             z_weights=plan.z_weights,
             kl_weights=plan.kl_weights,
-            scale=valid.reciprocal().to(torch.float32),
+            scale=scale,
             temperature=plan.temperature,
             shared_tokens=plan.shared_tokens,
             ignore_index=IGNORED_TARGET,
@@ -104,8 +108,31 @@ class Head(nn.Module):
             best = out.best.view(len(rows), rows[0])
             agrees = counted * (best == best[:1]).flatten()
             correct = counted * (out.best == flat)
-        columns = torch.stack([out.nll, agrees, out.kl, counted, correct], dim=1)
-        return out.total, columns.view(-1, s, 5).sum(dim=1)
+        total, nll = out.total, out.nll
+        if plan.soft is not None:
+            softened = self._softened(hidden, weight, targets, plan.soft.smoothing, kept)
+            parts = zip(softened.split(rows), plan.ce_weights, strict=True)
+            total = total + scale * sum(part.sum() * factor for part, factor in parts)
+            nll = nll + softened.detach()
+        columns = torch.stack([nll, agrees, out.kl, counted, correct], dim=1)
+        return total, columns.view(-1, s, 5).sum(dim=1)
+
+    def _softened(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float, kept: float
+    ) -> Tensor:
+        """By how much a row's cross-entropy is more to its soft target than to its own [R]."""
+        others = targets.flip(0).flatten() if kept < 1 else None
+        return soft_target_correction(
+            hidden,
+            weight,
+            targets.flatten(),
+            others,
+            share=kept,
+            smoothing=smoothing,
+            vocab_size=self.outputs,
+            vocab=self.shard,
+            ignore_index=IGNORED_TARGET,
+        )
 
     def logits(self, hidden: Tensor, tied: Tensor | None) -> Tensor:
         """hidden [N, D] -> logits [R, V] of all rows and the whole vocabulary, on every rank."""
