@@ -152,7 +152,7 @@ def extract_command(
         ),
     ],
     output: Annotated[Path, typer.Option(help="Directory; one below it for each of several.")],
-    format: Annotated[str, typer.Option(help="native, hf or gguf.")] = "native",
+    format: Annotated[str, typer.Option(help="native, hf, gguf or timm.")] = "native",
     sparse: Annotated[
         bool,
         typer.Option(help="Format hf: exact widths in every layer, for vLLM and its like."),
@@ -165,7 +165,8 @@ def extract_command(
         str, typer.Option(help="fp32, bf16 or fp16; in format gguf also q8_0.")
     ] = "fp32",
     tokenizer: Annotated[
-        Path | None, typer.Option(help="The run's tokenizer, if its copy there is gone.")
+        Path | None,
+        typer.Option(help="The run's tokenizer, or classes.json, if its copy there is gone."),
     ] = None,
     force: Annotated[bool, typer.Option(help="Replace the model at the output.")] = False,
     verify: Annotated[

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matformer_dist.counting import count_parameters
 from matformer_dist.errors import UserError
@@ -18,13 +18,21 @@ ENTRY = "submodel.json"
 
 
 def describe(source: Source, export: Export, run_dir: Path, format: str) -> dict[str, Any]:
-    """submodel.json. Losses are nats per token; parameters are those of the exact widths.
+    """submodel.json. Losses are nats per token, or image; parameters are those of the exact widths.
+    Of a vision encoder, how images are prepared and the share that is classified rightly, too.
 
     UserError where the run's evaluation.json or slices.json cannot be read.
     """
     universal, submodel = source.universal, source.submodel
     count = count_parameters(universal.model, universal.outputs, submodel)
     nesting = universal.nesting
+    evaluated = _evaluated(run_dir / "evaluation.json", universal.checkpoint.step, str(submodel))
+    of_images = {}
+    if source.image_preprocessing is not None:
+        of_images = {
+            "accuracy": evaluated.accuracy,
+            "preprocessing": source.image_preprocessing.to_dict(),
+        }
     return {
         "submodel": str(submodel),
         "widths": list(submodel.widths),
@@ -39,7 +47,8 @@ def describe(source: Source, export: Export, run_dir: Path, format: str) -> dict
         "run": str(run_dir),
         "bytes": export.weights.bytes,
         "trained": _origin(universal.checkpoint.manifest),
-        "loss": _measured_loss(run_dir, universal.checkpoint.step, str(submodel)),
+        "loss": _measured_loss(run_dir, universal.checkpoint.step, str(submodel), evaluated),
+        **of_images,
         "padded_width": export.padded_width,
         "nesting": {"widths": list(nesting.widths), "names": list(nesting.names)},
     }
@@ -52,38 +61,48 @@ def _origin(manifest: Manifest) -> str:
     return "training's fp32 weights" + (" (masters)" if manifest.precision != "fp32" else "")
 
 
-def _measured_loss(run_dir: Path, step: int, submodel: str) -> float | None:
+class _Evaluated(NamedTuple):
+    """What evaluation.json says of a submodel; None where it was not measured, or is not finite."""
+
+    loss: float | None = None
+    accuracy: float | None = None
+
+
+def _measured_loss(run_dir: Path, step: int, submodel: str, evaluated: _Evaluated) -> float | None:
     """Validation loss from the run's evaluation.json or slices.json, if it was measured there at
     this step, on the run's own data.
     """
-    loss = _evaluated_loss(run_dir / "evaluation.json", step, submodel)
-    if loss is None:
-        loss = _searched_loss(run_dir, step, submodel)
-    return loss if loss is not None and isfinite(loss) else None
+    return evaluated.loss if evaluated.loss is not None else _searched_loss(run_dir, step, submodel)
 
 
 def _searched_loss(run_dir: Path, step: int, submodel: str) -> float | None:
     slices = read_slices(run_dir)
     if slices is None or slices.step != step or slices.data:
         return None
-    return next((one.loss for one in slices.measured if one.submodel == submodel), None)
+    return _finite(next((one.loss for one in slices.measured if one.submodel == submodel), None))
 
 
-def _evaluated_loss(path: Path, step: int, submodel: str) -> float | None:
+def _evaluated(path: Path, step: int, submodel: str) -> _Evaluated:
     if not path.exists():
-        return None
+        return _Evaluated()
     try:
         evaluation = json.loads(path.read_text())
         if evaluation["step"] != step or evaluation.get("data"):
-            return None
-        losses = {entry["submodel"]: entry["loss"] for entry in evaluation["submodels"]}
-        loss = losses.get(submodel)
-        return None if loss is None else float(loss)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            return _Evaluated()
+        entries = {entry["submodel"]: entry for entry in evaluation["submodels"]}
+        if (found := entries.get(submodel)) is None:
+            return _Evaluated()
+        return _Evaluated(_finite(found["loss"]), _finite(found.get("accuracy")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"cannot read {path} ({type(error).__name__}: {error}); evaluate the run again, or "
             "delete the file"
         ) from None
+
+
+def _finite(value: Any) -> float | None:
+    number = None if value is None else float(value)
+    return number if number is not None and isfinite(number) else None
 
 
 def is_extracted(directory: Path) -> bool:

@@ -1,15 +1,18 @@
 """Take submodels out of a training run: one directory each, whole or not there at all.
 
 ```
-config.json                 the architecture: transformers' or ours     native, hf
-model[-0000i-of-0000n].safetensors  weights, with an index if several   native, hf
+config.json                 the architecture: transformers', timm's or ours   native, hf, timm
+model[-0000i-of-0000n].safetensors  weights, with an index if several       native, hf, timm
 model.gguf                  weights, settings and vocabulary            gguf
 tokenizer.model             the SentencePiece tokenizer
 tokenizer.json, tokenizer_config.json, generation_config.json           hf
 configuration_nemotron_nas.py, modeling_nemotron_nas.py                 hf, sparse
 configuration_matformer.py, modeling_matformer.py                       hf, nested
+classes.json                names of an image classifier's classes      native
+preprocessor_config.json    how images are prepared for it              hf
 submodel.json, README.md    see entry.py; the model card
 ```
+Of formats and tasks, `_EXPORTS` has those that belong together.
 """
 
 from __future__ import annotations
@@ -27,6 +30,9 @@ from matformer_dist.checkpoints.new_directory import NewDirectory, check_space, 
 from matformer_dist.checkpoints.universal import UniversalModel, load_universal
 from matformer_dist.checkpoints.verify import BackgroundCheck
 from matformer_dist.config import ModelConfig
+from matformer_dist.config_file import load_config
+from matformer_dist.config_vision import VisionConfig, VisionModelConfig
+from matformer_dist.data.images.preprocessing import Preprocessing
 from matformer_dist.data.labels import Labels, load_labels
 from matformer_dist.errors import UserError
 from matformer_dist.run_directory import LABEL_FILES, find_checkpoint
@@ -40,20 +46,25 @@ from matformer_dist.submodels.nested_transformers import nested_transformers_exp
 from matformer_dist.submodels.parts import Export, Source, WeightFiles, write_weights
 from matformer_dist.submodels.safetensors_files import SHARD_BYTES
 from matformer_dist.submodels.slices import find_submodel
+from matformer_dist.submodels.timm_format import timm_export
 from matformer_dist.submodels.transformers_format import transformers_export
+from matformer_dist.submodels.vision_card import vision_card
+from matformer_dist.submodels.vit_format import vit_export
 
 _EXPORTS = {  # by task and format
     ("language", "native"): native_export,
     ("language", "hf"): transformers_export,
     ("language", "gguf"): gguf_export,
     ("vision", "native"): native_export,
+    ("vision", "hf"): vit_export,
+    ("vision", "timm"): timm_export,
 }
 
 
 _OURS = re.compile(  # names that any format writes, or what was measured of the model
     r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.gguf"
     r"|model\.safetensors\.index\.json|(configuration|modeling)_(nemotron_nas|matformer)\.py"
-    r"|evaluation\.json|\.evaluation\.lock|downstream\.json"
+    r"|preprocessor_config\.json|evaluation\.json|\.evaluation\.lock|downstream\.json"
     rf"|README\.md|{re.escape(ENTRY)}|{'|'.join(map(re.escape, LABEL_FILES))}"
 )
 
@@ -97,16 +108,18 @@ def extract(
     at a time. fp32 is the default because it is what training kept: nothing is lost, and any other
     dtype can be made from it. `sparse` is for format hf: exact widths, for engines that read them;
     `nested` too: every submodel of what is written runs in transformers. `force` replaces a model
-    that was extracted before, where nothing else is beside it. `tokenizer` stands in where the
-    run's copy is gone. UserError for input that does not fit and for a full disk, before anything
-    is written; for weights that overflow in fp16 before any model is in place, and for a damaged
-    checkpoint: `verify` reads all of it meanwhile, the optimizer's moments too.
+    that was extracted before, where nothing else is beside it. `tokenizer`, or a classes.json,
+    stands in where the run's copy is gone. UserError for input that does not fit and for a full
+    disk, before anything is written; for weights that overflow in fp16 before any model is in
+    place, and for a damaged checkpoint: `verify` reads all of it meanwhile, the optimizer's moments
+    too.
     """
     _check_format(format, sparse, nested, dtype)
     universal = load_universal(find_checkpoint(run))
     _check_task(universal.model, format, sparse or nested)
     run_dir = universal.checkpoint.path.parent.parent
     labels = _labels(universal, run_dir, tokenizer)
+    preprocessing = _preprocessing(universal.model, run_dir)
     chosen = list(
         dict.fromkeys(
             find_submodel(
@@ -126,7 +139,7 @@ def extract(
     for submodel in chosen:
         target = output if len(chosen) == 1 else output / directory_name(submodel)
         new = NewDirectory(target, _check_replaced if force else _check_free)
-        source = Source(universal, submodel, labels, dtype, shard_bytes)
+        source = Source(universal, submodel, labels, dtype, shard_bytes, preprocessing)
         models.append(_model(source, export(source), new, run_dir, format))
     _check_distinct([model.directory.place for model in models])
     needed = sum(model.weights.bytes + sum(map(len, model.files.values())) for model in models)
@@ -200,6 +213,19 @@ def _labels(universal: UniversalModel, run_dir: Path, path: Path | None) -> Labe
     return labels
 
 
+def _preprocessing(model: ModelConfig, run_dir: Path) -> Preprocessing | None:
+    """What the run does to images before its model sees them; of a text nothing."""
+    if not isinstance(model, VisionModelConfig):
+        return None
+    config = load_config(run_dir / "config.yaml", if_open={"data.train": "unset"})
+    if not isinstance(config, VisionConfig):
+        raise UserError(
+            f"{run_dir / 'config.yaml'} is of task: {config.task}, its checkpoint of a vision "
+            "encoder; give the run.dir that training has written"
+        )
+    return Preprocessing.of(config.data, model.image_size, model.channels)
+
+
 def _check_distinct(places: Sequence[Path]) -> None:
     for place in places:
         if places.count(place) > 1:
@@ -233,11 +259,11 @@ def _model(
     source: Source, export: Export, directory: NewDirectory, run_dir: Path, format: str
 ) -> _Model:
     entry = describe(source, export, run_dir, format)
-    files = {
-        **export.files,
-        ENTRY: json.dumps(entry, indent=2) + "\n",
-        "README.md": model_card(entry, source.universal.model, source.universal.outputs),
-    }
+    if source.universal.model.task == "vision":
+        card = vision_card(entry, source.vision_model, source.universal.outputs)
+    else:
+        card = model_card(entry, source.language_model, source.universal.outputs)
+    files = {**export.files, ENTRY: json.dumps(entry, indent=2) + "\n", "README.md": card}
     return _Model(export.weights, files, entry, directory)
 
 

@@ -11,7 +11,12 @@ from matformer_dist.config import ModelConfig
 from matformer_dist.nesting import Submodel
 
 _FLOATS = ("fp32", "bf16", "fp16")
-DTYPES = {"native": _FLOATS, "hf": _FLOATS, "gguf": (*_FLOATS, "q8_0")}  # by format
+DTYPES = {  # by format
+    "native": _FLOATS,
+    "hf": _FLOATS,
+    "gguf": (*_FLOATS, "q8_0"),
+    "timm": _FLOATS,
+}
 FORMATS = tuple(DTYPES)
 _LONGEST_NAME, _SHORTENED_NAME = 120, 60  # bytes, characters
 FFN_MULT_STEP = 256  # neurons: widths that `ffn_mult` of format hf, sparse, can say

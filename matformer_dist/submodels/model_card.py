@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from matformer_dist.config import ModelConfig
+from matformer_dist.config_language import LanguageModelConfig
 from matformer_dist.submodels.formats import FFN_MULT_STEP
 
 _CARD = """\
@@ -83,8 +83,8 @@ print(model("def ", max_tokens=50)["choices"][0]["text"])"""
 _COPIED = ("submodel", "step", "run", "parameters", "dtype", "bytes", "trained")
 
 
-def model_card(entry: Mapping[str, Any], model: ModelConfig, vocab_size: int) -> str:
-    """The card of the model that `entry`, the content of submodel.json, describes."""
+def model_card(entry: Mapping[str, Any], model: LanguageModelConfig, vocab_size: int) -> str:
+    """The card of the language model that `entry`, the content of submodel.json, describes."""
     kind = entry["format"]
     front_matter = ["pipeline_tag: text-generation", "tags:", "- matformer", "- nested"]
     if kind == "hf":
@@ -101,7 +101,7 @@ def model_card(entry: Mapping[str, Any], model: ModelConfig, vocab_size: int) ->
     return _CARD.format(
         **{key: entry[key] for key in _COPIED},
         front_matter="\n".join(front_matter),
-        widths=_runs(entry["widths"]),
+        widths=width_runs(entry["widths"]),
         non_embedding_parameters=entry["non_embedding_parameters"],
         n_layers=model.n_layers,
         d_model=model.d_model,
@@ -153,7 +153,7 @@ def _held_names(entry: Mapping[str, Any]) -> list[str]:
     return nesting["names"][: nesting["widths"].index(max(entry["widths"])) + 1]
 
 
-def _runs(widths: list[int]) -> str:
+def width_runs(widths: list[int]) -> str:
     """[256, 256, 512] as "2 x 256, 1 x 512"."""
     runs: list[list[int]] = []
     for width in widths:

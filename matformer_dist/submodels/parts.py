@@ -19,6 +19,9 @@ from torch import Tensor
 from matformer_dist.checkpoints.memory import ReusedMemory
 from matformer_dist.checkpoints.universal import UniversalModel
 from matformer_dist.config_language import LanguageModelConfig
+from matformer_dist.config_vision import VisionModelConfig
+from matformer_dist.data.images.classes import ClassNames
+from matformer_dist.data.images.preprocessing import Preprocessing
 from matformer_dist.data.labels import Labels
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.errors import UserError
@@ -98,6 +101,7 @@ class Source:
     labels: Labels
     dtype: str  # of the format's DTYPES
     shard_bytes: int
+    image_preprocessing: Preprocessing | None = None  # of the run, where it reads images
 
     @property
     def language_model(self) -> LanguageModelConfig:
@@ -109,6 +113,22 @@ class Source:
     def tokenizer(self) -> Tokenizer:
         assert isinstance(self.labels, Tokenizer)
         return self.labels
+
+    @property
+    def vision_model(self) -> VisionModelConfig:
+        model = self.universal.model
+        assert isinstance(model, VisionModelConfig), "extract chooses formats by the model"
+        return model
+
+    @property
+    def class_names(self) -> ClassNames:
+        assert isinstance(self.labels, ClassNames)
+        return self.labels
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        assert self.image_preprocessing is not None
+        return self.image_preprocessing
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -167,7 +187,7 @@ def rows_within(universal: UniversalModel, name: str, width: int) -> int | None:
 
 
 def layer_of(name: str) -> int | None:
-    """The layer that a weight of MatLM belongs to."""
+    """The layer that a weight of a MatFormer belongs to."""
     return int(name.split(".")[1]) if name.startswith("layers.") else None
 
 

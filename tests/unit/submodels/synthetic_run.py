@@ -11,7 +11,9 @@ import yaml
 
 from matformer_dist.checkpoints.files import hash_file
 from matformer_dist.config_language import LanguageModelConfig
+from matformer_dist.data.labels import Labels
 from matformer_dist.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
+from matformer_dist.models.matformer import MatFormer
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.nesting import Nesting
 from matformer_dist.parallel.layers import Initializer
@@ -48,22 +50,36 @@ def random_model(model: LanguageModelConfig, seed: int = 3) -> MatLM:
 def write_run(directory: Path, lm: MatLM, *, tensor: int = 1, step: int = 5) -> Path:
     """A run directory whose checkpoint holds `lm` as ZeRO 0 leaves it on `tensor` ranks."""
     tokenizer = small_tokenizer()
-    checkpoint = directory / "checkpoints" / f"step-{step}"
-    checkpoint.mkdir(parents=True)
-    tokenizer_path = directory / tokenizer.file_name
-    for name, content in tokenizer.files.items():
-        (directory / name).write_bytes(content)
     config = {
         "run": {"dir": str(directory)},
         "model": lm.model.model_dump(mode="json"),
         "nesting": {"widths": list(NESTING.widths)},
-        "data": {"train": [[1, "unused"]], "tokenizer": str(tokenizer_path)},
+        "data": {"train": [[1, "unused"]], "tokenizer": str(directory / tokenizer.file_name)},
         "training": {"steps": 5, "seq_len": 8, "micro_batch_size": 1, "global_batch_size": 1},
     }
+    return write_files(directory, lm, NESTING, tokenizer, config, tensor=tensor, step=step, units=8)
+
+
+def write_files(
+    directory: Path,
+    model: MatFormer,
+    nesting: Nesting,
+    labels: Labels,
+    config: dict[str, Any],
+    *,
+    tensor: int,
+    step: int,
+    units: int,
+) -> Path:
+    """A run directory of a model of any task; `units` a step."""
+    checkpoint = directory / "checkpoints" / f"step-{step}"
+    checkpoint.mkdir(parents=True)
+    for name, content in labels.files.items():
+        (directory / name).write_bytes(content)
     (directory / "config.yaml").write_text(yaml.safe_dump(config))
     for rank in range(tensor):
         module = {}
-        for name, parameter in lm.named_parameters():
+        for name, parameter in model.named_parameters():
             partition = getattr(parameter, "partition", None)
             whole = parameter.detach()
             module[name] = partition.deal(whole, rank, tensor) if partition else whole
@@ -72,13 +88,13 @@ def write_run(directory: Path, lm: MatLM, *, tensor: int = 1, step: int = 5) -> 
     manifest = Manifest(
         step=step,
         samples=step,
-        units=8 * step,
+        units=units * step,
         layout=Layout(tensor=tensor, data=1, zero_stage=0),
-        model=lm.model,
-        outputs=VOCAB,
-        nesting=NESTING,
+        model=model.model,  # type: ignore[arg-type]  # of one of the tasks
+        outputs=model.outputs,
+        nesting=nesting,
         precision="fp32",
-        labels_sha256=tokenizer.digest,
+        labels_sha256=labels.digest,
         config_sha256="",
         versions={},
         files={file.name: hash_file(file) for file in checkpoint.iterdir()},

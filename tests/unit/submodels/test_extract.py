@@ -19,7 +19,7 @@ from matformer_dist.run_directory import DamagedError, find_checkpoint
 from matformer_dist.submodels import extract as extract_module
 from matformer_dist.submodels.entry import read_entry
 from matformer_dist.submodels.extract import extract
-from matformer_dist.submodels.formats import FORMATS, directory_name
+from matformer_dist.submodels.formats import directory_name
 from matformer_dist.submodels.safetensors_files import read_weights
 from matformer_dist.submodels.slices import SLICES, Slices
 from tests.unit.submodels.synthetic_run import (
@@ -201,7 +201,7 @@ def test_no_model_is_written_among_checkpoints(run: Path) -> None:
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-5"]
 
 
-@pytest.mark.parametrize("format", list(FORMATS))
+@pytest.mark.parametrize("format", ["native", "hf", "gguf"])
 def test_every_format_can_be_replaced(run: Path, tmp_path: Path, format: str) -> None:
     kinds: list[dict[str, Any]] = [{}]
     if format == "hf":
