@@ -56,7 +56,11 @@ def prepare_data_command(
 @app.command("import")
 def import_command(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="HF_DIR", help="Llama-architecture checkpoint, safetensors.")
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            help="Checkpoint in safetensors: a Llama or ViT of Hugging Face, or a ViT of timm.",
+        ),
     ],
     output: Annotated[Path, typer.Option(metavar="RUN", help="Run directory to make.")],
     fractions: Annotated[
@@ -69,25 +73,39 @@ def import_command(
     ] = "importance",
     calibration: Annotated[
         list[Path] | None,
-        typer.Option(help="Text to measure importance on; repeatable. Without: weights alone."),
+        typer.Option(
+            help="Text (of a ViT, images) to measure importance on; repeatable. Without: weights "
+            "alone."
+        ),
     ] = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(help="Tokens of it to run; 8192 if left out.")
+    ] = None,
+    calibration_images: Annotated[
+        int | None, typer.Option(help="Images of it to run; 128 if left out.")
     ] = None,
     text_key: Annotated[
         str, typer.Option(help="Key or column of calibration that holds the text.")
     ] = "text",
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Another than HF_DIR's: a .model file or tokenizer.json.")
+        Path | None, typer.Option(help="Another than DIR's: a .model file or tokenizer.json.")
     ] = None,
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens a sequence, of calibration and the run's config.")
     ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of a ViT: a JSON list of its classes' names. One without a classifier gets a "
+            "fresh head for them."
+        ),
+    ] = None,
 ) -> None:
-    """Make a Hugging Face Llama a run whose model is nested, to be trained on or extracted from."""
+    """Make a Llama or ViT a run whose model is nested, to be trained on or extracted from."""
     from rich.progress import Progress
 
-    from matformer_dist.importing.import_model import ImportOptions, import_model
+    from matformer_dist.importing.import_model import import_model
+    from matformer_dist.importing.options import ImportOptions
 
     options = ImportOptions(
         fractions=items("--fractions", fractions),
@@ -99,6 +117,8 @@ def import_command(
         text_key=text_key,
         tokenizer=tokenizer,
         seq_len=seq_len,
+        calibration_images=calibration_images,
+        classes=classes,
     )
     with Progress(console=out, transient=True) as progress:
         task = progress.add_task("importing", total=None)

@@ -1,11 +1,7 @@
-"""config.json of a Llama-architecture checkpoint as our model's settings, or why it is none.
-
-Only the file is read: no code of transformers runs, so it need not be installed.
-"""
+"""config.json of a Llama-architecture checkpoint as our model's settings, or why it is none."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +10,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from matformer_dist.config_language import LanguageModelConfig
-from matformer_dist.errors import UserError
+from matformer_dist.importing.checkpoint_config import (
+    invalid_config,
+    not_allowed,
+    read_config,
+    refuse,
+    short,
+)
 
 _ARCHITECTURE = "LlamaForCausalLM"
 _KEYS = {  # ours: theirs
@@ -80,14 +82,9 @@ def read_llama_config(directory: Path) -> LlamaConfig:
     UserError where there is none, or it describes what MatLM does not compute: all such keys are
     named, with their values and what is allowed.
     """
-    path = directory / "config.json"
-    config = _read(path)
-    found = _missing_or_foreign(config) or [*_not_allowed(config), *_rope_faults(config)]
-    if found:
-        raise UserError(
-            f"{path} describes a model that cannot be imported: {'; '.join(found)}. Its weights "
-            "would compute something else here; choose a checkpoint without that"
-        )
+    config = read_config(directory)
+    found = _missing_or_foreign(config)
+    refuse(directory, found or [*not_allowed(config, _ALLOWED), *_rope_faults(config)])
     rope = _rope(config)
     values = {**_DEFAULTS, **config}
     values["rope_theta"] = rope.get("rope_theta", values["rope_theta"])
@@ -101,25 +98,8 @@ def read_llama_config(directory: Path) -> LlamaConfig:
             }
         )
     except ValidationError as error:
-        reasons = [_explain(item) for item in error.errors()]
-        raise UserError(
-            f"{path} describes a model that cannot be imported: {'; '.join(reasons)}"
-        ) from None
+        raise invalid_config(directory, error, _KEYS) from None
     return LlamaConfig(model, _eos_ids(config.get("eos_token_id", 2)))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(
-            f"cannot read {path} ({reason}); give the folder of a Hugging Face checkpoint, with "
-            "its config.json"
-        ) from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} holds no JSON object; give the folder of a Hugging Face model")
-    return config
 
 
 def _missing_or_foreign(config: dict[str, Any]) -> list[str]:
@@ -133,20 +113,13 @@ def _missing_or_foreign(config: dict[str, Any]) -> list[str]:
     return [f"it does not set {key}" for key in needed if config.get(key) is None]
 
 
-def _not_allowed(config: dict[str, Any]) -> Iterator[str]:
-    for key, allowed in _ALLOWED.items():
-        value = config.get(key, allowed[0])
-        if value not in allowed:
-            yield f"{key} is {_short(value)}, allowed is {allowed[0]!r}"
-
-
 def _rope_faults(config: dict[str, Any]) -> Iterator[str]:
     """Of rope_parameters, as transformers 5 writes it, and of rope_scaling, as those before."""
     for key in ("rope_parameters", "rope_scaling"):
         rope = config.get(key)
         if rope is not None and not _is_known(rope):
             yield (
-                f"{key} is {_short(rope)}, allowed is rope_type {' or '.join(_ROPE_KEYS)} with all "
+                f"{key} is {short(rope)}, allowed is rope_type {' or '.join(_ROPE_KEYS)} with all "
                 "that it needs and no more (the same in all layers, over the whole head)"
             )
 
@@ -181,20 +154,3 @@ def _rope_scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
 def _eos_ids(value: Any) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [value]
     return tuple(i for i in ids if isinstance(i, int))
-
-
-def _explain(item: Any) -> str:
-    """One finding of pydantic, in the words of config.json."""
-    if item["type"] == "value_error":
-        message = str(item["ctx"]["error"])
-        for ours, theirs in _KEYS.items():
-            message = message.replace(f"model.{ours} ", f"{theirs} ")
-        return message
-    first, *inner = item["loc"]
-    name = ".".join(map(str, [_KEYS.get(first, first), *inner]))
-    return f"{name} is {item['input']!r}: {item['msg']}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."

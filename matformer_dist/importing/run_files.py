@@ -2,7 +2,8 @@
 
 ```
 config.yaml              the model's settings; data.train is left for the user to set
-tokenizer.*              an id for every row of the embedding
+tokenizer.*              an id for every row of the embedding; of an image classifier
+classes.json             the names of its classes
 checkpoints/step-0/      whole weights as in DeepSpeed's universal checkpoints, and the manifest
 ```
 """
@@ -22,44 +23,36 @@ from torch import Tensor
 
 from matformer_dist.checkpoints.files import replace_file, sync_directory, write_file
 from matformer_dist.checkpoints.universal_files import value_path
-from matformer_dist.config_language import LanguageConfig
-from matformer_dist.data.tokenizer import Tokenizer
-from matformer_dist.models.matlm import MatLM
+from matformer_dist.importing.source import Source
+from matformer_dist.models.building import build_model
 from matformer_dist.parallel.layers import Initializer
 from matformer_dist.run_directory import MANIFEST, UNIVERSAL, Manifest, SavedFile
 
 STEP = "step-0"
-_NOTE = """\
-# An imported model. Set data.train to the data sets to go on with, for example
-# [[1.0, data/corpus]], prepared with {tokenizer}.
-# Length, batch and learning rate below are where to begin, not advice.
-"""
 _PACKAGES = ("matformer_dist", "torch")
 
 
-def config_text(config: LanguageConfig) -> str:
-    """config.yaml of `config`, whose data.train stands for none: OmegaConf asks for what is ???."""
-    tree: dict[str, Any] = config.model_dump(mode="json")
+def config_text(source: Source) -> str:
+    """config.yaml, whose data.train stands for none: OmegaConf asks for what is ???."""
+    tree: dict[str, Any] = source.config.model_dump(mode="json")
     tree["data"]["train"] = "???"
-    note = _NOTE.format(tokenizer=config.data.tokenizer)
-    return note + yaml.safe_dump(tree, sort_keys=False)
+    return source.note + yaml.safe_dump(tree, sort_keys=False)
 
 
 def write_run(
     directory: Path,
-    config: LanguageConfig,
-    tokenizer: Tokenizer,
+    source: Source,
     weights: Iterable[tuple[str, Tensor]],
     progress: Callable[[int, int], None],
 ) -> None:
     """Write all files, the manifest last, onto disk; OSError where they cannot be.
 
-    `weights` are MatLM's, by name, in canonical order, each once; they are written as they come.
-    `progress` is told of how many are written, of how many.
+    `weights` are the model's, by name, in canonical order, each once; they are written as they
+    come. `progress` is told of how many are written, of how many.
     """
     checkpoint = directory / "checkpoints" / STEP
     checkpoint.mkdir(parents=True)
-    expected = _expected(config, tokenizer.vocab_size)
+    expected = _expected(source)
     total = len(expected)
     progress(0, total)
     files: dict[str, SavedFile] = {}
@@ -71,21 +64,22 @@ def write_run(
         del weight  # before the next is made
         progress(len(files), total)
     assert not expected, f"not written: {sorted(expected)}"
-    text = config_text(config)
-    for name, content in tokenizer.files.items():
+    text = config_text(source)
+    for name, content in source.labels.files.items():
         replace_file(directory / name, content)
     replace_file(directory / "config.yaml", text.encode())
-    manifest = _manifest(config, text, tokenizer, files)
+    manifest = _manifest(source, text, files)
     replace_file(checkpoint / MANIFEST, manifest.sealed().encode())
     for folder in (checkpoint / "zero", checkpoint, checkpoint.parent, directory):
         sync_directory(folder)
 
 
-def _expected(config: LanguageConfig, vocab_size: int) -> dict[str, torch.Size]:
+def _expected(source: Source) -> dict[str, torch.Size]:
     """Shapes of the whole model's weights by name, without memory."""
+    config = source.config
     layers = [config.granularities] * config.model.n_layers
     with torch.device("meta"):
-        model = MatLM(config.model, layers, vocab_size, Initializer(seed=None))
+        model = build_model(config.model, layers, source.outputs, Initializer(seed=None))
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
@@ -96,20 +90,18 @@ def _write_weight(path: Path, weight: Tensor) -> SavedFile:
     return saved
 
 
-def _manifest(
-    config: LanguageConfig, text: str, tokenizer: Tokenizer, files: dict[str, SavedFile]
-) -> Manifest:
+def _manifest(source: Source, text: str, files: dict[str, SavedFile]) -> Manifest:
     packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return Manifest(
         step=0,
         samples=0,
         units=0,
         layout=UNIVERSAL,
-        model=config.model,
-        nesting=config.granularities,
-        outputs=tokenizer.vocab_size,
-        precision=config.training.precision,
-        labels_sha256=tokenizer.digest,
+        model=source.config.model,  # type: ignore[arg-type]  # of one of the tasks
+        nesting=source.config.granularities,
+        outputs=source.outputs,
+        precision=source.config.training.precision,
+        labels_sha256=source.labels.digest,
         config_sha256=hashlib.sha256(text.encode()).hexdigest(),
         versions={**packages, "python": platform.python_version()},
         has_optimizer=False,

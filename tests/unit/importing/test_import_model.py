@@ -14,8 +14,9 @@ from matformer_dist.checkpoints.verify import faults
 from matformer_dist.config_file import load_config
 from matformer_dist.config_language import as_language
 from matformer_dist.errors import UserError
-from matformer_dist.importing.import_model import ImportOptions, import_model
+from matformer_dist.importing.import_model import import_model
 from matformer_dist.importing.llama_weights import LlamaWeights
+from matformer_dist.importing.options import ImportOptions
 from matformer_dist.inference.loading import load_language_model
 from matformer_dist.run_directory import UNIVERSAL, find_checkpoint
 from matformer_dist.submodels.extract import extract

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from matformer_dist.errors import UserError
-from matformer_dist.importing.calibration import Calibration, read_tokens
-from matformer_dist.importing.import_model import ImportOptions, import_model
+from matformer_dist.importing.calibration_text import of_tokens, read_tokens
+from matformer_dist.importing.import_model import import_model
 from matformer_dist.importing.importance import activation_weighted, falling, magnitude
 from matformer_dist.importing.llama_config import read_llama_config
 from matformer_dist.importing.llama_weights import LlamaWeights
+from matformer_dist.importing.options import ImportOptions
 from matformer_dist.run_directory import find_checkpoint
 from tests.unit.importing.checkpoints import (
     CALIBRATION,
@@ -42,7 +43,7 @@ def test_activations_match_transformers(tmp_path: Path) -> None:
         llama(tokens)
     model = read_llama_config(directory).model
     source = LlamaWeights(directory, model, VOCAB)
-    calibration = Calibration(model, tokens, source.embedding())
+    calibration = of_tokens(model, tokens, source.embedding())
     for i, expected in enumerate(seen):
         actual = calibration.through(source.layer(i))
         torch.testing.assert_close(actual, expected.abs().mean(dim=(0, 1)), rtol=1e-5, atol=1e-6)
@@ -65,7 +66,7 @@ def test_every_layer_is_ordered_by_its_own_importance(tmp_path: Path, calibrated
     import_model(directory, tmp_path / "run", options)
     tokens = read_tokens([text], small_tokenizer(), 8192, 48)
     run = load(tmp_path / "run")
-    calibration = Calibration(run.model, tokens, run.embedding.weight.detach())
+    calibration = of_tokens(run.model, tokens, run.embedding.weight.detach())
     orders = []
     for i, layer in enumerate(run.layers):
         weights = {name: weight.detach() for name, weight in layer.state_dict().items()}

@@ -14,7 +14,8 @@ from matformer_dist.config_language import as_language
 from matformer_dist.data.sentencepiece_tokenizer import train_tokenizer
 from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.errors import UserError
-from matformer_dist.importing.import_model import ImportOptions, import_model
+from matformer_dist.importing.import_model import import_model
+from matformer_dist.importing.options import ImportOptions
 from matformer_dist.importing.vocabulary import find_tokenizer
 from matformer_dist.inference.generation import sample
 from matformer_dist.submodels.extract import extract
