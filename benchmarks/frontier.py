@@ -90,7 +90,7 @@ def main() -> None:
         "training_seconds": round(training_seconds(trained)),
         "measured_submodels": len(found.all.measured),
         "tokens_chosen_on": found.all.tokens,
-        "tokens_judged_on": next(iter(judged.values())).tokens,
+        "tokens_judged_on": next(iter(judged.values())).predictions,
     }
     measured = [one.model_dump(include=_KEPT) for one in found.all.measured]
     write_result(

@@ -52,7 +52,8 @@ def load_config(
         loaded = omegaconf.OmegaConf.create(text)
         _check_sections(loaded, path)
         merged = omegaconf.OmegaConf.merge(loaded, _parse_overrides(overrides))
-        given = (if_open or {}).get(str(merged.get("task", _DEFAULT_TASK)), {})
+        task = str(omegaconf.OmegaConf.select(merged, "task", default=_DEFAULT_TASK))
+        given = (if_open or {}).get(task, {})
         for key in sorted(omegaconf.OmegaConf.missing_keys(merged)):
             if key in given:
                 omegaconf.OmegaConf.update(merged, key, given[key])

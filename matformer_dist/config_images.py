@@ -92,8 +92,8 @@ class AugmentationConfig(Section):
 
 
 class ImageDataConfig(ReadingConfig):
-    """Labelled images; `seed` is that of order, split and augmentation. `workers` pay nearly always,
-    since an image costs milliseconds to decode. `train` and `validation` are each one of
+    """Labelled images; `seed` is that of order, split and augmentation. `workers` pay nearly
+    always, since an image costs milliseconds to decode. `train` and `validation` are each one of
 
     - digits: scikit-learn's 1,797 grey images of 8 x 8 pixels, of which every fifth is validation's
       (./digits is a folder of that name),

@@ -149,17 +149,16 @@ def _evaluate_losses(
             part=None if part is None else Part.parse(part),
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    table = Table(
-        "submodel", "parameters", "loss", "95%", "perplexity", "bits/byte", "accuracy", "agrees",
-        "KL",
-    )  # fmt: skip
+    is_text = evaluation.unit == "tokens"
+    of_text = ("perplexity", "bits/byte") if is_text else ()
+    table = Table("submodel", "parameters", "loss", "95%", *of_text, "accuracy", "agrees", "KL")
     for column in table.columns[1:]:
         column.justify = "right"
     for entry in evaluation.results:
+        text = [f"{entry['perplexity']:.2f}", f"{entry['bits_per_byte']:.4f}"] if is_text else []
         table.add_row(
             entry["submodel"], f"{entry['parameters']:,}", f"{entry['loss']:.4f}",
-            interval_text(entry["loss_interval"]), f"{entry['perplexity']:.2f}",
-            f"{entry['bits_per_byte']:.4f}", number(entry["accuracy"], ".1%"),
+            interval_text(entry["loss_interval"]), *text, number(entry["accuracy"], ".1%"),
             number(entry["agreement"], ".1%"), number(entry["kl"], ".4f"),
         )  # fmt: skip
     print_wide(table)
@@ -167,8 +166,8 @@ def _evaluate_losses(
     to_come = f"other parts, called with the same options, are to come for {file}"
     where = f"written to {file}" if evaluation.is_whole else to_come
     out.print(
-        f"step {evaluation.step}, {evaluation.tokens:,} validation tokens; loss and KL in nats per "
-        f"token, agreement and KL with XL; {where}"
+        f"step {evaluation.step}, {evaluation.units:,} validation {evaluation.unit}; loss and KL "
+        f"in nats per {evaluation.unit.removesuffix('s')}, agreement and KL with XL; {where}"
     )
     if evaluation.note:
         out.print(evaluation.note, markup=False)

@@ -26,7 +26,7 @@ class Measured:
     text_bytes: int | None
 
     @property
-    def tokens(self) -> int:
+    def predictions(self) -> int:
         return int(self.sequences[:, 3].sum())
 
     def mean(self, column: int) -> float:

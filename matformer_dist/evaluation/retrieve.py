@@ -69,7 +69,7 @@ def retrieve(
     if is_extracted(Path(run)):
         raise UserError(f"{run} is an extracted model; give the run, whose XL embeds the gallery")
     where = choose_device(device)
-    loaded, config = _load(run, where)
+    loaded, config = _load(run, where, has_images=images.gallery is not None)
     asked = _chosen(loaded, submodels)
     encoders = [_encoder(loaded, config, one, kind) for one, kind in asked.items()]
     others = [_independent(name, config, where) for name in independents]
@@ -92,9 +92,13 @@ def retrieve(
     return file, result
 
 
-def _load(run: str, device: torch.device) -> tuple[LoadedVisionModel, VisionConfig]:
+def _load(
+    run: str, device: torch.device, has_images: bool = True
+) -> tuple[LoadedVisionModel, VisionConfig]:
+    """has_images: the run's own are not needed, which an imported run leaves open."""
     loaded = load_vision_model(run, device=device)
-    config = load_config(loaded.directory / "config.yaml")
+    if_open = {"vision": {"data.train": "unset"}} if has_images else None
+    config = load_config(loaded.directory / "config.yaml", if_open=if_open)
     assert isinstance(config, VisionConfig), "its checkpoint is a vision encoder's"
     return loaded, config
 

@@ -30,7 +30,8 @@ class RunEvaluation:
 
     file: Path
     step: int
-    tokens: int
+    unit: str  # tokens, or images
+    units: int  # of validation
     results: list[dict[str, Any]]
     is_whole: bool  # else the results are one part's, of which others are not there yet
     note: str  # what there is to know beside the numbers; empty where nothing
@@ -66,10 +67,10 @@ def evaluate_run(
     validation = open_validation(model.config, model.labels, batches, data)
     measured = _measure(model, validation, list(mine), progress)
     results = [_entry(model, submodel, kind, measured[submodel]) for submodel, kind in mine.items()]
-    tokens = next(iter(measured.values())).tokens
+    units = next(iter(measured.values())).predictions
     written = {
         "step": model.step,
-        model.config.unit: tokens,
+        model.config.unit: units,
         "bytes": validation.text_bytes,
         "data": None if data is None else str(data),
         "data_sha256": validation.digest,
@@ -82,7 +83,15 @@ def evaluate_run(
     results = sorted(joined or results, key=lambda entry: entry["parameters"])
     if joined:
         replace_json(file, {**written, "submodels": results})
-    return RunEvaluation(file, model.step, tokens, results, bool(joined), model.lacks_largest)
+    return RunEvaluation(
+        file,
+        model.step,
+        model.config.unit,
+        units,
+        results,
+        bool(joined),
+        model.lacks_largest,
+    )
 
 
 @torch.no_grad()

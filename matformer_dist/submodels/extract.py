@@ -217,7 +217,7 @@ def _preprocessing(model: ModelConfig, run_dir: Path) -> Preprocessing | None:
     """What the run does to images before its model sees them; of a text nothing."""
     if not isinstance(model, VisionModelConfig):
         return None
-    config = load_config(run_dir / "config.yaml", if_open={"data.train": "unset"})
+    config = load_config(run_dir / "config.yaml", if_open={model.task: {"data.train": "unset"}})
     if not isinstance(config, VisionConfig):
         raise UserError(
             f"{run_dir / 'config.yaml'} is of task: {config.task}, its checkpoint of a vision "

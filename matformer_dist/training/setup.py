@@ -19,7 +19,7 @@ from matformer_dist.run_directory import Checkpoint, Layout, Manifest, read_chec
 # A run may go on with these changed, and with another length (whoever changes that is told what it
 # does to the schedule). All else decides what its weights become. Which tokenizer a checkpoint
 # belongs to, and how its files are laid out, is checked against its manifest.
-_FREE_SECTIONS = ("run", "nesting", "parallel", "evaluation", "checkpoint", "logging")
+_FREE_SECTIONS = ("task", "run", "nesting", "parallel", "evaluation", "checkpoint", "logging")
 _FREE_KEYS = {
     "model": ("init_std", "max_seq_len", "vocab_size", "classes"),
     "data": ("tokenizer", "workers", "prefetch"),

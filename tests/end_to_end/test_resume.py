@@ -14,8 +14,9 @@ from tests.end_to_end.conftest import matformer, refuse, succeed, train, write_c
 from tests.end_to_end.forked import Job
 
 CLOCKED = (
-    "tokens_per_second", "tokens_per_second_per_device", "model_tflops_per_second", "mfu",
-    "step_ms", "time_ms", "slowest_rank", "memory", "peak_memory_bytes", "checkpoint_ms",
+    "tokens_per_second", "tokens_per_second_per_device", "images_per_second",
+    "images_per_second_per_device", "model_tflops_per_second", "mfu", "step_ms", "time_ms",
+    "slowest_rank", "memory", "peak_memory_bytes", "checkpoint_ms",
 )  # fmt: skip
 
 

@@ -191,7 +191,7 @@ def test_an_evaluation_goes_where_it_is_told(run: Path, tmp_path: Path) -> None:
     before = (run / "evaluation.json").read_text()
     evaluation = evaluate_run(str(run), batches=1, output=tmp_path / "other.json", device="cpu")
     assert evaluation.file == tmp_path / "other.json"
-    assert json.loads(evaluation.file.read_text())["tokens"] == evaluation.tokens
+    assert json.loads(evaluation.file.read_text())["tokens"] == evaluation.units
     assert (run / "evaluation.json").read_text() == before
     with pytest.raises(UserError, match=r"--output .*x\.json has no folder"):
         evaluate_run(str(run), output=tmp_path / "no" / "x.json", device="cpu")

@@ -42,7 +42,7 @@ def test_long_sequences_weigh_more() -> None:
     assert interval(resampled_means(tokens[:, None], tokens)) == (1.0, 1.0)
     sequences = torch.tensor([[10.0, 5, 1, 10, 7], [4.0, 1, 0, 1, 1]]).double()
     measured = Measured(sequences, text_bytes=28)
-    assert measured.loss == pytest.approx(14 / 11) and measured.tokens == 11
+    assert measured.loss == pytest.approx(14 / 11) and measured.predictions == 11
     assert measured.mean(1) == pytest.approx(6 / 11)
     assert measured.described()["accuracy"] == pytest.approx(8 / 11)
     assert measured.bits_per_byte == pytest.approx(14 / 28 / 0.693147, rel=1e-5)

@@ -30,7 +30,7 @@ def plain_vit(model: MatViT, images: Tensor, width: int) -> Tensor:
     x = F.conv2d(images, kernel, weights["embedding.bias"], stride=P).flatten(2).transpose(1, 2)
     if config.pooling == "token":
         x = torch.cat([weights["embedding.class_token"].expand(len(x), 1, -1), x], dim=1)
-    fixed = model.embedding.fixed
+    fixed = dict(model.named_buffers()).get("embedding.fixed")
     x = x + (weights["embedding.positions"] if fixed is None else fixed)
     for i in range(config.n_layers):
         layer = torch.nn.TransformerEncoderLayer(

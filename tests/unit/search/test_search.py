@@ -78,7 +78,7 @@ def test_losses_match_evaluate(run: Path) -> None:
     others = [one.submodel for one in found.all.measured]
     evaluated = evaluate_run(str(run), others, device="cpu")
     expected = {entry["submodel"]: entry for entry in evaluated.results}
-    assert found.all.tokens == evaluated.tokens
+    assert found.all.tokens == evaluated.units
     for one in found.all.measured:
         entry = expected[one.submodel]
         for name in ("loss", "agreement", "kl", "loss_interval"):
