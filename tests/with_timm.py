@@ -1,6 +1,7 @@
 """timm for tests, also where torchvision's compiled operators do not belong to the torch here.
 
-timm needs torchvision, of whose wheels some do not fit a CPU build of torch: then its import ends
+`make env` puts both into a folder of their own, .venv/timm, since a torchvision that does not
+import would break transformers. timm needs torchvision, of whose wheels some do not fit a CPU build of torch: then its import ends
 with "operator torchvision::nms does not exist". Images and ViTs need no operator of it, so those
 that the import asks for are declared, without an implementation.
 """
@@ -10,16 +11,20 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+FOLDER = Path(sys.prefix) / "timm"
 _declared: list[torch.library.Library] = []  # a declaration lasts as long as its library
 
 
 def import_timm() -> Any:
     """timm; the module that asks is skipped where it is not installed."""
+    if FOLDER.is_dir() and str(FOLDER) not in sys.path:
+        sys.path.append(str(FOLDER))  # behind what else is installed
     for library in ("torchvision", "timm"):
         if importlib.util.find_spec(library) is None:
             pytest.skip(f"{library} is not installed", allow_module_level=True)

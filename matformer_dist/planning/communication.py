@@ -82,6 +82,9 @@ def _of_layers(run: PlannedRun) -> Iterator[Collective]:
     chunks = sum(map(len, chunk_parts(run.loss_tokens, run.loss_chunk, halves=run.tensor > 1)))
     size = run.tensor * run.head_rows * _ROW_NUMBERS * 4
     yield Collective("all_gather", "tensor", "loss", times * chunks, times * size)
+    if run.softens_targets:
+        size = run.tensor * run.head_rows * 4
+        yield Collective("all_gather", "tensor", "soft targets", times, times * size)
 
 
 def _row_sums(run: PlannedRun) -> Iterator[tuple[str, int, int]]:

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from matformer_dist.chunks import default_chunk_tokens, even_chunk_tokens
 from matformer_dist.config import Config, ModelConfig
-from matformer_dist.config_vision import VisionModelConfig
+from matformer_dist.config_vision import VisionModelConfig, VisionObjectiveConfig
 from matformer_dist.counting import (
     Flops,
     attention_weights,
@@ -189,6 +189,14 @@ class PlannedRun:
             counts.append(min(left, math.ceil(b * share - 1e-9)))
             left -= counts[-1]
         return tuple((n, w) for n, w in zip(counts, widths, strict=True) if n)
+
+    @property
+    def softens_targets(self) -> bool:
+        """Whether every micro-batch's are; where only some are mixed, more than there will be."""
+        objective = self.config.objective
+        if not isinstance(objective, VisionObjectiveConfig):
+            return False
+        return bool(objective.label_smoothing or objective.mixup or objective.cutmix)
 
     @property
     def samples(self) -> int:
