@@ -1,6 +1,7 @@
 """Bootstrap intervals of means over validation data (Efron 1979), whole sequences drawn.
 
 Tokens of a sequence depend on each other, so that drawing tokens would make intervals too narrow.
+Of retrieval, whole queries are drawn, by the same functions.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 RESAMPLES = 2000
 SHARE = 0.95
 _SEED = 0  # all submodels are resampled alike: so their differences are those of pairs
+_DRAWS = 1 << 23  # at once, 8 bytes each
 
 
 def resampled_means(values: Tensor, counts: Tensor) -> Tensor:
@@ -25,16 +27,29 @@ def resampled_means(values: Tensor, counts: Tensor) -> Tensor:
     """
     if len(values) < 2:
         return values.new_full((RESAMPLES, values.shape[1]), nan)
-    taken = _taken(len(values))
-    return (taken @ values) / (taken @ counts)[:, None]
+    means = []
+    for some in _taken(len(values)).split(_resamples_at_once(len(values))):
+        taken = some.double()
+        means.append((taken @ values) / (taken @ counts)[:, None])
+    return torch.cat(means)
 
 
 @functools.lru_cache(maxsize=1)  # a search asks for hundreds of submodels, on the same sequences
 def _taken(n: int) -> Tensor:
-    """How often each resample draws each of n sequences, fp64 [RESAMPLES, n]."""
-    draws = torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(_SEED))
-    taken = torch.zeros(RESAMPLES, n, dtype=torch.float64)
-    return taken.scatter_add_(1, draws, taken.new_ones(1, 1).expand(draws.shape))
+    """How often each resample draws each of n sequences, uint8 [RESAMPLES, n].
+
+    256 draws of one of n, where the mean is 1, do not come: their chance is below 1 in 10^490.
+    """
+    generator, size = torch.Generator().manual_seed(_SEED), _resamples_at_once(n)
+    taken = torch.zeros(RESAMPLES, n, dtype=torch.uint8)
+    for some in taken.split(size):
+        draws = torch.randint(n, some.shape, generator=generator)
+        some.scatter_add_(1, draws, some.new_ones(1, 1).expand(draws.shape))
+    return taken
+
+
+def _resamples_at_once(n: int) -> int:
+    return max(1, _DRAWS // n)
 
 
 def interval(means: Tensor) -> tuple[float, float]:

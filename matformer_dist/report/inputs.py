@@ -26,6 +26,7 @@ from matformer_dist.report.shapes import (
     Sample,
     Speculative,
 )
+from matformer_dist.submodels.retrieval_results import RetrievalResult, read_retrieval
 from matformer_dist.submodels.slices import Slices, read_slices
 
 
@@ -38,6 +39,7 @@ class Run:
     metrics: list[MetricsLine]  # steps strictly increasing, at least one
     evaluation: Evaluation | None
     slices: Slices | None
+    retrieval: RetrievalResult | None
     speculative: Speculative | None
     downstream: Downstream | None
     extracted: list[tuple[Path, Extracted]]  # with their directories
@@ -68,6 +70,7 @@ def read_run(directory: Path) -> Run:
         metrics=read_metrics(directory / "metrics.jsonl"),
         evaluation=_read_json_if_there(directory / "evaluation.json", Evaluation),
         slices=read_slices(directory),
+        retrieval=read_retrieval(directory),
         speculative=_read_json_if_there(directory / "speculative.json", Speculative),
         downstream=_read_json_if_there(directory / "downstream.json", Downstream),
         extracted=[

@@ -21,6 +21,8 @@ from matformer_dist.report.commands import commands
 from matformer_dist.report.explorer import explorer_data
 from matformer_dist.report.inputs import Run, read_run
 from matformer_dist.report.points import join_points
+from matformer_dist.report.retrieval import read_rows
+from matformer_dist.report.retrieval_charts import retrieval_charts
 from matformer_dist.report.shapes import Sample
 from matformer_dist.report.tradeoff import consistency_charts, loss_charts
 
@@ -74,7 +76,7 @@ def render(run: Run) -> str:
         "milliseconds": text.milliseconds,
         "script_json": script_json,
     }
-    points = join_points(run)
+    points, retrieval = join_points(run), read_rows(run)
     return environment.get_template("page.html").render(
         run=run,
         name=run.directory.resolve().name,
@@ -96,6 +98,8 @@ def render(run: Run) -> str:
         submodels=tables.submodel_table(run),
         speculative=tables.speculative_rows(run),
         downstream=tables.downstream_table(run),
+        retrieval=retrieval,
+        retrievals=retrieval_charts(retrieval) if retrieval else [],
         machine_charts=machine.machine_charts(run),
         time_parts=machine.time_parts(run),
         slowest=machine.slowest_rank(run),

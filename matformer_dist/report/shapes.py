@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from matformer_dist.submodels.slices import Number
+from matformer_dist.submodels.result_files import Number
 
 
 def _two_numbers(value: Any) -> Any:

@@ -6,34 +6,18 @@ validation tokens; intervals hold 95%, by bootstrap over sequences.
 
 from __future__ import annotations
 
-import json
-from math import nan
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
-
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from typing import Literal, TypeAlias
 
 from matformer_dist.errors import UserError
 from matformer_dist.nesting import Nesting, Submodel
+from matformer_dist.submodels.result_files import Entry, Interval, read_result
 
 SLICES = "slices.json"
 Cost: TypeAlias = Literal["params", "flops", "memory", "latency"]
 
 
-def _finite_or_nan(value: Any) -> Any:
-    return nan if value is None else value
-
-
-# JSON has no NaN: a writer may leave the bare word or null where a number was not finite.
-Number = Annotated[float, BeforeValidator(_finite_or_nan)]
-Interval: TypeAlias = tuple[Number, Number]
-
-
-class _Entry(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class MeasuredSubmodel(_Entry):
+class MeasuredSubmodel(Entry):
     """What a submodel costs, and how good it is."""
 
     submodel: str  # as Nesting.parse reads it
@@ -70,7 +54,7 @@ class Slice(MeasuredSubmodel):
     gain_interval: Interval
 
 
-class Slices(_Entry):
+class Slices(Entry):
     """slices.json."""
 
     format: Literal[1] = 1
@@ -91,21 +75,11 @@ class Slices(_Entry):
 
 def read_slices(run_dir: Path) -> Slices | None:
     """None where the run has not been searched; UserError where the file is broken."""
-    path = run_dir / SLICES
-    try:
-        return Slices.model_validate(json.loads(path.read_bytes()))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        else:
-            said = str(error)
-        raise UserError(
-            f"cannot read {path} ({said}); delete it and run `matformer search` again, which knows "
-            "what was measured"
-        ) from None
+    return read_result(
+        run_dir / SLICES,
+        Slices,
+        "delete it and run `matformer search` again, which knows what was measured",
+    )
 
 
 def find_submodel(

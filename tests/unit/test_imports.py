@@ -50,6 +50,7 @@ ONLY_IN = {  # a library: the files or folders that alone may import it
     "megatron": ("parallel/", "data/"),
     "transformers": ("submodels/shipped_code/", "inference/transformers_model.py"),
     "gguf": ("submodels/gguf_files.py",),
+    "faiss": ("evaluation/neighbours.py",),
     "tokenizers": ("data/huggingface_tokenizer.py",),
     "lm_eval": ("evaluation/downstream/",),
     "datasets": ("evaluation/downstream/",),
@@ -180,6 +181,7 @@ def test_the_rule_points_down() -> None:
         ("training/loop.py", "from os import environ", "os.environ is for"),
         ("cli.py", "from launch.train import main", "launch is for nobody"),
         ("cli.py", "import deepspeed.comm", "deepspeed is for training/engine.py"),
+        ("evaluation/run.py", "def f():\n  import faiss", "faiss is for evaluation/neighbours.py"),
         ("utils.py", "", "utils is new"),
     ],
 )

@@ -7,6 +7,7 @@ from math import isnan, sqrt
 import pytest
 import torch
 
+from matformer_dist.evaluation import intervals
 from matformer_dist.evaluation.intervals import interval, resampled_means
 from matformer_dist.evaluation.measured import Measured, gain
 
@@ -65,3 +66,14 @@ def test_gain_of_pairs_is_narrower_than_the_losses() -> None:
     assert gain(worse, better)[0] == pytest.approx(-0.01)
     wide = interval(better.resampled[:, 0])
     assert wide[1] - wide[0] > 0.1
+
+
+def test_blocks_of_resamples_match_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.rand(300, 2, generator=torch.Generator().manual_seed(4)).double()
+    whole = resampled_means(values, torch.ones(300).double())
+    intervals._taken.cache_clear()
+    monkeypatch.setattr(intervals, "_DRAWS", 300 * 7)
+    blocks = resampled_means(values, torch.ones(300).double())
+    torch.testing.assert_close(blocks, whole, atol=1e-12, rtol=0)
+    intervals._taken.cache_clear()
+    assert torch.equal(intervals._taken(300).sum(dim=1), torch.full((2000,), 300))

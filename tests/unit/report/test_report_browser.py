@@ -17,6 +17,7 @@ from matformer_dist.report.points import join_points
 from matformer_dist.report.tradeoff import loss_charts
 from tests.unit.report import browser
 from tests.unit.report.conftest import write_run
+from tests.unit.report.synthetic_retrieval import write_retrieval
 from tests.unit.report.synthetic_search import (
     COSTS,
     best_within,
@@ -68,6 +69,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
     measured = write_search(directory)["measured"]
     write_speculative(directory)
     write_downstream(directory)
+    write_retrieval(directory)
     write_report(directory)
     return directory, measured
 
@@ -194,6 +196,28 @@ def test_chart_of_submodels_names_them_by_keyboard(driver: Any, searched: Any) -
     assert said.startswith("XL\n") and "95% of it" in said
 
 
+def test_chart_of_retrieval_tells_what_a_query_encoder_costs(driver: Any, searched: Any) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    directory, _ = searched
+    show(driver, directory)
+    plot = driver.find_element("css selector", "#retrieval .plot")
+    driver.execute_async_script(  # to where it is seen, since scrolling hides what a key shows
+        'const [plot, done] = arguments; plot.scrollIntoView({ block: "center" });'
+        "requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 50)));",
+        plot,
+    )
+    plot.send_keys(Keys.HOME)
+    plot.send_keys(Keys.HOME)
+    said = driver.find_element("id", "tooltip").text
+    assert said.startswith("S · gallery: XL\n") and "1-NN accuracy 72.7 %" in said
+    sizes = driver.execute_script(
+        'return [...document.querySelectorAll("#retrieval .marks .square")].map((square) => '
+        "[getComputedStyle(square).strokeLinecap, getComputedStyle(square).strokeWidth])"
+    )
+    assert sizes == 3 * [["square", "7px"]]
+
+
 @pytest.mark.parametrize("setting", ["granted", "denied"])
 def test_copy_button_hands_the_command_over(driver: Any, searched: Any, setting: str) -> None:
     directory, _ = searched
@@ -250,6 +274,7 @@ def test_page_fits_a_phone(driver: Any, searched: Any, make_run: Any, shape: str
         directory = make_run(layers=1, fractions=[1])
     if shape != "hostile":
         write_search(directory)
+        write_retrieval(directory)
         write_report(directory)
     show(driver, directory, width=360)
     for position in (0, 500, 1000):
