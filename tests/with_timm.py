@@ -1,9 +1,9 @@
 """timm for tests, also where torchvision's compiled operators do not belong to the torch here.
 
 `make env` puts both into a folder of their own, .venv/timm, since a torchvision that does not
-import would break transformers. timm needs torchvision, of whose wheels some do not fit a CPU build of torch: then its import ends
-with "operator torchvision::nms does not exist". Images and ViTs need no operator of it, so those
-that the import asks for are declared, without an implementation.
+import would break transformers. Of torchvision's wheels some do not fit a CPU build of torch: then
+its import ends with "operator torchvision::nms does not exist". Images and ViTs need no operator
+of it, so those that the import asks for are declared, without an implementation.
 """
 
 from __future__ import annotations
