@@ -40,13 +40,13 @@ def main() -> None:
     nested = {f"nested-{seed}": [f"training.seed={seed}"] for seed in SEEDS}
     alone = {
         f"alone-{name}-{seed}": [
-            f"training.seed={seed}",
+            f"training.seed={1000 * (i + 1) + seed}",  # an equal one would begin with equal weights
             f"model.d_ff={width}",
             "nesting.fractions=[1]",
             f"nesting.names=[{name}]",
         ]
         for seed in SEEDS
-        for name, width in zip(nesting.names, nesting.widths, strict=True)
+        for i, (name, width) in enumerate(zip(nesting.names, nesting.widths, strict=True))
     }
     train_all(root, {**nested, **alone})
     run = root / f"nested-{SEEDS[0]}"

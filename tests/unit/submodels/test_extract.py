@@ -291,6 +291,6 @@ def test_another_tokenizer_is_refused(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, moved)
     other = tmp_path / "other.model"
     other.write_bytes(train_tokenizer([TEXT], 305).model)
-    with pytest.raises(UserError, match=r"other\.model is not the one that"):
+    with pytest.raises(UserError, match=r"other\.model is not what"):
         extract(str(moved), ["S"], output=tmp_path / "out", tokenizer=other)
     extract(str(moved), ["S"], output=tmp_path / "out", tokenizer=run / "tokenizer.model")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from matformer_dist.errors import UserError
-from matformer_dist.inference.loading import load_language_model
+from matformer_dist.inference.loading import load_language_model, load_native
 from matformer_dist.submodels.extract import extract
 from matformer_dist.submodels.safetensors_files import read_weights
 from tests.unit.submodels.synthetic_run import NESTING, VOCAB, model_config, random_model, write_run
@@ -89,10 +89,10 @@ def test_directories_that_are_not_whole_are_named(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", random_model(model_config()))
     (one,) = extract(str(run), ["M"], output=tmp_path / "out")
     with pytest.raises(UserError, match="not an extracted native model"):
-        load_language_model(tmp_path)
+        load_native(tmp_path)
     config = json.loads((one.path / "config.json").read_text())
     changes: list[tuple[dict[str, object], str]] = [
-        ({"format": 2}, "format 2"),
+        ({"format": 3}, "format 3"),
         ({"model_type": "llama"}, "type 'llama'"),
         ({"granularities": ["M", "XS", "M"]}, "no granularity 'XS'"),
         ({"granularities": ["M", "S", "M"]}, r"holds a weight layers.1.ffn.w_in \[16, 64\]"),
