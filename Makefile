@@ -1,5 +1,5 @@
 # `make` alone lists the commands. Everything is installed in .venv here; nothing needs root.
-.PHONY: help env demo test lint bench clean
+.PHONY: help env demo demo-vision test lint bench clean
 unexport PYTHONHOME PYTHONPATH PIP_PREFIX PIP_TARGET PIP_USER
 
 # Tools of .venv first; and a home directory in it, for what torch and others compile and cache:
@@ -11,6 +11,7 @@ RUN = mkdir -p $(HOME_DIR) && export HOME=$(HOME_DIR) XDG_CACHE_HOME=$(HOME_DIR)
 
 help:
 	@echo 'make demo    train a small nested model, take submodels out of it, write a report page'
+	@echo 'make demo-vision   the same for a vision encoder, and adaptive retrieval with it'
 	@echo 'make test    ruff, mypy and all tests that this machine can run'
 	@echo 'make lint    ruff and mypy alone'
 	@echo 'make bench   measure: every question of benchmarks/, results under benchmarks/results/'
@@ -26,6 +27,9 @@ env:
 
 demo: env
 	@$(RUN) python -m matformer_dist.demo
+
+demo-vision: env
+	@$(RUN) python -m matformer_dist.demo_vision
 
 test: lint
 	@$(RUN) python -m pytest -n auto --maxprocesses 4 tests
