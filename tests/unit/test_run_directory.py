@@ -60,7 +60,7 @@ def _set(key: str, value: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (_set("format", 7), "has format 7, this version of matformer_dist reads format 1"),
+        (_set("format", 7), "has format 7, this version of matformer_dist reads format 2"),
         (_set("files", {"a": 3}), r"in its manifest.json, files.a is wrong"),
         (_set("files", {"a": {"bytes": 3, "sha256": ""}}), "a is missing"),
         (_set("layout", {"tensor": 2}), "layout.data is wrong"),
