@@ -86,10 +86,10 @@ def main() -> None:
     settings = {
         "config": trained.config.model_dump(mode="json", exclude={"run"}),
         "step": found.all.step,
-        "trained_tokens": trained.last.tokens,
+        "trained_tokens": trained.last.units,
         "training_seconds": round(training_seconds(trained)),
         "measured_submodels": len(found.all.measured),
-        "tokens_chosen_on": found.all.tokens,
+        "tokens_chosen_on": found.all.units,
         "tokens_judged_on": next(iter(judged.values())).predictions,
     }
     measured = [one.model_dump(include=_KEPT) for one in found.all.measured]

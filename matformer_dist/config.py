@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -25,6 +25,7 @@ NonNegative = Annotated[float, Field(ge=0, strict=True)]
 AboveZero = Annotated[float, Field(gt=0, strict=True)]
 BelowOne = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Switch = Annotated[bool, Field(strict=True)]
+Unit: TypeAlias = Literal["tokens", "images"]
 
 
 class Section(BaseModel):
@@ -279,7 +280,7 @@ class Sample(NamedTuple):
 class Config(Section):
     """The settings of any task; see LanguageConfig and VisionConfig."""
 
-    unit: ClassVar[str]  # what training is counted in: as many a sample as it has predictions
+    unit: ClassVar[Unit]  # what training is counted in: as many a sample as it has predictions
 
     task: str
     run: RunConfig

@@ -19,6 +19,7 @@ from matformer_dist.config import (
     Section,
     Switch,
     TrainingConfig,
+    Unit,
 )
 from matformer_dist.errors import UserError
 
@@ -121,7 +122,7 @@ class LanguageTrainingConfig(TrainingConfig):
 
 
 class LanguageConfig(Config):
-    unit: ClassVar[str] = "tokens"
+    unit: ClassVar[Unit] = "tokens"
 
     task: Literal["language"] = "language"
     model: LanguageModelConfig

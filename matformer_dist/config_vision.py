@@ -17,6 +17,7 @@ from matformer_dist.config import (
     Positive,
     Sample,
     TrainingConfig,
+    Unit,
 )
 from matformer_dist.config_images import PRESETS as AUGMENTATIONS
 from matformer_dist.config_images import ImageDataConfig
@@ -144,7 +145,7 @@ class VisionTrainingConfig(TrainingConfig):
 
 
 class VisionConfig(Config):
-    unit: ClassVar[str] = "images"
+    unit: ClassVar[Unit] = "images"
 
     task: Literal["vision"]
     model: VisionModelConfig

@@ -26,6 +26,11 @@ def short_bytes(value: float) -> str:
     return f"{value:.3g} TiB"
 
 
+def one_of(unit: str) -> str:
+    """tokens as "a token", images as "an image"."""
+    return f"{'an' if unit[0] in 'aeiou' else 'a'} {unit.removesuffix('s')}"
+
+
 def short_time(seconds: float) -> str:
     """3_725 seconds as 1h02m; days from two on."""
     if seconds >= 2 * 86400:

@@ -14,10 +14,12 @@ from matformer_dist.cli.app import (
     app,
     interval_text,
     leave_out,
+    number,
     out,
     print_wide,
 )
 from matformer_dist.errors import UserError
+from matformer_dist.units import one_of
 
 
 @app.command("search")
@@ -26,8 +28,8 @@ def search_command(
     budget: Annotated[
         list[str] | None,
         typer.Option(
-            help="params=1.5B, flops=3G (a token), memory=4GiB or latency=12ms (a token); may be "
-            "repeated. Without: the frontier from S to XL."
+            help="params=1.5B, flops=3G (a token, an image), memory=4GiB or latency=12ms (a "
+            "token, a pass over images); may be repeated. Without: the frontier from S to XL."
         ),
     ] = None,
     frontier: Annotated[
@@ -46,13 +48,14 @@ def search_command(
         int | None, typer.Option(min=1, help="Global batches; else the run's evaluation.batches.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Prefix of token files; else the run's validation data.")
+        Path | None,
+        typer.Option(help="Prefix of token files, or images; else the run's validation data."),
     ] = None,
     dtype: Annotated[
         str,
         typer.Option(
-            help="Of memory, which is weights and the cache of a sequence of training.seq_len: "
-            "fp32, bf16 or fp16."
+            help="Of memory, which is weights and, of a language model, the cache of a sequence of "
+            "training.seq_len: fp32, bf16 or fp16."
         ),
     ] = "bf16",
     latency_table: Annotated[
@@ -60,7 +63,8 @@ def search_command(
         typer.Option(help="Times a width, measured where it is not there; RUN/latency.json."),
     ] = None,
     latency_sequences: Annotated[
-        int | None, typer.Option(help="Decoded together; the table's, else 1.")
+        int | None,
+        typer.Option(help="Decoded together, or images of a pass; the table's, else 1."),
     ] = None,
     latency_context: Annotated[
         int | None,
@@ -114,12 +118,13 @@ def search_command(
         typer.echo("interrupted; what was measured is kept, and the same command goes on", err=True)
         raise
     table = Table(
-        "slice", "submodel", "budget", "loss", "agrees with XL", "heuristic", "gain", "95%"
-    )
+        "slice", "submodel", "budget", "loss", "accuracy", "agrees with XL", "heuristic", "gain",
+        "95%",
+    )  # fmt: skip
     for one in found.slices:
         table.add_row(
             one.name, one.submodel, short_cost(one.kind, one.budget, 4), f"{one.loss:.4f}",
-            f"{one.agreement:.1%}", one.heuristic, f"{one.gain:.4f}",
+            number(one.accuracy, ".1%"), f"{one.agreement:.1%}", one.heuristic, f"{one.gain:.4f}",
             interval_text(one.gain_interval),
         )  # fmt: skip
     print_wide(table)
@@ -127,11 +132,13 @@ def search_command(
         out.print(note)
     out.print(
         f"step {found.all.step}, {len(found.all.measured)} submodels measured "
-        f"({found.measured_now} of them now) on {found.all.tokens:,} tokens; gain: nats a token "
-        f"below the heuristic; written to {found.run / 'slices.json'} and slices.csv"
+        f"({found.measured_now} of them now) on {found.all.units:,} {found.all.unit}; gain: nats "
+        f"{one_of(found.all.unit)} below the heuristic; written to {found.run / 'slices.json'} and "
+        "slices.csv"
     )
     if found.all.latency_on:
-        out.print(f"latency on {found.all.latency_on}")
+        of = "a token" if found.all.unit == "tokens" else "a pass"
+        out.print(f"latency of {of} on {found.all.latency_on}")
     try:
         draw_frontier(found.all, found.slices[0].kind, found.nesting, found.run / "frontier.png")
         out.print(f"picture: {found.run / 'frontier.png'}")

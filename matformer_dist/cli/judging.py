@@ -63,7 +63,8 @@ def evaluate_command(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Prefix of token files; else the run's validation data.", rich_help_panel=_LOSSES
+            help="Prefix of token files, or images; else the run's validation data.",
+            rich_help_panel=_LOSSES,
         ),
     ] = None,
     run: Annotated[

@@ -124,6 +124,6 @@ def _entry(model: Source, submodel: Submodel, kind: str, measured: Measured) -> 
         "kind": kind,
         "parameters": count.total,
         "non_embedding_parameters": count.non_embedding,
-        "flops_per_token": flops_per_unit(of, outputs, submodel, model.config.sample),
+        "flops": flops_per_unit(of, outputs, submodel, model.config.sample),
         **measured.described(),
     }

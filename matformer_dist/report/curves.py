@@ -11,6 +11,7 @@ from matformer_dist.report.series import Series
 
 DRAWN_POINTS = 400  # of a curve; more would not be seen
 TOOLTIPS = 240
+LEADING_PX = 360  # height of what the section begins with
 NEUTRAL = "var(--muted)"
 
 
@@ -36,7 +37,7 @@ def loss_chart(run: Run) -> Chart:
     smoothed = {name: series.smooth(values, window) for name, values in trained.items()}
     chart = Chart(
         title="Training and validation loss" if validated else "Training loss",
-        unit="nats per token",
+        unit=f"nats per {run.unit}",
         x=steps_axis(run),
         y=Axis.around(
             (
@@ -47,7 +48,7 @@ def loss_chart(run: Run) -> Chart:
             ),
             ticks=7,
         ),
-        height_px=360,
+        height_px=LEADING_PX,
     )
     for name, values in smoothed.items():
         style = "thin" if validated else "line"
@@ -113,28 +114,40 @@ def gap_chart(run: Run) -> Chart | None:
         name: [(step, value - reference.get(step, nan)) for step, value in values]
         for name, values in validated.items()
     }
-    return _evaluated_chart(run, gaps, f"Validation loss above {widest}", "nats per token", 3)
+    return _evaluated_chart(run, gaps, f"Validation loss above {widest}", f"nats per {run.unit}", 3)
+
+
+def accuracy_chart(run: Run) -> Chart | None:
+    """Share of validation images that each granularity classifies rightly, over steps."""
+    accuracies = curves(run, "val_accuracy")
+    if not run.is_vision or not accuracies:
+        return None
+    shares = _percent(accuracies)
+    return _evaluated_chart(run, shares, "Validation accuracy", "% of images, top-1", 1, LEADING_PX)
 
 
 def agreement_chart(run: Run) -> Chart | None:
-    """Share of tokens where a granularity's first choice is that of the widest, over steps."""
-    agreements = curves(run, "val_agreement")
+    """Share of predictions where a granularity's first choice is the widest's, over steps."""
+    shares = _percent(curves(run, "val_agreement"))
     widest = run.nesting.names[-1]
-    shares = {
-        name: [(step, 100 * value) for step, value in values]
-        for name, values in agreements.items()
-        if name != widest
-    }
+    shares.pop(widest, None)
     if not shares:
         return None
-    return _evaluated_chart(run, shares, f"Agreement with {widest}", "% of tokens", 1)
+    return _evaluated_chart(run, shares, f"Agreement with {widest}", f"% of {run.units}", 1)
+
+
+def _percent(shares: dict[str, Series]) -> dict[str, Series]:
+    return {name: [(step, 100 * share) for step, share in of] for name, of in shares.items()}
 
 
 def _evaluated_chart(
-    run: Run, lines: dict[str, Series], title: str, unit: str, digits: int
+    run: Run, lines: dict[str, Series], title: str, unit: str, digits: int, height_px: int = 220
 ) -> Chart:
     values = [value for points in lines.values() for _, value in points]
-    chart = Chart(title, unit, steps_axis(run), Axis.around(values, ticks=4), height_px=220)
+    ticks = 4 if height_px < LEADING_PX else 7
+    chart = Chart(
+        title, unit, steps_axis(run), Axis.around(values, ticks=ticks), height_px=height_px
+    )
     for name, points in lines.items():
         kept = series.thin(points, DRAWN_POINTS)
         chart.line(kept, color(run, name))
@@ -164,11 +177,11 @@ def _hover(run: Run, chart: Chart, columns: dict[str, dict[str, Series]], digits
     """Rows are names, columns kinds of values; each shows what was known at that step."""
     names = list(dict.fromkeys(name for lines in columns.values() for name in lines))
     seen = {step for lines in columns.values() for points in lines.values() for step, _ in points}
-    tokens = {line.step: line.tokens for line in run.metrics}
+    units = {line.step: line.units for line in run.metrics}
     evaluated = [(line.step, float(line.step)) for line in run.metrics if line.val_loss]
     hover = Hover(head=["", *columns], colors=[color(run, name) for name in names])
     for step, _ in series.thin([(step, 0.0) for step in sorted(seen)], TOOLTIPS):
-        title = f"step {step:,} · {text.compact(tokens[step])} tokens"
+        title = f"step {step:,} · {text.compact(units[step])} {run.units}"
         validation = series.latest(evaluated, step)
         if "validation" in columns and isfinite(validation) and validation != step:
             title += f" · validation of step {validation:,.0f}"

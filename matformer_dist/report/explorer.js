@@ -39,9 +39,10 @@ function explore(panel) {
     const words = runs(submodel.layers);
     part("choice-runs").textContent = (words.length > 8 ? counts(submodel.layers) : words).join(", ");
     part("choice-figures").replaceChildren();
-    figure("expected loss", cells[LOSS], `nats per token; 95%: ${cells[LOSS + 1]}`);
+    if (ACCURACY >= 0) figure("expected accuracy", cells[ACCURACY], `95%: ${cells[ACCURACY + 1]}`);
+    figure("expected loss", cells[LOSS], `nats per ${data.unit}; 95%: ${cells[LOSS + 1]}`);
     figure(`agrees with ${data.names.at(-1)}`, cells[LOSS + 2], `KL ${cells[LOSS + 3]} nats`);
-    submodelList.cells.slice(0, LOSS).forEach((title, i) => {
+    submodelList.cells.slice(0, ACCURACY >= 0 ? ACCURACY : LOSS).forEach((title, i) => {
       if (cells[i] !== "–") figure(title, cells[i], "");
     });
     part("choice-command").textContent = submodel.command;
@@ -76,7 +77,7 @@ function explore(panel) {
     say(name, "b");
     say(`, loss ${cells[LOSS]}; the gain is `);
     say((heuristic[1] - best[1]).toFixed(4), "b").id = "gain";
-    say(` nats per token${slice && slice[3] !== "–" ? ` (95%: ${slice[3]})` : ""}.`);
+    say(` nats per ${data.unit}${slice && slice[3] !== "–" ? ` (95%: ${slice[3]})` : ""}.`);
     drawLayers(drawing, data.submodels[heuristic[2]].layers);
   }
 
@@ -129,7 +130,7 @@ function explore(panel) {
     return `${scaled.toFixed(digits)} ${letter}${unit}`.trim();
   }
 
-  const LOSS = submodelList.cells.indexOf("loss");
+  const [ACCURACY, LOSS] = ["accuracy", "loss"].map((name) => submodelList.cells.indexOf(name));
   slider.addEventListener("input", show);
   panel.querySelector(".kinds").addEventListener("change", show);
   slider.disabled = data.kinds.every(({ low, high }) => low === high);

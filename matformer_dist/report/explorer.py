@@ -13,15 +13,8 @@ from typing import Any
 from matformer_dist.report import text
 from matformer_dist.report.commands import extract_command
 from matformer_dist.report.inputs import Run
-from matformer_dist.report.points import Point, Points, frontier
+from matformer_dist.report.points import Point, Points, cost_kinds, frontier
 from matformer_dist.submodels.slices import Slice
-
-KINDS: tuple[tuple[str, str, Callable[[Point], float]], ...] = (
-    ("params", "parameters", lambda point: point.parameters),
-    ("flops", "FLOPs a token", lambda point: point.flops_per_token),
-    ("memory", "memory", lambda point: point.memory_bytes),
-    ("latency", "latency", lambda point: point.latency_ms),
-)
 
 
 def explorer_data(run: Run, points: Points) -> dict[str, Any] | None:
@@ -32,11 +25,12 @@ def explorer_data(run: Run, points: Points) -> dict[str, Any] | None:
     not.
     """
     numbers = points.numbered()
-    kinds = [found for kind in KINDS if (found := _frontiers(points, *kind, numbers))]
+    kinds = [found for kind in cost_kinds(run) if (found := _frontiers(points, *kind, numbers))]
     if not kinds:
         return None
     shown = {number for kind in kinds for key in ("best", "heuristic") for *_, number in kind[key]}
     return {
+        "unit": run.unit,
         "names": run.nesting.names,
         "widths": run.nesting.widths,
         "kinds": kinds,

@@ -16,6 +16,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from matformer_dist.config import Config
 from matformer_dist.config_file import load_config
+from matformer_dist.config_language import LanguageConfig
+from matformer_dist.config_vision import VisionConfig
+from matformer_dist.data.images.classes import load_class_names
 from matformer_dist.errors import UserError
 from matformer_dist.nesting import Nesting
 from matformer_dist.report.shapes import (
@@ -26,8 +29,10 @@ from matformer_dist.report.shapes import (
     Sample,
     Speculative,
 )
+from matformer_dist.run_directory import CLASSES_FILE
 from matformer_dist.submodels.retrieval_results import RetrievalResult, read_retrieval
 from matformer_dist.submodels.slices import Slices, read_slices
+from matformer_dist.units import one_of
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Run:
 
     directory: Path
     config: Config
+    outputs: int | None  # tokens or classes, where files say how many
     metrics: list[MetricsLine]  # steps strictly increasing, at least one
     evaluation: Evaluation | None
     slices: Slices | None
@@ -48,6 +54,25 @@ class Run:
     @cached_property
     def nesting(self) -> Nesting:
         return self.config.granularities
+
+    @property
+    def is_vision(self) -> bool:
+        """Else it is a language model's."""
+        return isinstance(self.config, VisionConfig)
+
+    @property
+    def units(self) -> str:
+        """tokens or images"""
+        return self.config.unit
+
+    @property
+    def unit(self) -> str:
+        return self.units.removesuffix("s")
+
+    @property
+    def one_unit(self) -> str:
+        """ "a token" or "an image" """
+        return one_of(self.units)
 
     @property
     def last(self) -> MetricsLine:
@@ -64,9 +89,11 @@ def read_run(directory: Path) -> Run:
         raise UserError(
             f"there is no run directory {directory}; give the run.dir of a training run"
         )
+    config = load_config(directory / "config.yaml")
     return Run(
         directory=directory,
-        config=load_config(directory / "config.yaml"),
+        config=config,
+        outputs=_outputs(config, directory / CLASSES_FILE),
         metrics=read_metrics(directory / "metrics.jsonl"),
         evaluation=_read_json_if_there(directory / "evaluation.json", Evaluation),
         slices=read_slices(directory),
@@ -79,6 +106,16 @@ def read_run(directory: Path) -> Run:
         ],
         samples=_read_json_if_there(directory / "samples.json", list[Sample]) or [],
     )
+
+
+def _outputs(config: Config, classes: Path) -> int | None:
+    """Where the settings do not say it, only a vision encoder's run holds it as plain text."""
+    if isinstance(config, VisionConfig):
+        if config.model.classes is None and classes.exists():
+            return len(load_class_names(classes))
+        return config.model.classes
+    assert isinstance(config, LanguageConfig)
+    return config.model.vocab_size
 
 
 def read_metrics(path: Path) -> list[MetricsLine]:
@@ -100,7 +137,7 @@ def read_metrics(path: Path) -> list[MetricsLine]:
                 break
             raise UserError(
                 f"{path}:{number}: {_explain(error)}; mend or delete this line (each line must "
-                "be one JSON object with step and tokens)"
+                "be one JSON object with step and tokens or images)"
             ) from None
         while lines and lines[-1].step >= line.step:
             lines.pop()

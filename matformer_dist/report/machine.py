@@ -78,7 +78,7 @@ def slowest_rank(run: Run) -> str:
 def machine_charts(run: Run) -> list[Chart]:
     """Throughput, step time, memory, gradient norm and learning rate, where they were logged."""
     wanted: list[tuple[str, str, Callable[[MetricsLine], float]]] = [
-        ("Throughput", "tokens per second", lambda line: line.tokens_per_second),
+        ("Throughput", f"{run.units} per second", lambda line: line.units_per_second),
         ("Step time", "ms", lambda line: line.step_ms),
         ("Gradient norm", "before clipping", lambda line: line.grad_norm),
         ("Learning rate", f"{run.config.schedule.kind} schedule", lambda line: line.learning_rate),

@@ -24,7 +24,7 @@ from matformer_dist.report.points import join_points
 from matformer_dist.report.retrieval import read_rows
 from matformer_dist.report.retrieval_charts import retrieval_charts
 from matformer_dist.report.shapes import Sample
-from matformer_dist.report.tradeoff import consistency_charts, loss_charts
+from matformer_dist.report.tradeoff import accuracy_charts, consistency_charts, loss_charts
 
 SAMPLE_CHARACTERS = 4000  # of one text; the rest stays in samples.json
 TABLED_EVALUATIONS = 40
@@ -87,11 +87,11 @@ def render(run: Run) -> str:
         figures=_headline_figures(run),
         granularities=_granularities(run),
         warning=curves.broken_losses(run),
-        loss=curves.loss_chart(run),
+        learning=[c for c in (curves.loss_chart(run), curves.accuracy_chart(run)) if c],
         separations=[c for c in (curves.gap_chart(run), curves.agreement_chart(run)) if c],
         validations=_validations(run),
         points=points,
-        losses=loss_charts(run, points),
+        tradeoffs=[*accuracy_charts(run, points), *loss_charts(run, points)],
         consistency=consistency_charts(run, points),
         explorer=explorer_data(run, points),
         slices=tables.slice_rows(run),
@@ -120,6 +120,7 @@ class Granularity:
     share: float  # of d_ff
     parameters: float
     loss: float
+    accuracy: float
     agreement: float
 
     @property
@@ -132,7 +133,7 @@ def _granularities(run: Run) -> list[Granularity]:
     model, outputs = run.config.model, run.outputs
     rows = []
     for i, (name, width) in enumerate(zip(run.nesting.names, run.nesting.widths, strict=True)):
-        parameters, loss, agreement = nan, nan, nan
+        parameters, loss, accuracy, agreement = nan, nan, nan, nan
         evaluated = run.evaluation.uniform(name) if run.evaluation else None
         if outputs is not None:
             submodel = run.nesting.uniform(i, model.n_layers)
@@ -140,11 +141,14 @@ def _granularities(run: Run) -> list[Granularity]:
         elif evaluated:
             parameters = evaluated.parameters
         if evaluated and _evaluation_is_newest(run):
-            loss, agreement = evaluated.loss, evaluated.agreement
-        elif run.last_validated:
-            loss = run.last_validated.val_loss.get(name, nan)
-            agreement = run.last_validated.val_agreement.get(name, nan)
-        rows.append(Granularity(name, width, width / run.nesting.d_ff, parameters, loss, agreement))
+            loss, accuracy = evaluated.loss, evaluated.accuracy
+            agreement = evaluated.agreement
+        elif line := run.last_validated:
+            loss, accuracy, agreement = (
+                of.get(name, nan) for of in (line.val_loss, line.val_accuracy, line.val_agreement)
+            )
+        share = width / run.nesting.d_ff
+        rows.append(Granularity(name, width, share, parameters, loss, accuracy, agreement))
     return rows
 
 
@@ -172,19 +176,18 @@ def _headline_figures(run: Run) -> list[tuple[str, str, str]]:
     """(name, value, remark) of the figures at the top; only what was logged."""
     last = run.last
     training_s = machine.training_seconds(run)
-    per_step = last.tokens / max(last.step, 1)
+    per_step = last.units / max(last.step, 1)
     per_second = statistics.median(
-        [line.tokens_per_second for line in run.metrics if isfinite(line.tokens_per_second)]
-        or [nan]
+        [line.units_per_second for line in run.metrics if isfinite(line.units_per_second)] or [nan]
     )
     figures = [
         (
-            "tokens seen",
-            text.compact(last.tokens),
+            f"{run.units} seen",
+            text.compact(last.units),
             f"{text.compact(per_step)} a step",
         ),
         ("training time", text.duration(training_s), "steps only"),
-        ("tokens per second", text.compact(per_second), "median"),
+        (f"{run.units} per second", text.compact(per_second), "median"),
     ]
     for field, name, show, remark in (
         ("model_tflops_per_second", "model speed", _flops_per_second, "median"),
@@ -203,15 +206,21 @@ def _flops_per_second(tflops: float) -> str:
 
 
 def _validations(run: Run) -> dict[str, Any]:
-    """Validation losses as a table, at most TABLED_EVALUATIONS evenly chosen rows."""
-    found = curves.curves(run, "val_loss")
+    """Validation losses, and of images accuracies, as a table, at most TABLED_EVALUATIONS evenly
+    chosen rows.
+    """
+    losses = list(curves.curves(run, "val_loss"))
+    accuracies = list(curves.curves(run, "val_accuracy")) if run.is_vision else []
     steps = [(line.step, 0.0) for line in run.metrics if line.val_loss]
     by_step = {line.step: line for line in run.metrics}
-    rows = [
-        (step, by_step[step].tokens, [by_step[step].val_loss.get(name, nan) for name in found])
-        for step, _ in series.thin(steps, TABLED_EVALUATIONS)
-    ]
-    return {"names": list(found), "rows": rows, "of": len(steps)}
+    rows = []
+    for step, _ in series.thin(steps, TABLED_EVALUATIONS):
+        line = by_step[step]
+        cells = [text.fixed(line.val_loss.get(name, nan), 4) for name in losses]
+        cells += [text.percent(line.val_accuracy.get(name, nan)) for name in accuracies]
+        rows.append((step, line.units, cells))
+    names = [*losses, *(f"{name} accuracy" for name in accuracies)]
+    return {"names": names, "rows": rows, "of": len(steps)}
 
 
 def _prompts(run: Run) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from matformer_dist.nesting import mix_n_match
 from matformer_dist.report import text
 from matformer_dist.report.inputs import Run
 from matformer_dist.report.shapes import Evaluated
-from matformer_dist.submodels.slices import SLICES, MeasuredSubmodel
+from matformer_dist.submodels.slices import SLICES, Cost, MeasuredSubmodel
 
 Kind: TypeAlias = Literal["uniform", "heuristic", "mix"]
 
@@ -24,39 +24,44 @@ class Point:
     submodel: str
     kind: Kind
     parameters: int
-    flops_per_token: int
+    flops: int
     loss: float
     loss_interval: tuple[float, float]
+    accuracy: float
+    accuracy_interval: tuple[float, float]
     agreement: float
     kl: float
     granularities: tuple[int, ...] = ()  # of the layers; only where it comes from slices.json
     memory_bytes: float = nan
     latency_ms: float = nan
 
-    def cells(self) -> list[str]:
-        """What CELLS names, as text."""
+    def cells(self, run: Run) -> list[tuple[str, str]]:
+        """What is known of it: names, the same for all of a run, and texts. Costs come first."""
+        accuracy = [
+            ("accuracy", text.percent(self.accuracy)),
+            ("95% of it", text.percent_interval(self.accuracy_interval)),
+        ]
         return [
-            text.compact(self.parameters),
-            text.compact(self.flops_per_token, billion="G"),
-            text.file_size(self.memory_bytes),
-            text.milliseconds(self.latency_ms),
-            text.fixed(self.loss, 4),
-            text.interval(self.loss_interval, 4),
-            text.percent(self.agreement),
-            text.fixed(self.kl, 4),
+            ("parameters", text.compact(self.parameters)),
+            (f"FLOPs {run.one_unit}", text.compact(self.flops, billion="G")),
+            ("memory", text.file_size(self.memory_bytes)),
+            ("latency", text.milliseconds(self.latency_ms)),
+            *(accuracy if run.is_vision else []),
+            ("loss", text.fixed(self.loss, 4)),
+            ("95% of it", text.interval(self.loss_interval, 4)),
+            ("agreement", text.percent(self.agreement)),
+            ("KL", text.fixed(self.kl, 4)),
         ]
 
 
-CELLS = (
-    "parameters",
-    "FLOPs a token",
-    "memory",
-    "latency",
-    "loss",
-    "95% of it",
-    "agreement",
-    "KL",
-)
+def cost_kinds(run: Run) -> list[tuple[Cost, str, Callable[[Point], float]]]:
+    """What budgets are of: kind, its name on the page, and what a point costs."""
+    return [
+        ("params", "parameters", lambda point: point.parameters),
+        ("flops", f"FLOPs {run.one_unit}", lambda point: point.flops),
+        ("memory", "memory", lambda point: point.memory_bytes),
+        ("latency", "latency", lambda point: point.latency_ms),
+    ]
 
 
 @dataclass
@@ -74,10 +79,12 @@ class Points:
         ordered = dict.fromkeys([*self.shown, *self.searched])
         return {point: number for number, point in enumerate(ordered)}
 
-    def page_list(self) -> dict[str, object]:
+    def page_list(self, run: Run) -> dict[str, object]:
         """As JSON for page.js: of every submodel its name and its cells."""
-        items = [[point.submodel, point.cells()] for point in self.numbered()]
-        return {"cells": list(CELLS), "items": items}
+        cells = {point: point.cells(run) for point in self.numbered()}
+        names = next(([name for name, _ in of] for of in cells.values()), [])
+        items = [[point.submodel, [cell for _, cell in of]] for point, of in cells.items()]
+        return {"cells": names, "items": items}
 
 
 def join_points(run: Run) -> Points:
@@ -107,10 +114,10 @@ def join_points(run: Run) -> Points:
         )
         return Points(searched, searched, [note])
     digests = {evaluation.data_sha256, slices.data_sha256} - {""}
-    if evaluation.tokens != slices.tokens or len(digests) > 1:
+    if evaluation.units != slices.units or len(digests) > 1:
         note = (
-            f"The charts show losses on the {slices.tokens:,} validation tokens of the search; "
-            f"those of evaluation.json are on {evaluation.tokens:,} others."
+            f"The charts show losses on the {slices.units:,} validation {run.units} of the search; "
+            f"those of evaluation.json are on {evaluation.units:,} others."
         )
         return Points(searched, searched, [note])
     known = {point.submodel for point in searched}
@@ -123,9 +130,11 @@ def _of_evaluation(item: Evaluated) -> Point:
         submodel=item.submodel,
         kind=item.kind,
         parameters=item.parameters,
-        flops_per_token=item.flops_per_token,
+        flops=item.flops,
         loss=item.loss,
         loss_interval=item.loss_interval,
+        accuracy=item.accuracy,
+        accuracy_interval=item.accuracy_interval,
         agreement=item.agreement,
         kl=item.kl,
     )
@@ -154,9 +163,11 @@ def _of_measured(run: Run, one: MeasuredSubmodel, heuristic: set[tuple[int, ...]
         submodel=str(submodel),
         kind="uniform" if submodel.is_uniform else kind,
         parameters=one.parameters,
-        flops_per_token=one.flops_per_token,
+        flops=one.flops,
         loss=one.loss,
         loss_interval=one.loss_interval,
+        accuracy=one.accuracy,
+        accuracy_interval=one.accuracy_interval,
         agreement=one.agreement,
         kl=one.kl,
         granularities=submodel.granularities,

@@ -1,7 +1,7 @@
 """The shapes of the files that a report reads; slices.json has its own in submodels/slices.py.
 
-Keys that older commands did not write are optional: NaN, None or empty then. Losses and KL are
-nats per token, intervals hold 95%.
+Keys that older commands did not write are optional: NaN, None or empty then. Units are tokens of a
+language model, images of a vision encoder. Losses and KL are nats per unit, intervals hold 95%.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from math import nan
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
 from matformer_dist.submodels.result_files import Number
 
@@ -42,13 +42,16 @@ class SlowestRank(Entry):
 
 class MetricsLine(Entry):
     step: int
-    tokens: int
+    units: int = Field(validation_alias=AliasChoices("tokens", "images"))
     train_loss: PerName  # by submodel; objective sampled: only what ran in this step
     val_loss: PerName
     val_agreement: PerName
+    val_accuracy: PerName
     grad_norm: Number = nan
     learning_rate: Number = nan
-    tokens_per_second: Number = nan
+    units_per_second: Number = Field(
+        nan, validation_alias=AliasChoices("tokens_per_second", "images_per_second")
+    )
     model_tflops_per_second: Number = nan
     mfu: Number = nan
     step_ms: Number = nan
@@ -63,10 +66,12 @@ class Evaluated(Entry):
     kind: Literal["uniform", "heuristic", "mix"]
     parameters: int
     non_embedding_parameters: int
-    flops_per_token: int  # forward
+    flops: int = Field(validation_alias=AliasChoices("flops", "flops_per_token"))  # forward
     loss: Number
     loss_interval: Interval = (nan, nan)
-    agreement: Number  # share of tokens where its first choice is XL's, given the same prefix
+    accuracy: Number = nan  # share of units where its first choice is the target
+    accuracy_interval: Interval = (nan, nan)
+    agreement: Number  # share of units where its first choice is XL's, given the same prefix
     agreement_interval: Interval = (nan, nan)
     kl: Number = nan  # KL(XL || submodel)
     kl_interval: Interval = (nan, nan)
@@ -75,8 +80,8 @@ class Evaluated(Entry):
 
 class Evaluation(Entry):
     step: int
-    tokens: int  # of validation
-    data_sha256: Text = ""  # of the validation sequences
+    units: int = Field(validation_alias=AliasChoices("tokens", "images"))  # of validation
+    data_sha256: Text = ""  # of the validation sequences, or images
     submodels: list[Evaluated]
 
     def uniform(self, name: str) -> Evaluated | None:
@@ -135,6 +140,7 @@ class Extracted(Entry):
     run: Text
     bytes: int  # of the weight files
     loss: Number = nan
+    accuracy: Number = nan
 
 
 class Sample(Entry):

@@ -8,15 +8,10 @@ from typing import Any
 from matformer_dist.report import curves, series, text
 from matformer_dist.report.commands import extract_command
 from matformer_dist.report.inputs import Run
+from matformer_dist.report.points import cost_kinds
 from matformer_dist.report.shapes import Evaluated, Score
 
 TABLED_MIXES = 400  # rows that are no granularity; the rest stays in evaluation.json
-_COST_NAMES = {
-    "params": "parameters",
-    "flops": "FLOPs a token",
-    "memory": "memory",
-    "latency": "latency",
-}
 
 
 def submodel_table(run: Run) -> dict[str, Any]:
@@ -42,6 +37,7 @@ def submodel_table(run: Run) -> dict[str, Any]:
     has = {
         "interval": any(isfinite(item.loss_interval[0]) for item in found),
         "kl": any(isfinite(item.kl) for item in found),
+        "accuracy": any(isfinite(item.accuracy) for item in found),
         "bits": any(isfinite(item.bits_per_byte) for item in found),
     }
     return {"rows": rows, "of": len(found), "has": has}
@@ -56,13 +52,14 @@ def _some(found: list[Evaluated]) -> list[Evaluated]:
 
 def slice_rows(run: Run) -> list[dict[str, Any]]:
     """The named slices of a search, by kind of cost and budget."""
+    names = {kind: title for kind, title, _ in cost_kinds(run)}
     return [
         {
             "slice": one,
-            "kind": _COST_NAMES[one.kind],
+            "kind": names[one.kind],
             "cost": {
                 "params": text.compact(one.parameters),
-                "flops": text.compact(one.flops_per_token, billion="G"),
+                "flops": text.compact(one.flops, billion="G"),
                 "memory": text.file_size(one.memory_bytes),
                 "latency": text.milliseconds(nan if one.latency_ms is None else one.latency_ms),
             }[one.kind],

@@ -42,6 +42,13 @@ def interval(ends: tuple[float, float], digits: int = 4) -> str:
     return " to ".join(fixed(end, digits) for end in ends)
 
 
+def percent_interval(ends: tuple[float, float], digits: int = 1) -> str:
+    """ "92.1 to 96.0 %"; "–" where there is none."""
+    if not all(map(isfinite, ends)):
+        return _NOTHING
+    return f"{interval((100 * ends[0], 100 * ends[1]), digits)} %"
+
+
 def milliseconds(time_ms: float) -> str:
     """Three digits: 0.482 ms, 12.3 ms, 1,240 ms."""
     if not isfinite(time_ms):

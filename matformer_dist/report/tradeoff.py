@@ -29,17 +29,31 @@ def loss_charts(run: Run, points: Points) -> list[Chart]:
     """
     if len(points.shown) < 2:
         return []
-    charts = [
-        _scatter(run, points, _Look(title, "nats per token", _loss, -10, x_title, cost, billion))
-        for title, x_title, cost, billion in (
-            ("Loss against parameters", "parameters", _parameters, "B"),
-            ("Loss against FLOPs", "FLOPs a token", _flops, "G"),
-        )
-    ]
+    charts = _against_costs(run, points, "Loss", f"nats per {run.unit}", _loss, -10)
     charts[0].notes = [
         note for note in (_against_line(points.shown), _against_search(points)) if note
     ]
     return charts
+
+
+def accuracy_charts(run: Run, points: Points) -> list[Chart]:
+    """The same of a vision encoder's top-1 accuracy, where it was measured."""
+    measured = any(isfinite(point.accuracy) for point in points.shown)
+    if not run.is_vision or not measured or len(points.shown) < 2:
+        return []
+    return _against_costs(run, points, "Accuracy", "% of images, top-1", _accuracy_percent, 10)
+
+
+def _against_costs(
+    run: Run, points: Points, name: str, unit: str, value: Value, label_shift_px: int
+) -> list[Chart]:
+    return [
+        _scatter(run, points, _Look(title, unit, value, label_shift_px, x_title, cost, billion))
+        for title, x_title, cost, billion in (
+            (f"{name} against parameters", "parameters", _parameters, "B"),
+            (f"{name} against FLOPs", f"FLOPs {run.one_unit}", _flops, "G"),
+        )
+    ]
 
 
 def consistency_charts(run: Run, points: Points) -> list[Chart]:
@@ -48,8 +62,8 @@ def consistency_charts(run: Run, points: Points) -> list[Chart]:
         return []
     widest = run.nesting.names[-1]
     looks = [
-        _Look(f"Agreement with {widest} against size", "% of tokens", _agreement_percent, 10),
-        _Look(f"KL from {widest} against size", "nats per token", _kl, -10),
+        _Look(f"Agreement with {widest} against size", f"% of {run.units}", _agreement_percent, 10),
+        _Look(f"KL from {widest} against size", f"nats per {run.unit}", _kl, -10),
     ]
     return [
         _scatter(run, points, look)
@@ -84,7 +98,11 @@ def _parameters(point: Point) -> float:
 
 
 def _flops(point: Point) -> float:
-    return point.flops_per_token
+    return point.flops
+
+
+def _accuracy_percent(point: Point) -> float:
+    return 100 * point.accuracy
 
 
 def _agreement_percent(point: Point) -> float:
@@ -108,11 +126,14 @@ def _scatter(run: Run, points: Points, look: _Look) -> Chart:
     rings = of_kind["heuristic"]
     style = "ring" if len(rings) <= _BIG_RINGS else "ring small"
     chart.dots(placed(rings), "var(--heuristic)", style)
-    if points.searched and look.value is _loss:
+    if points.searched and look.value in (_loss, _accuracy_percent):
         best = frontier(shown, look.cost)
-        chart.line(placed(best), "var(--mix)", "line")
         chart.dots(placed([point for point in best if point.kind == "mix"]), "var(--mix)")
-        chart.keys.append(Key("line", "frontier of all measured", "var(--mix)"))
+        if look.value is _loss:
+            chart.line(placed(best), "var(--mix)", "line")
+            chart.keys.append(Key("line", "frontier of all measured", "var(--mix)"))
+        else:  # a search goes by loss, so the best of these would be the luckiest
+            chart.keys.append(Key("dot", "mix on the frontier of losses", "var(--mix)"))
     for point in uniform:
         chart.dots(placed([point]), color(run, point.submodel), "dot big")
     chart.label_points(

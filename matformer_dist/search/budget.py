@@ -38,7 +38,7 @@ BYTES_OF = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 @dataclass(frozen=True)
 class Budget:
-    """At most `limit` parameters, FLOPs a token, bytes, or ms a token."""
+    """At most `limit` parameters, FLOPs of a token or image, bytes, or ms of a token or pass."""
 
     kind: Cost
     limit: float

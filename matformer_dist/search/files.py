@@ -11,9 +11,11 @@ from matformer_dist.submodels.slices import SLICES, Slices
 
 _COLUMNS = (
     "name", "submodel", "kind", "budget", "parameters", "non_embedding_parameters",
-    "flops_per_token", "memory_bytes", "latency_ms", "loss", "loss_low", "loss_high", "agreement",
-    "kl", "found_by", "heuristic", "gain", "gain_low", "gain_high",
+    "flops", "memory_bytes", "latency_ms", "loss", "loss_low", "loss_high", "accuracy",
+    "accuracy_low", "accuracy_high", "agreement", "kl", "found_by", "heuristic", "gain", "gain_low",
+    "gain_high",
 )  # fmt: skip
+_WITH_INTERVALS = ("loss", "accuracy", "gain")
 
 
 def write_slices(run_dir: Path, slices: Slices) -> None:
@@ -30,8 +32,8 @@ def _csv(slices: Slices) -> str:
     writer = csv.DictWriter(text, [*_COLUMNS, *(f"width_{i}" for i in layers)], lineterminator="\n")
     writer.writeheader()
     for one in slices.slices:
-        row = one.model_dump(exclude={"widths", "loss_interval", "gain_interval"})
-        row["loss_low"], row["loss_high"] = one.loss_interval
-        row["gain_low"], row["gain_high"] = one.gain_interval
+        row = one.model_dump(exclude={"widths", *(f"{name}_interval" for name in _WITH_INTERVALS)})
+        for name in _WITH_INTERVALS:
+            row[f"{name}_low"], row[f"{name}_high"] = getattr(one, f"{name}_interval")
         writer.writerow(row | {f"width_{i}": one.widths[i] for i in layers})
     return text.getvalue()

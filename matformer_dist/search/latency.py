@@ -75,7 +75,8 @@ class LatencyTable(BaseModel):
 
     def describe(self) -> str:
         if isinstance(self.model, VisionModelConfig):
-            return f"{self.device}, {self.dtype}, {self.sequences} images together"
+            images = f"{self.sequences} images together" if self.sequences > 1 else "one image"
+            return f"{self.device}, {self.dtype}, {images}"
         together = f", {self.sequences} sequences together" if self.sequences > 1 else ""
         return f"{self.device}, {self.dtype}, behind {self.context} tokens{together}"
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 from math import nan
 from pathlib import Path
 
+from matformer_dist.config import Unit
 from matformer_dist.errors import UserError
 from matformer_dist.nesting import Nesting, mix_n_match
 from matformer_dist.submodels.slices import Cost, MeasuredSubmodel, Slices
+from matformer_dist.units import one_of
 
-_AXES: dict[Cost, str] = {
-    "params": "parameters",
-    "flops": "FLOPs a token, forward",
-    "memory": "bytes of weights and cache",
-    "latency": "ms a token",
-}
+
+def _axis(kind: Cost, unit: Unit) -> str:
+    is_text = unit == "tokens"
+    return {
+        "params": "parameters",
+        "flops": f"FLOPs {one_of(unit)}, forward",
+        "memory": f"bytes of weights{' and cache' if is_text else ''}",
+        "latency": "ms a token" if is_text else "ms a pass",
+    }[kind]
 
 
 def draw_frontier(slices: Slices, kind: Cost, nesting: Nesting, path: Path) -> None:
@@ -52,9 +57,9 @@ def draw_frontier(slices: Slices, kind: Cost, nesting: Nesting, path: Path) -> N
         if one.submodel in uniform:
             at = (one.cost(kind) or nan, one.loss)
             axes.annotate(one.submodel, at, xytext=(6, 6), textcoords="offset points")
-    axes.set_xlabel(_AXES[kind])
-    axes.set_ylabel("validation loss, nats a token")
-    axes.set_title(f"step {slices.step:,}, {slices.tokens:,} validation tokens", fontsize=10)
+    axes.set_xlabel(_axis(kind, slices.unit))
+    axes.set_ylabel(f"validation loss, nats {one_of(slices.unit)}")
+    axes.set_title(f"step {slices.step:,}, {slices.units:,} validation {slices.unit}", fontsize=10)
     axes.legend()
     axes.grid(alpha=0.2)
     figure.savefig(path, dpi=150)

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from matformer_dist.config import Config
 from matformer_dist.config_file import load_config
 from matformer_dist.errors import UserError
 from matformer_dist.evaluation.validation import open_validation
@@ -48,10 +49,12 @@ class Options:
     candidates: int = 3  # measured of each budget and round
     rounds: int = 2
     batches: int | None = None  # of validation data; None: the run's evaluation.batches
-    data: Path | None = None  # token files to take instead
+    data: Path | None = None  # token files, or images, to take instead
     dtype: str = "bf16"  # of memory
     table: Path | None = None  # None: RUN/latency.json
-    sequences: int | None = None  # decoded together, for latency; None: the table's, else 1
+    sequences: int | None = (
+        None  # decoded together, or images, for latency; None: the table's, else 1
+    )
     context: int | None = None  # tokens before the one that is timed
     latency_dtype: str | None = None  # of latency; the table's, else bf16 on a GPU, fp32 on a CPU
     device: str | None = None  # None: the GPU, if there is one
@@ -126,7 +129,9 @@ def search(
         earlier = _still_meant(before, costs)
         _measure(known, costs, wanted, earlier, options, progress)
         slices = choose(known, costs, [*wanted, *map(_budget, earlier)])
-        whole = _all_slices(known, costs, without_repetitions(slices), latency_on, options.data)
+        whole = _all_slices(
+            known, costs, without_repetitions(slices), latency_on, options.data, config
+        )
         write_slices(loaded.directory, whole)
         asked = slices[: len(wanted)]
         asked = asked if budgets else without_repetitions(asked)
@@ -168,12 +173,17 @@ def _before(known: Measurements) -> tuple[Slices | None, list[str]]:
     if before.checkpoint_sha256 != known.checkpoint_sha256:
         return None, [f"replaced: slices of other weights, those of step {before.step}"]
     if before.data_sha256 != known.validation.digest:
-        return None, [f"replaced: slices chosen on {before.tokens:,} other validation tokens"]
+        return None, [f"replaced: slices chosen on {before.units:,} other validation {before.unit}"]
     return before, []
 
 
 def _all_slices(
-    known: Measurements, costs: Costs, slices: list[Slice], latency_on: str, data: Path | None
+    known: Measurements,
+    costs: Costs,
+    slices: list[Slice],
+    latency_on: str,
+    data: Path | None,
+    config: Config,
 ) -> Slices:
     assert known.loaded.step is not None, "it is a run's"
     return Slices(
@@ -182,7 +192,8 @@ def _all_slices(
         data="" if data is None else str(data),
         data_sha256=known.validation.digest,
         seq_len=costs.sample.predictions,
-        tokens=known.validation.predictions,
+        unit=config.unit,
+        units=known.validation.predictions,
         dtype=costs.dtype,
         latency_on=latency_on,
         slices=slices,

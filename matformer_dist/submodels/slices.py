@@ -1,17 +1,22 @@
 """RUN/slices.json: submodels that `matformer search` measured, and the best of them by name.
 
-Without torch: reports and commands read it. Losses and KL are nats per token, on `tokens`
-validation tokens; intervals hold 95%, by bootstrap over sequences.
+Without torch: reports and commands read it. Losses and KL are nats per token, or image, on `units`
+of them of the validation data; intervals hold 95%, by bootstrap over sequences, or images. Keys of
+earlier versions are read too.
 """
 
 from __future__ import annotations
 
+from math import nan
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from pydantic import AliasChoices, Field
+
+from matformer_dist.config import Unit
 from matformer_dist.errors import UserError
 from matformer_dist.nesting import Nesting, Submodel
-from matformer_dist.submodels.result_files import Entry, Interval, read_result
+from matformer_dist.submodels.result_files import Entry, Interval, Number, read_result
 
 SLICES = "slices.json"
 Cost: TypeAlias = Literal["params", "flops", "memory", "latency"]
@@ -24,19 +29,22 @@ class MeasuredSubmodel(Entry):
     widths: list[int]  # FFN neurons of each layer
     parameters: int
     non_embedding_parameters: int
-    flops_per_token: int  # forward, head included
+    # Forward, of a token or an image, head included
+    flops: int = Field(validation_alias=AliasChoices("flops", "flops_per_token"))
     memory_bytes: int  # weights and the key-value cache of one sequence
-    latency_ms: float | None = None  # of a token, by the latency table
+    latency_ms: float | None = None  # of a token, or a pass over images, by the latency table
     loss: float
     loss_interval: Interval
-    agreement: float  # share of tokens where its first choice is XL's, given the same prefix
+    agreement: float  # share of units where its first choice is XL's, given the same prefix
     kl: float  # KL(XL || submodel)
+    accuracy: Number = nan  # share of units where its first choice is the target
+    accuracy_interval: Interval = (nan, nan)
 
     def cost(self, kind: Cost) -> float | None:
-        """In parameters, FLOPs a token, bytes or ms; None where latency was not measured."""
+        """In parameters, FLOPs, bytes or ms; None where latency was not measured."""
         return {
             "params": self.parameters,
-            "flops": self.flops_per_token,
+            "flops": self.flops,
             "memory": self.memory_bytes,
             "latency": self.latency_ms,
         }[kind]
@@ -60,10 +68,11 @@ class Slices(Entry):
     format: Literal[1] = 1
     step: int
     checkpoint_sha256: str  # of the manifest
-    data: str = ""  # other token files than the run's validation data, which were named
-    data_sha256: str = ""  # of the validation sequences
+    data: str = ""  # other data than the run's validation data, which was named
+    data_sha256: str = ""  # of the validation sequences, or images
     seq_len: int
-    tokens: int
+    unit: Unit = "tokens"
+    units: int = Field(validation_alias=AliasChoices("units", "tokens"))
     dtype: str  # that memory_bytes are in: fp32, bf16, fp16
     latency_on: str = ""  # the machine and settings of latency_ms, in words
     slices: list[Slice]  # by kind, then budget

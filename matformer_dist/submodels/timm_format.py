@@ -13,21 +13,21 @@ from typing import Any
 
 from matformer_dist.errors import UserError
 from matformer_dist.models.vit_names import timm_names
+from matformer_dist.submodels.formats import TIMM_NORM_EPS
 from matformer_dist.submodels.parts import Export, Source
 from matformer_dist.submodels.safetensors_files import SafetensorsFiles
 from matformer_dist.submodels.vit_parts import check_heads, vit_parts
 
 _ARCHITECTURE = "vit_base_patch16_224"
-_NORM_EPS = 1e-6  # of timm's LayerNorm; no argument that JSON holds is another
 
 
 def timm_export(source: Source) -> Export:
     """UserError where timm's plain ViT does not compute what this model does."""
     model = source.vision_model
     check_heads(model, "timm")
-    if model.norm_eps != _NORM_EPS:
+    if model.norm_eps != TIMM_NORM_EPS:
         raise UserError(
-            f"a ViT of timm norms with an eps of {_NORM_EPS:g}, this model with norm_eps "
+            f"a ViT of timm norms with an eps of {TIMM_NORM_EPS:g}, this model with norm_eps "
             f"{model.norm_eps:g}; extract with --format native"
             + (" or hf" if model.pooling == "token" else "")
         )

@@ -17,12 +17,13 @@ from matformer_dist.config_vision import VisionModelConfig
 from matformer_dist.errors import UserError
 from matformer_dist.models.patches import sincos_positions
 from matformer_dist.models.vit_names import ViTNames
+from matformer_dist.submodels.formats import has_plain_heads
 from matformer_dist.submodels.parts import Part, Parts, Source, layer_of
 
 
 def check_heads(model: VisionModelConfig, program: str) -> None:
     """UserError where the program's ViT has no such attention."""
-    if model.kv_heads == model.n_heads and model.attention_width == model.d_model:
+    if has_plain_heads(model):
         return
     raise UserError(
         f"a ViT of {program} has as many key-value heads as heads, together as wide as the model; "

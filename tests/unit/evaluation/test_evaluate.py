@@ -101,7 +101,7 @@ def test_extracted_models_match_the_run(
     assert found["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], abs=1e-5)
     for name in ("accuracy", "loss_interval", "accuracy_interval"):
         assert found[name] == pytest.approx(expected[name], abs=1e-5)
-    for name in ("parameters", "non_embedding_parameters", "flops_per_token"):
+    for name in ("parameters", "non_embedding_parameters", "flops"):
         assert found[name] == expected[name]
     for name in ("agreement", "kl", "agreement_interval", "kl_interval"):  # with the run's XL
         assert found[name] == pytest.approx(expected[name], abs=1e-5)

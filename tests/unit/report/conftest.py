@@ -97,7 +97,7 @@ def evaluated_submodel(
         "kind": kind,
         "parameters": parameters.total,
         "non_embedding_parameters": parameters.non_embedding,
-        "flops_per_token": flops_per_unit(config.model, 4096, submodel, config.sample),
+        "flops": flops_per_unit(config.model, 4096, submodel, config.sample),
         "loss": loss_at(submodel, tokens) + bend,
         "agreement": agreement_at(submodel, tokens),
     }

@@ -15,7 +15,7 @@ from tests.unit.report.conftest import agreement_at, loss_at
 
 COSTS = {
     "params": "parameters",
-    "flops": "flops_per_token",
+    "flops": "flops",
     "memory": "memory_bytes",
     "latency": "latency_ms",
 }
@@ -36,7 +36,7 @@ def measured(config: Config, submodel: Submodel, tokens: int, latency: bool) -> 
         "widths": list(submodel.widths),
         "parameters": parameters.total,
         "non_embedding_parameters": parameters.non_embedding,
-        "flops_per_token": flops_per_unit(config.model, 4096, submodel, config.sample),
+        "flops": flops_per_unit(config.model, 4096, submodel, config.sample),
         "memory_bytes": 4 * parameters.total + 4096 * max(submodel.widths),
         "latency_ms": latency_ms if latency else None,
         "loss": loss,

@@ -204,7 +204,7 @@ def test_extracted_models_and_samples_are_shown(make_run: Any) -> None:
 
 
 def test_config_is_shown(make_run: Any) -> None:
-    config = next(pre for pre in page_of(make_run()).texts("pre") if pre.startswith("run:"))
+    config = next(pre for pre in page_of(make_run()).texts("pre") if pre.startswith("task:"))
     assert "d_ff: 1024" in config and "kind: per_sequence" in config
 
 

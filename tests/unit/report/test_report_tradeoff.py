@@ -24,7 +24,7 @@ def evaluated(name: str, kind: Any, parameters: int, loss: float, agreement: flo
         kind=kind,
         parameters=parameters,
         non_embedding_parameters=parameters // 2,
-        flops_per_token=2 * parameters,
+        flops=2 * parameters,
         loss=loss,
         agreement=agreement,
     )
@@ -43,7 +43,8 @@ SUBMODELS = [
 
 def run_with(directory: Path, submodels: list[Evaluated]) -> tuple[Run, Points]:
     run = read_run(directory)
-    run = replace(run, evaluation=Evaluation(step=300, tokens=1, submodels=submodels))
+    evaluation = Evaluation.model_validate({"step": 300, "tokens": 1, "submodels": submodels})
+    run = replace(run, evaluation=evaluation)
     return run, join_points(run)
 
 

@@ -78,12 +78,12 @@ def test_losses_match_evaluate(run: Path) -> None:
     others = [one.submodel for one in found.all.measured]
     evaluated = evaluate_run(str(run), others, device="cpu")
     expected = {entry["submodel"]: entry for entry in evaluated.results}
-    assert found.all.tokens == evaluated.units
+    assert found.all.units == evaluated.units
     for one in found.all.measured:
         entry = expected[one.submodel]
         for name in ("loss", "agreement", "kl", "loss_interval"):
             assert getattr(one, name) == pytest.approx(entry[name], abs=1e-6), name
-        for name in ("parameters", "non_embedding_parameters", "flops_per_token"):
+        for name in ("parameters", "non_embedding_parameters", "flops"):
             assert getattr(one, name) == entry[name]
 
 
@@ -306,7 +306,7 @@ def test_slices_of_other_data_are_not_joined(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     prepare_data([run / "texts"], other, tokenizer=run / "tokenizer.model", workers=1)
     second = search(str(run), [Budget.parse("memory=70kB")], options=Options(data=other))
-    assert second.all.tokens == json.loads(first)["tokens"]
+    assert second.all.units == json.loads(first)["units"]
     assert {one.kind for one in second.all.slices} == {"memory"}
 
 
@@ -418,7 +418,7 @@ def test_losses_of_other_sequences_are_not_taken_for_known(run: Path, tmp_path: 
     other = tmp_path / "other"
     prepare_data([run / "texts"], other, tokenizer=run / "tokenizer.model", workers=1)
     second = search(str(run), options=Options(points=3, rounds=0, data=other))
-    assert second.all.tokens == first.all.tokens
+    assert second.all.units == first.all.units
     assert second.measured_now == first.measured_now
     assert second.all.measured[0].loss != first.all.measured[0].loss
 

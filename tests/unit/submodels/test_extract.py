@@ -119,7 +119,7 @@ def test_several_submodels_go_into_one_directory_each(run: Path, tmp_path: Path)
 def test_the_name_of_a_slice_is_its_submodel(run: Path, tmp_path: Path) -> None:
     measured = {
         "submodel": "S:2,M:1", "widths": [8, 8, 16], "parameters": 1_310_000,
-        "non_embedding_parameters": 5, "flops_per_token": 7, "memory_bytes": 9, "loss": 2.5,
+        "non_embedding_parameters": 5, "flops": 7, "memory_bytes": 9, "loss": 2.5,
         "loss_interval": [2.4, 2.6], "agreement": 0.5, "kl": 0.1,
     }  # fmt: skip
     named = {
