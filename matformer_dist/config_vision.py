@@ -173,6 +173,17 @@ class VisionConfig(Config):
     def samples_in_words(self) -> str:
         return f"images of {self.model.rows} rows"
 
+    @model_validator(mode="after")
+    def _check_mixing(self) -> VisionConfig:
+        for key in ("mixup", "cutmix"):
+            if getattr(self.objective, key) and self.training.micro_batch_size == 1:
+                raise ValueError(
+                    f"objective.{key} mixes the images of a micro-batch, and "
+                    "training.micro_batch_size is 1; set it to 2 or more, or "
+                    f"objective.{key}=0 (data.augmentation.kind may set mixup)"
+                )
+        return self
+
     def _check_rows(self, tensor: int) -> None:
         rows = self.model.rows
         if rows % tensor:

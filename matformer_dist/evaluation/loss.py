@@ -28,7 +28,7 @@ class SubmodelLoss:
 
     @classmethod
     def of(cls, nll: float, agreed: float, kl: float, count: float, correct: float) -> SubmodelLoss:
-        """Of sums over tokens and their number, in the order of MatLM.forward."""
+        """Of sums over tokens and their number, in the order of MatFormer.forward."""
         tokens = max(count, 1.0)
         return cls(nll / tokens, agreed / tokens, kl / tokens, correct / tokens, int(count))
 
@@ -66,8 +66,8 @@ def measure_sequences(
 ) -> dict[Submodel, Tensor]:
     """Sums over each sequence's tokens [sequences, 5], fp64, of every submodel on all batches.
 
-    What is summed, and what `run_pass` returns of one pass: see MatLM.forward. At most `per_pass`
-    submodels run at once, XL always among them, as what agreement and KL refer to.
+    What is summed, and what `run_pass` returns of one pass: see MatFormer.forward. At most
+    `per_pass` submodels run at once, XL always among them, as what agreement and KL refer to.
     """
     wanted = list(dict.fromkeys(submodels))
     others = [submodel for submodel in wanted if submodel != largest]

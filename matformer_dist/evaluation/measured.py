@@ -16,8 +16,8 @@ _LONGEST = 700.0  # exp() of more is no float
 
 @dataclass(frozen=True)
 class Measured:
-    """Sums over each sequence [sequences, 5], fp64, as MatLM.forward has them: nll, agreements with
-    XL, KL from XL, tokens, correct ones.
+    """Sums over each sequence [sequences, 5], fp64, as MatFormer.forward has them: nll, agreements
+    with XL, KL from XL, tokens, correct ones.
 
     `text_bytes`: of all targets, in UTF-8; None where they are no text.
     """

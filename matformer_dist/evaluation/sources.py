@@ -207,7 +207,7 @@ def _logs(logits: Tensor) -> Tensor:
 
 
 def _sums(logs: Tensor | None, largest: Tensor | None, targets: Tensor) -> Tensor:
-    """Of log-probabilities [s, V], those of XL, and targets [s], as MatLM.forward has them: [5]."""
+    """Of log-probabilities [s, V], XL's, and targets [s], as MatFormer.forward has them: [5]."""
     sums = torch.full((5,), nan, dtype=torch.float64, device=targets.device)
     sums[3] = len(targets)
     if logs is not None:

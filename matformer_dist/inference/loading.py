@@ -67,6 +67,7 @@ def load_native(
         raise UserError(
             f"{directory} lacks the weights {', '.join(sorted(missing))}; extract the model again"
         )
+    model.to(device)  # what is no weight, too: fixed positions
     return _loaded(model.eval(), described.submodel, directory)
 
 

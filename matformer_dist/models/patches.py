@@ -71,7 +71,8 @@ class PatchEmbedding(nn.Module):
             x = torch.cat([self.class_token.expand(b, 1, -1), x], dim=1)
         positions = self.positions if self.positions is not None else self.fixed
         assert positions is not None
-        rows = (x + positions).flatten(0, 1)
+        # Whoever casts weights, as DeepSpeed does, leaves fixed positions in fp32.
+        rows = (x + positions.to(x.dtype)).flatten(0, 1)
         if self.tensor.rows is None:
             return rows
         own = len(rows) // self.tensor.size
@@ -99,8 +100,10 @@ def pool(x: Tensor, model: VisionModelConfig, tensor: TensorParallel) -> Tensor:
         of_image = x.view(-1, s, x.shape[1])
         return of_image[:, 0] if model.pooling == "token" else of_image.mean(dim=1)
     place = torch.arange(len(x), device=x.device) + tensor.rank * len(x)
-    shares = (place % s == 0).float() if model.pooling == "token" else x.new_full((), 1 / s).float()
+    wide = x.double() if x.dtype == torch.float64 else x.float()
+    if model.pooling == "token":
+        wide = wide * (place % s == 0)[:, None]
     images = len(x) * tensor.size // s
-    pooled = torch.zeros(images, x.shape[1], device=x.device)
-    pooled = pooled.index_add(0, place // s, x.float() * shares.view(-1, 1))
-    return sum_over_ranks(pooled, tensor.with_whole_rows()).to(x.dtype)
+    summed = wide.new_zeros(images, x.shape[1]).index_add(0, place // s, wide)
+    summed = sum_over_ranks(summed, tensor.with_whole_rows())
+    return (summed if model.pooling == "token" else summed / s).to(x.dtype)

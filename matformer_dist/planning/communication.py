@@ -15,7 +15,7 @@ from typing import Literal
 
 from matformer_dist.chunks import chunk_parts
 from matformer_dist.planning.gathering import gathering_of
-from matformer_dist.planning.layout import PlannedRun
+from matformer_dist.planning.layout import OUTPUT_BIASES, PlannedRun
 
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter"]
 _TOGETHER = 500_000_000  # elements of gradients that DeepSpeed joins where ZeRO does not
@@ -93,9 +93,8 @@ def _row_sums(run: PlannedRun) -> Iterator[tuple[str, int, int]]:
     row = run.config.model.d_model * run.element_bytes
     whole, first = run.rows * row, run.first_rows * row
     attention = first + (layers - 1) * whole
-    looks_up = run.config.unit == "tokens"  # in a table that is cut over the ranks
-    if not run.config.parallel.sequence and looks_up:
-        yield "embedding", 1, first
+    if not run.config.parallel.sequence and run.reads_text:
+        yield "embedding", 1, first  # of a table that is cut over the ranks
     yield "attention, forward", layers, attention
     yield "FFN, forward", layers, layers * whole
     if run.config.training.activation_checkpointing == "full":
@@ -109,7 +108,7 @@ def _row_sums(run: PlannedRun) -> Iterator[tuple[str, int, int]]:
 
 def _of_cut_rows(run: PlannedRun) -> Iterator[Collective]:
     """What sequence parallelism sends beside: rows gathered again for dW, those that segments
-    repeat, and the norms' gradients, of which each rank has its rows' share.
+    repeat, what is pooled, and gradients of which each rank has its rows' share.
     """
     model, times = run.config.model, run.micro_batches
     row = model.d_model * run.element_bytes
@@ -119,10 +118,15 @@ def _of_cut_rows(run: PlannedRun) -> Iterator[Collective]:
     def of(operation: Operation, what: str, count: int, size: int) -> Collective:
         return Collective(operation, "tensor", what, times * count, times * size)
 
-    yield of("reduce_scatter", "embedding", 1, first)
-    yield of("all_gather", "embedding, backward", 1, first)
-    yield of("all_gather", "head", 1, whole)
-    yield of("reduce_scatter", "head, backward", 1, whole)
+    if run.reads_text:
+        yield of("reduce_scatter", "embedding", 1, first)
+        yield of("all_gather", "embedding, backward", 1, first)
+        yield of("all_gather", "head", 1, whole)
+        yield of("reduce_scatter", "head, backward", 1, whole)
+    else:
+        yield of("all_reduce", "pooling", 1, 4 * run.head_rows * model.d_model)
+        yield of("all_reduce", "head, backward", 1,
+                 run.head_rows * run.head_width * run.element_bytes)  # fmt: skip
     attention = first + (layers - 1) * whole
     if not run.compiles_blocks:  # the compiler keeps what was gathered
         yield of("all_gather", "inputs, for their weights' gradients", 2 * layers,
@@ -131,10 +135,24 @@ def _of_cut_rows(run: PlannedRun) -> Iterator[Collective]:
         # The FFN runs again up to its pre-activations.
         yield of("all_gather", "FFN, again", layers, layers * whole)
     if run.shared_tokens:
-        yield of("all_gather", "repeated rows", 1, first)
+        again = run.config.training.activation_checkpointing == "full"
+        yield of("all_gather", "repeated rows", 1 + again, (1 + again) * first)
         yield of("reduce_scatter", "repeated rows, backward", 1, first)
-    weights = (2 * layers + 1) * (2 if model.norm == "layernorm" else 1)
-    yield of("all_reduce", "norms' gradients", weights, 4 * run.vectors)
+    sizes = list(_of_own_rows(run))
+    yield of("all_reduce", "whole weights' gradients", len(sizes), 4 * sum(sizes))
+
+
+def _of_own_rows(run: PlannedRun) -> Iterator[int]:
+    """Elements of the weights that every rank holds, and uses on its own rows alone."""
+    embedding, *in_layers, norm, _ = run.modules
+    if not run.reads_text:
+        yield from embedding.weights.values()
+    for module in in_layers:
+        for name, size in module.vectors.items():
+            if module.kind == "norm" or name.endswith(OUTPUT_BIASES):
+                yield size
+    if run.reads_text:  # of images it sees pooled rows, which all ranks have
+        yield from norm.vectors.values()
 
 
 def _of_gradients(run: PlannedRun) -> Iterator[Collective]:
@@ -142,6 +160,8 @@ def _of_gradients(run: PlannedRun) -> Iterator[Collective]:
     times = run.micro_batches if stage >= 2 else 1
     count, size = times * len(_buckets(run)), times * run.parameters * e
     if stage == 3:
+        sizes = [size for module in run.modules for size in module.weights.values()]
+        size = times * e * sum(_padded(size, run.data_size) for size in sizes)
         yield Collective("reduce_scatter", "data", "gradients", count, size)
         yield from _of_cut_weights(run)
         return

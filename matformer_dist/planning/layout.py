@@ -24,6 +24,7 @@ from matformer_dist.counting import (
 from matformer_dist.nesting import Segment
 
 HEAD_ALIGNED = 8  # columns that a bias makes of the head
+OUTPUT_BIASES = ("b_out", "b_down")  # which every rank holds whole
 
 
 def reduce_bucket(parameters: int) -> int:
@@ -163,6 +164,13 @@ class PlannedRun:
         return reduce_bucket(self.parameters) if given is None else int(given)
 
     # Rows
+
+    @property
+    def reads_text(self) -> bool:
+        """Tokens are looked up, positions rotated, and all rows go to the head; those of an image
+        are pooled before.
+        """
+        return self.config.unit == "tokens"
 
     @property
     def shared_tokens(self) -> bool:

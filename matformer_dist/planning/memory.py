@@ -84,7 +84,7 @@ def _moments(run: PlannedRun, states: States) -> Iterator[tuple[str, int, int, i
     model, e = run.config.model, run.element_bytes
     layers = model.n_layers
     hidden = run.head_rows * run.head_width * e  # whole on every rank, in the loss
-    head = run.matrices["head"] or run.matrices["embedding"]
+    head = run.local_outputs * run.head_width
     # The first layer may have fewer rows; all others are alike.
     in_layers = _kept_by_layer(run, 0) + (layers - 1) * _kept_by_layer(run, 1)
     kept = in_layers + _norm_input(run, run.head_rows)
@@ -97,13 +97,14 @@ def _moments(run: PlannedRun, states: States) -> Iterator[tuple[str, int, int, i
         in_layer += run.own_rows(run.rows) * model.d_model * e  # a norm, made again
     live, carried = states.gathered, states.carried
     yield "in the loss", live, carried, kept, hidden + _loss_bytes(run)
-    # The losses' gradients are scaled into new memory before the first layer's turn.
+    # The losses' gradients are scaled into new memory before the first layer's turn, beside those
+    # of soft targets.
     yield (
         "as the backward pass begins",
         live,
         carried + states.bucket,
         kept,
-        2 * (hidden + head * e),
+        (3 if run.softens_targets else 2) * (hidden + head * e),
     )
     # A tied weight's gradient waits for the embedding's.
     waiting = head * (states.gradient_bytes if run.matrices["head"] else e)
@@ -155,7 +156,9 @@ def _saved_by_layer(run: PlannedRun, index: int) -> int:
     norms = 4 * (rows + run.rows) + sum(
         _norm_input(run, of_norm, run.compiles_blocks) for of_norm in (rows, run.rows)
     )
-    turned = rows * (model.attention_width + model.kv_heads * model.head_dim) // run.tensor
+    turned = 0
+    if run.reads_text:
+        turned = rows * (model.attention_width + model.kv_heads * model.head_dim) // run.tensor
     return _products_of_layer(run, index) + norms + run.element_bytes * turned
 
 
@@ -193,7 +196,8 @@ def _in_layer(run: PlannedRun) -> int:
 
 def _loss_bytes(run: PlannedRun) -> int:
     """Beyond the hidden rows: their gradient, the head's in fp32, and a chunk's logits; or, behind
-    the chunks, the head's gradient once more, rounded.
+    the chunks, the head's gradient once more, rounded. A head with a bias is there again, with the
+    bias for a column.
     """
     e = run.element_bytes
     head = run.local_outputs * run.head_width
@@ -202,6 +206,6 @@ def _loss_bytes(run: PlannedRun) -> int:
     copies = e == 2 and run.device == "cpu"
     chunk = rows * (4 * run.local_outputs + (4 + (4 if copies else e)) * run.head_width)
     rounded = e * head if e == 2 else 0
-    operand = 4 * head if copies else 0
+    operand = (4 * head if copies else 0) + (e * head if run.config.model.biases else 0)
     numbers = run.head_rows * (12 + 16 + 12 + 8)  # losses' weights, losses, copies, best ids
     return e * run.head_rows * run.head_width + 4 * head + operand + max(chunk, rounded) + numbers

@@ -75,7 +75,7 @@ def build_model(config: Config, outputs: int, topology: Topology) -> MatFormer:
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices, none on norms."""
+    """Weight decay on matrices, none on norms, biases and positions."""
     parameters = dict(model.named_parameters())
     matrices, others = ([parameters[n] for n in names] for names in optimizer_order(parameters))
     return [
@@ -155,6 +155,8 @@ class Engine:
         if self.config.training.precision == "bf16":
             for parameter in model.parameters():
                 parameter.data = parameter.data.bfloat16()
+        for buffer in model.buffers():  # zero.Init moves weights alone
+            buffer.data = buffer.data.to(self.topology.device)
         deepspeed.zero.Init(
             module=model,
             data_parallel_group=self.topology.data_group,

@@ -20,7 +20,13 @@ from matformer_dist.training.setup import choose_operators
 from tests.distributed.memory import Measured, measure
 from tests.distributed.ranks import run_ranks
 from tests.distributed.traffic import Recorder, Traffic, foretold
-from tests.distributed.training_cases import VOCAB, passes, synthetic_batches, tiny_config
+from tests.distributed.training_cases import (
+    outputs_of,
+    passes,
+    synthetic_batches,
+    tiny_config,
+    tiny_vision_config,
+)
 
 WEIGHTS = {"d_model": 256, "d_ff": 2048, "seq_len": 4}  # so that states of weights are most
 ROWS = {"d_model": 128, "n_layers": 4, "d_ff": 512, "seq_len": 128, "micro_batch_size": 4}
@@ -64,7 +70,40 @@ def case(**settings: Any) -> Config:
     )
 
 
+def images(stage: int = 1, **sections: dict[str, Any]) -> Config:
+    """A configuration of a vision encoder, of 16 patches and a class token at the least."""
+    places: dict[str, dict[str, Any]] = {
+        "model": {
+            "n_layers": 2, "n_heads": 4, "d_model": 32, "d_ff": 64, "init_std": 0.1,
+            "image_size": 8, "patch_size": 2, "channels": 1,
+        },
+        "training": {
+            "steps": 3, "micro_batch_size": 2, "global_batch_size": 8, "precision": "fp32",
+        },
+        "objective": {"kind": "joint", "label_smoothing": 0.1},
+    }  # fmt: skip
+    zero = {"stage": stage, **sections.pop("zero", {})}
+    for name, values in sections.items():
+        places[name] = {**places.get(name, {}), **values}
+    d_ff = places["model"]["d_ff"]
+    return tiny_vision_config(
+        **places,
+        nesting={"widths": [d_ff // 8, d_ff // 4, d_ff // 2, d_ff]},
+        deepspeed={"zero_optimization": zero},
+    )
+
+
+MEANS = {"pooling": "mean", "positions": "sincos"}  # 16 rows, which can be cut
+MANY_ROWS = {"d_model": 128, "n_layers": 4, "d_ff": 512, "image_size": 22}
 ALONE: dict[str, tuple[Config, int]] = {
+    "images": (images(model=MANY_ROWS, training={"micro_batch_size": 4}), 100),
+    "images, selective checkpointing": (
+        images(
+            model=MANY_ROWS,
+            training={"micro_batch_size": 4, "activation_checkpointing": "selective"},
+        ), 100
+    ),
+    "images, classes": (images(stage=0, model={"d_model": 128}), 16_000),
     "rows, per_sequence": (case(**ROWS), 512),
     "rows, joint": (case(**ROWS, kind="joint", distillation=0.5), 512),
     "rows, sampled": (
@@ -89,6 +128,13 @@ TWO_DATA_RANKS: dict[str, tuple[Config, int]] = {
     for stage in stages
 }
 TWO_TENSOR_RANKS: dict[str, tuple[Config, int]] = {
+    "images": (images(model={**MANY_ROWS, "image_size": 24}, parallel={"tensor": 2}), 100),
+    "images, sequence": (
+        images(
+            model={**MANY_ROWS, "image_size": 24, **MEANS},
+            parallel={"tensor": 2, "sequence": True},
+        ), 100
+    ),
     "joint": (case(**ROWS, kind="joint", tensor=2), 512),
     "grouped queries": (case(**ROWS, n_kv_heads=2, tensor=2), 512),
     "bf16 weights": (case(**WEIGHTS, precision="bf16", tensor=2), 512),
@@ -142,7 +188,7 @@ def record_all(cases: dict[str, Config]) -> dict[str, Traffic]:
     with Recorder() as recorder:
         for name, config in cases.items():
             topology = initialize(config.parallel.tensor)
-            engine = Engine(config, build_model(config, VOCAB, topology), topology)
+            engine = Engine(config, build_model(config, outputs_of(config), topology), topology)
             batches = synthetic_batches(config, topology)
             for step in range(3):
                 recorder.begin(topology)
@@ -171,6 +217,18 @@ SENT_BY_FOUR: dict[str, Config] = {
     "sequence": case(tensor=2, sequence=True),
     "sequence, recomputed": case(tensor=2, sequence=True, activation_checkpointing="full"),
     "sequence, joint": case(tensor=4, kind="joint", sequence=True, norm="layernorm"),
+    "images, T 2, ZeRO 2": images(2, parallel={"tensor": 2}),
+    "images, T 2, bf16, ZeRO 3": images(
+        3, parallel={"tensor": 2}, model=MEANS, training={"precision": "bf16"}
+    ),
+    "images, T 2, sequence": images(
+        model=MEANS, parallel={"tensor": 2, "sequence": True},
+        objective={"kind": "per_sequence", "label_smoothing": 0.0},
+    ),
+    "images, T 2, bf16, sequence, recomputed": images(
+        2, model={**MEANS, "positions": "learned"}, parallel={"tensor": 2, "sequence": True},
+        training={"precision": "bf16", "activation_checkpointing": "full"},
+    ),
 }  # fmt: skip
 CUT = {"stage": 3, "stage3_param_persistence_threshold": 2000}  # some of such small weights stay
 NOTHING_STAYS = {**CUT, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
@@ -188,6 +246,16 @@ SENT_BY_TWO: dict[str, Config] = {
     ),
     "in pieces, the paper's": case(
         stage=2, reduce_bucket_size=5000, ffn="gelu", norm="layernorm", tied_embeddings=True
+    ),
+    "images, ZeRO 0": images(0),
+    "images, in pieces, ZeRO 1": images(1, zero={"reduce_bucket_size": 1500}),
+    "images, in pieces, ZeRO 2": images(2, zero={"reduce_bucket_size": 1500}),
+    "images, in pieces, ZeRO 3": images(3, zero={"reduce_bucket_size": 1500}),
+    "images, ZeRO 3, each by itself": images(
+        3, zero={
+            "stage3_param_persistence_threshold": 50, "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": 0,
+        },
     ),
     "ZeRO 3, small weights": case(stage=3),
     "ZeRO 3, all at once": case(**CUT, global_batch_size=8),
@@ -207,7 +275,9 @@ def test_collectives_and_their_bytes_are_those_of_the_plan(
 ) -> None:
     for rank in run_ranks(ranks, record_all, cases):
         for name, sent in rank.items():
-            run = PlannedRun(cases[name], VOCAB, ranks // cases[name].parallel.tensor, "cpu")
+            config = cases[name]
+            data_size = ranks // config.parallel.tensor
+            run = PlannedRun(config, outputs_of(config), data_size, "cpu")
             assert sent == foretold(run), name
 
 
@@ -216,7 +286,7 @@ def count_gloos(cases: dict[str, Config]) -> dict[str, Counter[str]]:
     topology = initialize(2)
     found = {}
     for name, config in cases.items():
-        model = build_model(config, VOCAB, topology)
+        model = build_model(config, outputs_of(config), topology)
         choose_operators(config, topology)
         engine = Engine(config, model, topology)
         batches = synthetic_batches(config, topology)
@@ -243,7 +313,7 @@ def test_compiled_blocks_gather_as_often_as_planned() -> None:
     """Gloo's reduce-scatter is an all-reduce, so that those cannot be told apart here."""
     for rank in run_ranks(2, count_gloos, COMPILED, timeout_s=500):
         for name, counted in rank.items():
-            planned = foretold(PlannedRun(COMPILED[name], VOCAB, 1, "cpu"))
+            planned = foretold(PlannedRun(COMPILED[name], outputs_of(COMPILED[name]), 1, "cpu"))
             assert counted["all_gather"] == planned["all_gather", "tensor"][0], name
 
 

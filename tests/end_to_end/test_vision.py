@@ -190,6 +190,10 @@ def _folder_of_digits(folder: Path, classes: tuple[int, ...]) -> Path:
         (["model.channels=2"], "1 channel (grey) or 3 (RGB), not 2"),
         (["training.images=5"], "set exactly one of training.steps and training.images"),
         (["training.seq_len=5"], "unknown key training.seq_len"),
+        (
+            ["training.micro_batch_size=1"],
+            "objective.mixup mixes the images of a micro-batch, and training.micro_batch_size is 1",
+        ),
         (["model.preset=S/15"], "model.preset 'S/15' is unknown"),
         (["checkpoint.initial=a", "checkpoint.resume=b"], "both say where to begin"),
     ],

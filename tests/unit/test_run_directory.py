@@ -76,6 +76,23 @@ def test_what_is_wrong_with_a_manifest_is_said(run: Path, change: Any, says: str
         find_checkpoint(f"{run}@5")
 
 
+def test_a_manifest_of_format_1_is_read_under_the_names_of_today(run: Path) -> None:
+    """It was written before there were encoders of images; all that is in it is kept."""
+    path = manifest(run, 5)
+    today = read_checkpoints(run).complete[0].manifest
+    raw = json.loads(path.read_text())
+    before = {"samples": "consumed_sequences", "units": "tokens", "outputs": "vocab_size",
+              "labels_sha256": "tokenizer_sha256"}  # fmt: skip
+    assert before.keys() <= raw.keys()
+    old = {before.get(key, key): value for key, value in raw.items()} | {"format": 1}
+    path.write_bytes(seal(json.dumps(old, indent=1).encode()))
+    found = find_checkpoint(f"{run}@5").manifest
+    assert found.model_copy(update={"manifest_sha256": today.manifest_sha256}) == today
+    path.write_bytes(path.read_bytes().replace(b'"step": 5', b'"step": 6'))
+    with pytest.raises(UserError, match="not as it was written"):
+        find_checkpoint(f"{run}@5")
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [

@@ -15,8 +15,10 @@ from matformer_dist.config_vision import PRESETS, VisionModelConfig
 from matformer_dist.counting import count_parameters, forward_flops
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.models.matvit import MatViT
-from matformer_dist.models.patches import sincos_positions
+from matformer_dist.models.patches import pool, sincos_positions
 from matformer_dist.nesting import Nesting, Segment, Submodel
+from matformer_dist.parallel.sequence import RowExchange
+from matformer_dist.parallel.topology import SINGLE, TensorParallel
 from tests.unit.models.small_models import CLASSES, LAYERS, NESTING, VISION, matvit, samples_of
 
 
@@ -108,6 +110,29 @@ def test_fixed_positions_tell_rows_and_columns_apart() -> None:
     assert len(torch.unique(grid.flatten(0, 1), dim=0)) == 36
     column = torch.tensor([math.sin(3.0), math.cos(3.0)])
     assert torch.allclose(grid[2, 3, [0, 8]], column)
+
+
+def test_fixed_positions_leave_rows_in_the_weights_dtype() -> None:
+    """DeepSpeed casts weights, and leaves buffers in fp32."""
+    model = matvit(positions="sincos").float()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    images, _ = samples_of(model, 2)
+    assert model.embedding(images).dtype == torch.bfloat16
+    assert model.logits(images, _xl()).isfinite().all()
+
+
+@pytest.mark.parametrize("pooling", ["mean", "token"])
+def test_cut_rows_are_pooled_as_exactly_as_whole_ones(pooling: str) -> None:
+    """In fp64, and in bf16 rounded once: 1 / 9 itself is off by 2 in 1000 there."""
+    model = matvit(pooling=pooling).model
+    cut = TensorParallel(0, 1, rows=RowExchange(1, "of none"))
+    x = torch.randn(40 * model.rows, 24, generator=torch.Generator().manual_seed(0)).double()
+    exact = pool(x, model, SINGLE)
+    torch.testing.assert_close(pool(x, model, cut), exact, rtol=1e-14, atol=1e-14)
+    rounded = x.bfloat16()
+    exact = pool(rounded.double(), model, SINGLE).bfloat16()
+    assert torch.equal(pool(rounded, model, cut), exact)
 
 
 def test_images_of_another_size_are_refused() -> None:
