@@ -140,7 +140,7 @@ def _layout(config: Config) -> tuple[str, ...]:
 
 _LAYOUT_MEANS = (
     "TP x DP: ranks that share a model x ranks that share a batch; SP: rows too are cut over the "
-    "former (parallel.sequence). micro: sequences of a micro-batch x micro-batches of a step. "
+    "former (parallel.sequence). micro: samples of a micro-batch x micro-batches of a step. "
     "recompute: training.activation_checkpointing"
 )
 
