@@ -113,7 +113,7 @@ def _parse_overrides(overrides: Sequence[str]) -> omegaconf.DictConfig:
 def validate_config(tree: Any, source: str) -> Config:
     """Build a Config from plain dictionaries; every mistake becomes a line of one UserError."""
     task = tree.get("task", _DEFAULT_TASK)
-    if task not in _TASKS:
+    if not isinstance(task, str) or task not in _TASKS:
         raise UserError(f"{source}: task is {task!r}; it must be one of {', '.join(_TASKS)}")
     of_task = _TASKS[task]
     try:

@@ -86,15 +86,18 @@ class VisionModelConfig(ModelConfig):
     @model_validator(mode="before")
     @classmethod
     def _expand_preset(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or given.get("preset") is None:
+        if not isinstance(given, dict):
             return given
         own = {key: value for key, value in given.items() if key != "preset"}
-        if given["preset"] not in PRESETS:
+        preset = given.get("preset")
+        if preset is None:
+            return own
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise ValueError(
-                f"model.preset {given['preset']!r} is unknown; there are {', '.join(PRESETS)}, or "
-                "leave it out and set d_model, n_layers, n_heads and d_ff"
+                f"model.preset {preset!r} is unknown; there are {', '.join(PRESETS)}, or leave it "
+                "out and set d_model, n_layers, n_heads and d_ff"
             )
-        return {**PRESETS[given["preset"]], **own}
+        return {**PRESETS[preset], **own}
 
     @model_validator(mode="after")
     def _check(self) -> VisionModelConfig:

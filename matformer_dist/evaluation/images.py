@@ -11,10 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from matformer_dist.config_images import DIGITS
 from matformer_dist.config_vision import VisionConfig
 from matformer_dist.data.images.batches import image_batches
-from matformer_dist.data.images.datasets import ValidationImages, image_datasets
-from matformer_dist.data.images.finding import find_images
+from matformer_dist.data.images.classes import ClassNames
+from matformer_dist.data.images.datasets import ValidationImages
+from matformer_dist.data.images.finding import find_images, find_validation
+from matformer_dist.data.images.preprocessing import Preprocessing
 from matformer_dist.data.labels import Labels
 from matformer_dist.errors import UserError
 from matformer_dist.evaluation.validation import Validation
@@ -64,23 +67,23 @@ def open_images(
     config: VisionConfig, labels: Labels, batches: int | None, data: Path | None
 ) -> Images:
     """See open_validation. UserError, too, where the images' classes are not the model's."""
-    settings = config.data
-    if data is not None:  # as training data too: those of the run may be elsewhere
-        settings = settings.model_copy(
-            update={"train": str(data), "validation": str(data), "split": None}
-        )
-    elif settings.validation is not None:
-        settings = settings.model_copy(update={"train": settings.validation})
-    found = find_images(settings)
-    if found.classes.digest != labels.digest:
-        raise UserError(
-            f"the classes of {found.classes.source} are not those that the model was trained on, "
-            f"{labels.source}; give images of the same classes, whose folders or labels have the "
-            "same names"
-        )
+    assert isinstance(labels, ClassNames)
+    settings, model = config.data, config.model
+    if data is not None:
+        settings = settings.model_copy(update={"validation": str(data), "split": None})
+    if settings.validation is None and settings.train != DIGITS:
+        found = find_images(settings)
+        if found.classes.digest != labels.digest:
+            raise UserError(
+                f"the classes of {found.classes.source} are not those that the model was trained "
+                f"on, {labels.source}; give images of the same classes, whose folders or labels "
+                "have the same names"
+            )
+        part = found.validation
+    else:
+        part = find_validation(settings, labels)
     count = batches or config.evaluation.batches
     asked = sys.maxsize if count is None else count * config.training.global_batch_size
-    model = config.model
-    _, validation = image_datasets(settings, model.image_size, model.channels, 1, asked, found)
-    assert validation is not None, "images were asked for"
+    preprocessing = Preprocessing.of(settings, model.image_size, model.channels)
+    validation = ValidationImages(part, labels, preprocessing, asked)
     return Images(validation, config.training.micro_batch_size, config.data.workers)

@@ -167,7 +167,12 @@ def _settings(data: ImageDataConfig, asked: ImagesAsked) -> ImageDataConfig:
             "--gallery and --queries name images in place of the run's; give both, or neither"
         )
     return data.model_copy(
-        update={"train": asked.gallery, "validation": asked.queries, "split": None}
+        update={
+            "train": asked.gallery,
+            "validation": asked.queries,
+            "split": None,
+            "shuffle": "all",
+        }
     )
 
 

@@ -132,6 +132,25 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str) -> None:
         load_config(file)
 
 
+@pytest.mark.parametrize(
+    ("task", "override", "says"),
+    [
+        ("[vision]", "model.patch_size=2", "task is .'vision'.; it must be one of language, vis"),
+        ("vision", "model.preset=[1]", "model.preset .1. is unknown; there are tiny, Ti/16, S/16"),
+        ("vision", "model.preset=null", "^[^\n]*model.d_model is not set[^\n]*\n[^\n]*n_heads"),
+    ],
+)
+def test_tasks_and_presets_are_names(path: Path, task: str, override: str, says: str) -> None:
+    path.write_text(
+        f"task: {task}\nrun: {{dir: x}}\nmodel: {{preset: tiny, n_layers: 2, d_ff: 64}}\n"
+        "data: {train: digits}\n"
+        "training: {steps: 3, micro_batch_size: 2, global_batch_size: 4}\n"
+    )
+    with pytest.raises(UserError, match=says) as error:
+        load_config(path, [override])
+    assert "unknown key" not in str(error.value)
+
+
 def test_a_missing_file_and_key_are_named(tmp_path: Path, path: Path) -> None:
     with pytest.raises(UserError, match="cannot read the config file"):
         load_config(tmp_path / "absent.yaml")

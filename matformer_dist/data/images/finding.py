@@ -56,6 +56,13 @@ def find_images(config: ImageDataConfig) -> FoundImages:
     return on_main(lambda: _find(config))
 
 
+def find_validation(config: ImageDataConfig, classes: ClassNames) -> Part:
+    """What data.validation (where it is left out: digits) holds, for a model of these classes. Of
+    training images nothing is asked: they may be elsewhere. See `find_images`.
+    """
+    return on_main(lambda: _own_validation(config, classes))
+
+
 def _find(config: ImageDataConfig) -> FoundImages:
     need_pillow()
     train = _open(config, "train", config.train)
@@ -77,10 +84,14 @@ def _find(config: ImageDataConfig) -> FoundImages:
             )
         validation = copy.copy(train)  # of its own, since another thread may read it
         return FoundImages(Part(train, used), Part(validation, held), classes)
-    held_source = _open(config, "validation", config.validation or DIGITS)
-    _check_classes(held_source, classes)
-    held = np.arange(len(held_source), dtype=np.int64)
-    return FoundImages(Part(train, everything), Part(held_source, held), classes)
+    return FoundImages(Part(train, everything), _own_validation(config, classes), classes)
+
+
+def _own_validation(config: ImageDataConfig, classes: ClassNames) -> Part:
+    need_pillow()
+    source = _open(config, "validation", config.validation or DIGITS)
+    _check_classes(source, classes)
+    return Part(source, np.arange(len(source), dtype=np.int64))
 
 
 def _check_classes(source: ImageSource, classes: ClassNames) -> None:
@@ -96,8 +107,8 @@ def _check_classes(source: ImageSource, classes: ClassNames) -> None:
                 if which
             )
         raise UserError(
-            f"data.validation {source.path} has {problem}, compared with data.train "
-            f"{classes.source}; both must have the same classes"
+            f"{source.path} has {problem}, compared with {classes.source}; both must have the same "
+            "classes"
         )
     source.check_labels(len(classes))
 

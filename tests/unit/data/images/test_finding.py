@@ -94,7 +94,7 @@ def test_classes_of_validation_must_be_those_of_training(tmp_path: Path) -> None
     train = write_folder(tmp_path / "t", dict.fromkeys(NAMES, 2))
 
     cases: list[tuple[list[str], str]] = [
-        (["ant", "bee"], "has not the classes cat, compared with data.train .*/t; both must"),
+        (["ant", "bee"], "has not the classes cat, compared with .*/t; both must"),
         ([*NAMES, "dog"], "has classes of its own dog, compared"),
         ([f"c{i}" for i in range(9)], "its own c0, c1, c2, c3, c4, ...; not the classes ant"),
     ]
