@@ -75,7 +75,8 @@ function explore(panel) {
     const slice = data.submodels[best[2]].slices.find(([of, , rival]) => of === kind.kind && rival === name);
     say("Within this budget the paper's heuristic gives ");
     say(name, "b");
-    say(`, loss ${cells[LOSS]}; the gain is `);
+    const accuracy = ACCURACY >= 0 ? `, accuracy ${cells[ACCURACY]}` : "";
+    say(`${accuracy}, loss ${cells[LOSS]}; the gain is `);
     say((heuristic[1] - best[1]).toFixed(4), "b").id = "gain";
     say(` nats per ${data.unit}${slice && slice[3] !== "–" ? ` (95%: ${slice[3]})` : ""}.`);
     drawLayers(drawing, data.submodels[heuristic[2]].layers);

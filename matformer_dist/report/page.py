@@ -73,6 +73,7 @@ def render(run: Run) -> str:
         "percent": text.percent,
         "file_size": text.file_size,
         "interval": text.interval,
+        "percent_interval": text.percent_interval,
         "milliseconds": text.milliseconds,
         "script_json": script_json,
     }

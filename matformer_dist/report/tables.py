@@ -37,7 +37,6 @@ def submodel_table(run: Run) -> dict[str, Any]:
     has = {
         "interval": any(isfinite(item.loss_interval[0]) for item in found),
         "kl": any(isfinite(item.kl) for item in found),
-        "accuracy": any(isfinite(item.accuracy) for item in found),
         "bits": any(isfinite(item.bits_per_byte) for item in found),
     }
     return {"rows": rows, "of": len(found), "has": has}

@@ -43,10 +43,8 @@ def interval(ends: tuple[float, float], digits: int = 4) -> str:
 
 
 def percent_interval(ends: tuple[float, float], digits: int = 1) -> str:
-    """ "92.1 to 96.0 %"; "–" where there is none."""
-    if not all(map(isfinite, ends)):
-        return _NOTHING
-    return f"{interval((100 * ends[0], 100 * ends[1]), digits)} %"
+    """Of shares, in percent: "92.1 to 96.0"."""
+    return interval((100 * ends[0], 100 * ends[1]), digits)
 
 
 def milliseconds(time_ms: float) -> str:

@@ -52,9 +52,7 @@ class Options:
     data: Path | None = None  # token files, or images, to take instead
     dtype: str = "bf16"  # of memory
     table: Path | None = None  # None: RUN/latency.json
-    sequences: int | None = (
-        None  # decoded together, or images, for latency; None: the table's, else 1
-    )
+    sequences: int | None = None  # of a timed pass, or images; None: the table's, else 1
     context: int | None = None  # tokens before the one that is timed
     latency_dtype: str | None = None  # of latency; the table's, else bf16 on a GPU, fp32 on a CPU
     device: str | None = None  # None: the GPU, if there is one

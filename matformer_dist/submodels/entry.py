@@ -26,11 +26,11 @@ def describe(source: Source, export: Export, run_dir: Path, format: str) -> dict
     universal, submodel = source.universal, source.submodel
     count = count_parameters(universal.model, universal.outputs, submodel)
     nesting = universal.nesting
-    evaluated = _evaluated(run_dir / "evaluation.json", universal.checkpoint.step, str(submodel))
+    measured = _measured(run_dir, universal.checkpoint.step, str(submodel))
     of_images = {}
     if source.image_preprocessing is not None:
         of_images = {
-            "accuracy": evaluated.accuracy,
+            "accuracy": measured.accuracy,
             "preprocessing": source.image_preprocessing.to_dict(),
         }
     return {
@@ -47,7 +47,7 @@ def describe(source: Source, export: Export, run_dir: Path, format: str) -> dict
         "run": str(run_dir),
         "bytes": export.weights.bytes,
         "trained": _origin(universal.checkpoint.manifest),
-        "loss": _measured_loss(run_dir, universal.checkpoint.step, str(submodel), evaluated),
+        "loss": measured.loss,
         **of_images,
         "padded_width": export.padded_width,
         "nesting": {"widths": list(nesting.widths), "names": list(nesting.names)},
@@ -61,38 +61,40 @@ def _origin(manifest: Manifest) -> str:
     return "training's fp32 weights" + (" (masters)" if manifest.precision != "fp32" else "")
 
 
-class _Evaluated(NamedTuple):
-    """What evaluation.json says of a submodel; None where it was not measured, or is not finite."""
+class _Measured(NamedTuple):
+    """On validation data; None where it was not measured, or is not finite."""
 
     loss: float | None = None
     accuracy: float | None = None
 
 
-def _measured_loss(run_dir: Path, step: int, submodel: str, evaluated: _Evaluated) -> float | None:
-    """Validation loss from the run's evaluation.json or slices.json, if it was measured there at
-    this step, on the run's own data.
+def _measured(run_dir: Path, step: int, submodel: str) -> _Measured:
+    """Of the run's evaluation.json or slices.json, if it was measured there at this step, on the
+    run's own data.
     """
-    return evaluated.loss if evaluated.loss is not None else _searched_loss(run_dir, step, submodel)
+    evaluated = _evaluated(run_dir / "evaluation.json", step, submodel)
+    return evaluated if evaluated.loss is not None else _searched(run_dir, step, submodel)
 
 
-def _searched_loss(run_dir: Path, step: int, submodel: str) -> float | None:
+def _searched(run_dir: Path, step: int, submodel: str) -> _Measured:
     slices = read_slices(run_dir)
     if slices is None or slices.step != step or slices.data:
-        return None
-    return _finite(next((one.loss for one in slices.measured if one.submodel == submodel), None))
+        return _Measured()
+    found = next((one for one in slices.measured if one.submodel == submodel), None)
+    return _Measured(_finite(found.loss), _finite(found.accuracy)) if found else _Measured()
 
 
-def _evaluated(path: Path, step: int, submodel: str) -> _Evaluated:
+def _evaluated(path: Path, step: int, submodel: str) -> _Measured:
     if not path.exists():
-        return _Evaluated()
+        return _Measured()
     try:
         evaluation = json.loads(path.read_text())
         if evaluation["step"] != step or evaluation.get("data"):
-            return _Evaluated()
+            return _Measured()
         entries = {entry["submodel"]: entry for entry in evaluation["submodels"]}
         if (found := entries.get(submodel)) is None:
-            return _Evaluated()
-        return _Evaluated(_finite(found["loss"]), _finite(found.get("accuracy")))
+            return _Measured()
+        return _Measured(_finite(found["loss"]), _finite(found.get("accuracy")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"cannot read {path} ({type(error).__name__}: {error}); evaluate the run again, or "

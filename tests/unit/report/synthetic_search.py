@@ -11,7 +11,7 @@ from matformer_dist.config import Config
 from matformer_dist.config_file import load_config
 from matformer_dist.counting import count_parameters, flops_per_unit
 from matformer_dist.nesting import Submodel, mix_n_match
-from tests.unit.report.conftest import agreement_at, loss_at
+from tests.unit.report.conftest import OUTPUTS, accuracy_at, agreement_at, loss_at
 
 COSTS = {
     "params": "parameters",
@@ -23,7 +23,7 @@ COSTS = {
 
 def measured(config: Config, submodel: Submodel, tokens: int, latency: bool) -> dict[str, Any]:
     """Wide last layers help a little, and so does what nobody can foretell."""
-    parameters = count_parameters(config.model, 4096, submodel)
+    parameters = count_parameters(config.model, OUTPUTS[config.task], submodel)
     chance = random.Random(str(submodel))
     late = sum(i * width for i, width in enumerate(submodel.widths)) / len(submodel)
     late -= sum(submodel.widths) * (len(submodel) - 1) / 2 / len(submodel)
@@ -31,16 +31,19 @@ def measured(config: Config, submodel: Submodel, tokens: int, latency: bool) -> 
     loss = loss_at(submodel, tokens) + bend - 0.01 * late / submodel.nesting.d_ff
     # Memory and latency order submodels otherwise than parameters do, so that kinds differ.
     latency_ms = 0.2 + sum(0.01 * width**0.5 for width in submodel.widths)
+    accuracy = accuracy_at(submodel, tokens) + chance.uniform(-0.01, 0.01)
     return {
         "submodel": str(submodel),
         "widths": list(submodel.widths),
         "parameters": parameters.total,
         "non_embedding_parameters": parameters.non_embedding,
-        "flops": flops_per_unit(config.model, 4096, submodel, config.sample),
+        "flops": flops_per_unit(config.model, OUTPUTS[config.task], submodel, config.sample),
         "memory_bytes": 4 * parameters.total + 4096 * max(submodel.widths),
         "latency_ms": latency_ms if latency else None,
         "loss": loss,
         "loss_interval": [loss - 0.012, loss + 0.012],
+        "accuracy": accuracy,
+        "accuracy_interval": [accuracy - 0.02, accuracy + 0.02],
         "agreement": agreement_at(submodel, tokens),
         "kl": 2 * (1 - agreement_at(submodel, tokens)) ** 2,
     }
@@ -54,7 +57,7 @@ def best_within(found: list[dict[str, Any]], cost: str, budget: float) -> dict[s
 
 
 def write_search(
-    run: Path, *, mixes: int = 60, latency: bool = True, step: int | None = None, tokens: int = 0
+    run: Path, *, mixes: int = 60, latency: bool = True, step: int | None = None, units: int = 0
 ) -> dict[str, Any]:
     """slices.json of all heuristic submodels and as many random ones as are asked for."""
     config = load_config(run / "config.yaml")
@@ -67,13 +70,14 @@ def write_search(
         layers_of = tuple(chance.randrange(len(nesting)) for _ in range(layers))
         chosen[Submodel(nesting, layers_of)] = None
     heuristic = {str(submodel) for submodel in mix_n_match(nesting, layers)}
-    found = [measured(config, submodel, evaluation["tokens"], latency) for submodel in chosen]
+    found = [measured(config, submodel, evaluation[config.unit], latency) for submodel in chosen]
     found.sort(key=lambda one: one["parameters"])
     written = {
         "step": step,
         "checkpoint_sha256": "0" * 64,
         "seq_len": 256,
-        "tokens": tokens or evaluation["tokens"],
+        "unit": config.unit,
+        "units": units or evaluation[config.unit],
         "dtype": "fp32",
         "latency_on": "a machine of these tests, 2 threads" if latency else "",
         "slices": _slices(found, heuristic, latency),

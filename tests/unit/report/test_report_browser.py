@@ -104,10 +104,11 @@ def check(shown: dict[str, Any], run: Run, measured: list[dict[str, Any]], kind:
     heuristic = {point.submodel for point in join_points(run).searched if point.kind != "mix"}
     affordable = [one for one in measured if one["submodel"] in heuristic]
     rival = best_within(affordable, COSTS[kind], shown["budget"])
+    accuracy = f", accuracy {100 * rival['accuracy']:.1f} %" if run.is_vision else ""
     if rival is best:
         assert "the same submodel" in shown["rival"] and not shown["rivalSeen"]
     else:
-        assert f"gives {rival['submodel']}, loss {rival['loss']:.4f}" in shown["rival"]
+        assert f"gives {rival['submodel']}{accuracy}, loss {rival['loss']:.4f}" in shown["rival"]
         assert f"the gain is {rival['loss'] - best['loss']:.4f}" in shown["rival"]
         assert shown["rivalSeen"]
 
@@ -265,13 +266,35 @@ def test_page_without_a_search_complains_of_nothing(driver: Any, make_run: Any) 
     assert browser.complaints(driver) == []
 
 
-@pytest.mark.parametrize("shape", ["hostile", "wide", "tiny"])
+def test_explorer_of_images_shows_accuracies(driver: Any, make_run: Any) -> None:
+    run = make_run(task="vision")
+    measured = {one["submodel"]: one for one in write_search(run)["measured"]}
+    write_report(run)
+    show(driver, run)
+    rivals = 0
+    for position in range(0, 1001, 100):
+        driver.execute_script(MOVE, position)
+        shown = driver.execute_script(READ)
+        check(shown, read_run(run), list(measured.values()), "params")
+        one = measured[shown["name"]]
+        low, high = (f"{100 * end:.1f}" for end in one["accuracy_interval"])
+        share = f"{100 * one['accuracy']:.1f} %"
+        assert f"expected accuracy{share}95%: {low} to {high}" in shown["figures"]
+        assert "nats per image" in shown["figures"] and "FLOPs an image" in shown["figures"]
+        rivals += shown["rivalSeen"]
+    assert rivals
+    assert browser.complaints(driver) == []
+
+
+@pytest.mark.parametrize("shape", ["hostile", "wide", "tiny", "vision"])
 def test_page_fits_a_phone(driver: Any, searched: Any, make_run: Any, shape: str) -> None:
     directory, _ = searched
     if shape == "wide":
         directory = make_run(layers=48, fractions=[f"1/{2**i}" for i in range(7, 0, -1)] + [1])
     elif shape == "tiny":
         directory = make_run(layers=1, fractions=[1])
+    elif shape == "vision":
+        directory = make_run(task="vision")
     if shape != "hostile":
         write_search(directory)
         write_retrieval(directory)

@@ -130,7 +130,7 @@ def test_points_of_both_files_are_joined_where_they_are_of_the_same_tokens(make_
     [
         ({"step": 200}, "evaluation", "slices.json is of step 200, older than"),
         ({"step": 400}, "slices", "evaluation.json is of step 300, older than"),
-        ({"tokens": 77}, "slices", "on the 77 validation tokens of the search"),
+        ({"units": 77}, "slices", "on the 77 validation tokens of the search"),
     ],
 )
 def test_files_that_are_not_comparable_are_not_mixed(

@@ -16,6 +16,7 @@ from matformer_dist.errors import UserError
 from matformer_dist.inference.loading import load_vision_model
 from matformer_dist.submodels.entry import read_entry
 from matformer_dist.submodels.extract import extract
+from matformer_dist.submodels.formats import usual_format
 from tests.unit.submodels.synthetic_run import model_config, random_model, write_run
 from tests.unit.submodels.synthetic_vision_run import (
     CLASSES,
@@ -131,6 +132,52 @@ def test_what_was_measured_is_said(tmp_path: Path) -> None:
     (run / "evaluation.json").write_text('{"step": 5, "submodels": [3]}')
     with pytest.raises(UserError, match=r"cannot read .*evaluation\.json"):
         extract(str(run), ["M"], output=tmp_path / "never", format="hf")
+
+
+def test_what_a_search_measured_is_said(tmp_path: Path) -> None:
+    run = write_vision_run(tmp_path / "run", random_vit(vision_config()))
+    measured = {
+        "submodel": "M", "widths": [16] * 3, "parameters": 1, "non_embedding_parameters": 1,
+        "flops": 1, "memory_bytes": 1, "loss": 1.25, "loss_interval": [1, 2], "agreement": 0.5,
+        "kl": 0.1,
+    }  # fmt: skip
+    slices = {
+        "step": 5, "checkpoint_sha256": "", "seq_len": 1, "unit": "images", "units": 9,
+        "dtype": "bf16", "slices": [],
+    }  # fmt: skip
+    for name, accuracy in (("old", None), ("new", 0.625)):
+        entries = [{**measured, **({} if accuracy is None else {"accuracy": accuracy})}]
+        (run / "slices.json").write_text(json.dumps({**slices, "measured": entries}))
+        (one,) = extract(str(run), ["M"], output=tmp_path / name)
+        entry = read_entry(one.path)
+        assert (entry["loss"], entry["accuracy"]) == (1.25, accuracy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({}, []),
+        ({"pooling": "mean"}, ["hf"]),
+        ({"pooling": "mean", "norm_eps": 1e-5}, ["hf", "timm"]),
+        ({"norm_eps": 1e-5}, ["timm"]),
+        ({"n_kv_heads": 2}, ["hf", "timm"]),
+        ({"kv_channels": 16}, ["hf", "timm"]),
+    ],
+)
+def test_the_usual_format_matches_what_extraction_takes(
+    tmp_path: Path, changes: dict[str, Any], refused: list[str]
+) -> None:
+    model = vision_config(**changes)
+    run = write_vision_run(tmp_path / "run", random_vit(model))
+    taken = []
+    for kind in ("hf", "timm", "native"):
+        if kind in refused:
+            with pytest.raises(UserError, match="extract with --format"):
+                extract(str(run), ["S"], output=tmp_path / kind, format=kind)
+        else:
+            extract(str(run), ["S"], output=tmp_path / kind, format=kind)
+            taken.append(kind)
+    assert taken[0] == usual_format(model)
 
 
 def test_every_format_can_be_replaced(run: Path, tmp_path: Path) -> None:
