@@ -18,7 +18,6 @@ from matformer_dist.config import Config
 from matformer_dist.config_file import load_config
 from matformer_dist.config_language import LanguageConfig
 from matformer_dist.config_vision import VisionConfig
-from matformer_dist.data.images.classes import load_class_names
 from matformer_dist.errors import UserError
 from matformer_dist.nesting import Nesting
 from matformer_dist.report.shapes import (
@@ -112,10 +111,20 @@ def _outputs(config: Config, classes: Path) -> int | None:
     """Where the settings do not say it, only a vision encoder's run holds it as plain text."""
     if isinstance(config, VisionConfig):
         if config.model.classes is None and classes.exists():
-            return len(load_class_names(classes))
+            return _count_names(classes)
         return config.model.classes
     assert isinstance(config, LanguageConfig)
     return config.model.vocab_size
+
+
+def _count_names(path: Path) -> int:
+    try:
+        return len(TypeAdapter(list[str]).validate_python(json.loads(_read_bytes(path))))
+    except (ValueError, RecursionError):
+        raise UserError(
+            f"{path} does not hold class names, which are a JSON list of texts; copy it again from "
+            "where the run was trained"
+        ) from None
 
 
 def read_metrics(path: Path) -> list[MetricsLine]:
