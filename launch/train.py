@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -37,6 +38,9 @@ from matformer_dist.parallel.topology import (
     quiet_libraries,
     shut_down,
 )
+
+# A launcher ends all ranks when the first one does: the silent ones wait for the one that speaks.
+_OTHERS_SPEAK_S = 3
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -93,6 +97,8 @@ def main() -> int:
         first_here = local_rank == 0 and not dist.is_initialized()
         if rank == 0 or first_here or isinstance(error, LocalError):
             print(f"error: {error}", file=sys.stderr)
+        else:
+            time.sleep(_OTHERS_SPEAK_S)
         if dist.is_initialized():  # threads of the process groups would abort an orderly end
             sys.stdout.flush()
             sys.stderr.flush()
