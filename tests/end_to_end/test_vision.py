@@ -191,7 +191,8 @@ def test_an_image_that_one_rank_cannot_read_ends_all_with_one_message(
     broken.write_bytes(b"no image")
     config = write_vision_config(
         tmp_path / "c.yaml", tmp_path / "run", data={key: str(f) for key, f in folders.items()},
-        parallel={"tensor": 1 if part == "train" else 2}, checkpoint={"every": 1, "async_save": True},
+        parallel={"tensor": 1 if part == "train" else 2},
+        checkpoint={"every": 1, "async_save": True},
     )  # fmt: skip
     refuse(train(config, ranks=2), f"{broken} holds no image that can be decoded")
     done = lines(tmp_path / "run")[-1]["step"]
