@@ -1,17 +1,21 @@
 """What may end a run before its last step; all ranks decide alike.
 
-A signal (see preemption.py), steps that changed nothing one after the other, a rank that hangs.
+A signal (see preemption.py), steps that changed nothing one after the other, data that a rank
+cannot read, a rank that hangs.
 """
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from matformer_dist.data.feed import Batch
+from matformer_dist.errors import LocalError
 from matformer_dist.parallel.topology import Topology
 from matformer_dist.parallel.watchdog import Watchdog
 from matformer_dist.training.preemption import Preemption
@@ -20,6 +24,7 @@ from matformer_dist.training.preemption import Preemption
 class Decision(NamedTuple):
     signal: str | None  # that some rank received
     written: bool  # whether the files of the checkpoint in the background are on disk, everywhere
+    failed: bool  # whether some rank has a `failure`
 
 
 class Control:
@@ -28,6 +33,7 @@ class Control:
     def __init__(self, topology: Topology, hang_timeout: float) -> None:
         self.topology = topology
         self.preemption = Preemption()
+        self.failure: LocalError | None = None  # of this rank's data
         self.watchdog = Watchdog(hang_timeout, topology.hosts)
         self._stack = ExitStack()
 
@@ -47,11 +53,23 @@ class Control:
         """This rank goes on with the same."""
         self.watchdog.busy()
 
+    def guarded(self, batches: Iterator[Batch], stand_in: Batch) -> Iterator[Batch]:
+        """`batches`; from one on that cannot be read, `stand_in`: the other ranks, which wait in
+        collectives, are told by the next `decide`.
+        """
+        try:
+            yield from batches
+        except LocalError as error:
+            self.failure = error
+        while self.failure is not None:
+            yield stand_in
+
     def decide(self, written: bool) -> Decision:
         """One small all-reduce; DeepSpeed has waited for the device in this step anyway."""
         number = self.preemption.requested or 0
-        flags = torch.tensor([int(number), int(not written)], device=self.topology.device)
+        mine = [int(number), int(not written), int(self.failure is not None)]
+        flags = torch.tensor(mine, device=self.topology.device)
         if self.topology.world_size > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        number, waiting = flags.tolist()
-        return Decision(signal.Signals(number).name if number else None, not waiting)
+        number, waiting, failed = flags.tolist()
+        return Decision(signal.Signals(number).name if number else None, not waiting, bool(failed))

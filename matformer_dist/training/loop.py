@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -173,9 +174,10 @@ class Run:
             if self.step >= self.total_steps:
                 self.screen.say(f"finished: all {self.total_steps} steps are done")
             with (
-                self._feed(self._training_batches()) as batches,
+                self._feed(self._training_batches()) as fed,
                 around_collectives(clock.begin_communication, clock.end_communication),
             ):
+                batches = self.control.guarded(fed, self._stand_in())
                 while self.step < self.total_steps:
                     with self.profiler.step(self.step + 1):
                         self._train_step(batches)
@@ -211,14 +213,19 @@ class Run:
             )
 
     def _end_if_asked(self) -> None:
-        """PreemptedError behind a checkpoint of this step, where some rank received a signal.
+        """PreemptedError behind a checkpoint of this step, where some rank received a signal;
+        UserError where one could not read its data, which is not saved.
 
         All ranks call it together; it also completes a checkpoint that is written beside the
         training, once all have written their files.
         """
-        signal, written = self.control.decide(self.store.is_written)
-        if written:
+        signal, written, failed = self.control.decide(self.store.is_written)
+        if written or failed:
             self.store.finish()
+        if failed:
+            with agreement():
+                if self.control.failure is not None:
+                    raise self.control.failure
         if signal is None:
             return
         if self.saved != self.step:
@@ -297,6 +304,12 @@ class Run:
     def _feed(self, batches: Iterator[Batch]) -> Feed:
         return Feed(batches, self.topology.device, self.config.data.prefetch)
 
+    def _stand_in(self) -> Batch:
+        """A micro-batch, made up."""
+        size, device = self.config.training.micro_batch_size, self.topology.device
+        inputs, targets = self.task.probe()
+        return torch.cat([inputs] * size).to(device), torch.cat([targets] * size).to(device)
+
     def _evaluate(self) -> dict[str, SubmodelLoss]:
         layers = self.config.model.n_layers
         uniform = self.nesting.uniforms(layers)
@@ -314,7 +327,7 @@ class Run:
         with self._feed(batches) as fed:
             return evaluate_submodels(
                 run_pass,
-                fed,
+                self.control.guarded(fed, self._stand_in()),
                 [*uniform, *mixed],
                 uniform[0],
                 per_pass=len(self.nesting),

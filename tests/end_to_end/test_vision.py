@@ -181,6 +181,26 @@ def _folder_of_digits(folder: Path, classes: tuple[int, ...]) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_an_image_that_one_rank_cannot_read_ends_all_with_one_message(
+    part: str, tmp_path: Path
+) -> None:
+    """Of data-parallel ranks one alone meets it; tensor-parallel ones all do."""
+    folders = {name: _folder_of_digits(tmp_path / name, (0, 1)) for name in ("train", "validation")}
+    broken = folders[part] / "class 1/1.png"
+    broken.write_bytes(b"no image")
+    config = write_vision_config(
+        tmp_path / "c.yaml", tmp_path / "run", data={key: str(f) for key, f in folders.items()},
+        parallel={"tensor": 1 if part == "train" else 2},
+        checkpoint={"every": 1, "async_save": True},
+    )  # fmt: skip
+    refuse(train(config, ranks=2), f"{broken} holds no image that can be decoded")
+    done = lines(tmp_path / "run")[-1]["step"]
+    assert 0 < done < 12
+    verified = succeed(matformer("verify", tmp_path / "run"))  # what was saved before
+    assert f"step-{done + (part == 'validation')} " in verified.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
