@@ -128,6 +128,8 @@ def _encoder(
 
 def _independent(run: str, ours: VisionConfig, device: torch.device) -> QueryEncoder:
     """XL of a run that was trained apart."""
+    if is_extracted(Path(run)):
+        raise UserError(f"--independent {run} is an extracted model; give a run")
     loaded, config = _load(run, device)
     if _preprocessing(config) != _preprocessing(ours):
         raise UserError(

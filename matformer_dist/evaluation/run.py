@@ -62,7 +62,7 @@ def evaluate_run(
     UserError for what is not there, a submodel that does not fit, or more parts than submodels.
     """
     check_output(output)
-    model = open_source(source, notations, heuristic, run, choose_device(device))
+    model = open_source(source, notations, heuristic, run, choose_device(device), data)
     mine = part.take(model.chosen) if part else model.chosen
     validation = open_validation(model.config, model.labels, batches, data)
     measured = _measure(model, validation, list(mine), progress)

@@ -33,6 +33,13 @@ from matformer_dist.submodels.entry import is_extracted, read_entry
 _Logits: TypeAlias = Callable[[Tensor, Submodel], Tensor]
 
 
+# What an imported run leaves open, and is not read where other data are named.
+_UNREAD: dict[str, dict[str, Any]] = {
+    "language": {"data.train": [[1.0, "unset"]]},
+    "vision": {"data.train": "unset"},
+}
+
+
 @dataclass(frozen=True)
 class Source:
     """A model in memory, and what of it is evaluated.
@@ -57,19 +64,25 @@ class Source:
 
 
 def open_source(
-    name: str, notations: Sequence[str], heuristic: bool, run: Path | None, device: torch.device
+    name: str,
+    notations: Sequence[str],
+    heuristic: bool,
+    run: Path | None,
+    device: torch.device,
+    data: Path | None = None,
 ) -> Source:
     """See evaluate_run, whose arguments these are."""
     directory = Path(name)
+    if_open = None if data is None else _UNREAD
     if is_extracted(directory):
-        return _extracted(directory, notations, heuristic, run, device)
+        return _extracted(directory, notations, heuristic, run, device, if_open)
     if run is not None:
         raise UserError(f"--run {run} is for extracted models, and {name} is a run; leave it out")
     checkpoint = find_checkpoint(name)
     loaded = load_model(checkpoint.path, device=device)
     return Source(
         loaded.directory,
-        load_config(loaded.directory / "config.yaml"),
+        load_config(loaded.directory / "config.yaml", if_open=if_open),
         checkpoint.step,
         loaded.labels,
         loaded.model.outputs,
@@ -87,10 +100,11 @@ def _extracted(
     heuristic: bool,
     run: Path | None,
     device: torch.device,
+    if_open: Mapping[str, Mapping[str, Any]] | None,
 ) -> Source:
     """Agreement and KL are with XL of the run that it was taken out of, if it is not XL itself."""
     entry = read_entry(directory)
-    config = _config(directory, entry, run)
+    config = _config(directory, entry, run, if_open)
     run, step = run or Path(entry["run"]), int(entry["step"])
     model: LoadedModel | TransformersModel
     logits: _Logits
@@ -139,7 +153,12 @@ def _extracted(
     )
 
 
-def _config(directory: Path, entry: Mapping[str, Any], run: Path | None) -> Config:
+def _config(
+    directory: Path,
+    entry: Mapping[str, Any],
+    run: Path | None,
+    if_open: Mapping[str, Mapping[str, Any]] | None,
+) -> Config:
     """Of the run, which says what to validate on."""
     file = (run or Path(entry["run"])) / "config.yaml"
     if not file.exists() and run is None:
@@ -149,7 +168,7 @@ def _config(directory: Path, entry: Mapping[str, Any], run: Path | None) -> Conf
         )
     if not file.exists():
         raise UserError(f"--run {run} holds no config.yaml; give the directory of the run")
-    config = load_config(file)
+    config = load_config(file, if_open=if_open)
     nesting, layers = config.granularities, config.model.n_layers
     if (list(nesting.widths), layers) != (entry["nesting"]["widths"], len(entry["widths"])):
         raise UserError(

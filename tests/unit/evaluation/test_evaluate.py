@@ -292,6 +292,21 @@ def test_training_data_may_be_gone(run: Path, tmp_path: Path) -> None:
         validation_of(moved)
 
 
+def test_an_imported_run_is_evaluated_on_data_that_are_named(run: Path, tmp_path: Path) -> None:
+    """Its data.train is open."""
+    expected = results(evaluate_run(str(run), data=run / "validation", device="cpu"))
+    imported = shutil.copytree(run, tmp_path / "imported")
+    config = yaml.safe_load((imported / "config.yaml").read_text())
+    config["data"]["train"] = "???"
+    (imported / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=r"leaves data\.train open"):
+        evaluate_run(str(imported), device="cpu")
+    data = run / "validation"
+    assert results(evaluate_run(str(imported), data=data, device="cpu")) == expected
+    (one,) = extract(str(imported), ["XL"], output=tmp_path / "xl")
+    assert results(evaluate_run(str(one.path), data=data, device="cpu")) == expected
+
+
 def test_a_moved_run_is_to_be_named(run: Path, tmp_path: Path) -> None:
     (one,) = extract(str(run), ["S"], output=tmp_path / "s")
     entry = json.loads((one.path / "submodel.json").read_text())

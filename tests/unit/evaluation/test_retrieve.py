@@ -8,6 +8,7 @@ import pytest
 
 from matformer_dist.errors import UserError
 from matformer_dist.evaluation.retrieve import ImagesAsked, retrieve
+from matformer_dist.submodels.extract import extract
 from tests.unit.data.images.pictures import rough, write_folder
 from tests.unit.submodels.synthetic_vision_run import (
     CLASSES,
@@ -27,3 +28,10 @@ def test_other_images_need_not_lie_as_the_runs(tmp_path: Path) -> None:
     assert (result.gallery, result.queries) == (15, 15)
     with pytest.raises(UserError, match="give both, or neither"):
         retrieve(str(run), images=ImagesAsked(str(gallery)), device="cpu")
+
+
+def test_an_encoder_that_was_trained_apart_is_a_run(tmp_path: Path) -> None:
+    run = write_vision_run(tmp_path / "run", random_vit(vision_config()))
+    (one,) = extract(str(run), ["S"], output=tmp_path / "s")
+    with pytest.raises(UserError, match=r"--independent .*/s is an extracted model; give a run"):
+        retrieve(str(run), independents=[str(one.path)], device="cpu")
