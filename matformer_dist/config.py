@@ -40,6 +40,7 @@ class ModelConfig(Section):
     """What every nested Transformer has; its embedding and head are a task's."""
 
     task: ClassVar[str]
+    outputs_key: ClassVar[str]  # of the setting that says how many tokens or classes there are
     biases: ClassVar[bool]  # of attention and FFN
 
     d_model: Positive
@@ -70,6 +71,12 @@ class ModelConfig(Section):
     def attention_width(self) -> int:
         """Of all heads' queries together."""
         return self.n_heads * self.head_dim
+
+    @property
+    def known_outputs(self) -> int | None:
+        """Tokens or classes, where the settings say how many."""
+        found: int | None = getattr(self, self.outputs_key)
+        return found
 
     def embedding_parameters(self, outputs: int) -> int:
         """Of what makes rows of a sample, for a model of `outputs` tokens or classes."""
@@ -198,6 +205,8 @@ class ScheduleConfig(Section):
 
 
 class TrainingConfig(Section):
+    length_key: ClassVar[str]  # of what may stand in place of steps
+
     steps: Positive | None = None
     micro_batch_size: Positive  # samples per rank and forward pass
     global_batch_size: Positive  # samples per step, over all ranks
@@ -219,6 +228,13 @@ class TrainingConfig(Section):
 
     @property
     def total_steps(self) -> int:
+        if self.steps is not None:
+            return self.steps
+        return -(-getattr(self, self.length_key) // (self.global_batch_size * self.sample_units))
+
+    @property
+    def sample_units(self) -> int:
+        """Of what the key `length_key` counts, in a sample."""
         raise NotImplementedError
 
     def micro_batches(self, data_size: int) -> int:
@@ -226,7 +242,9 @@ class TrainingConfig(Section):
         return self.global_batch_size // (self.micro_batch_size * data_size)
 
     @model_validator(mode="after")
-    def _check_batch(self) -> TrainingConfig:
+    def _check(self) -> TrainingConfig:
+        if (self.steps is None) == (getattr(self, self.length_key) is None):
+            raise ValueError(f"set exactly one of training.steps and training.{self.length_key}")
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"training.global_batch_size {self.global_batch_size} must be a multiple of "

@@ -47,6 +47,7 @@ class RopeScaling(Section):
 
 class LanguageModelConfig(ModelConfig):
     task: ClassVar[str] = "language"
+    outputs_key: ClassVar[str] = "vocab_size"
     biases: ClassVar[bool] = False
 
     tied_embeddings: Switch = False
@@ -104,21 +105,14 @@ class LanguageEvaluationConfig(EvaluationConfig):
 
 
 class LanguageTrainingConfig(TrainingConfig):
+    length_key: ClassVar[str] = "tokens"
+
     tokens: Positive | None = None  # instead of steps
     seq_len: Positive
 
     @property
-    def total_steps(self) -> int:
-        if self.steps is not None:
-            return self.steps
-        assert self.tokens is not None
-        return -(-self.tokens // (self.global_batch_size * self.seq_len))
-
-    @model_validator(mode="after")
-    def _check(self) -> LanguageTrainingConfig:
-        if (self.steps is None) == (self.tokens is None):
-            raise ValueError("set exactly one of training.steps and training.tokens")
-        return self
+    def sample_units(self) -> int:
+        return self.seq_len
 
 
 class LanguageConfig(Config):

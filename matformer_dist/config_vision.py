@@ -41,6 +41,7 @@ class VisionModelConfig(ModelConfig):
     """
 
     task: ClassVar[str] = "vision"
+    outputs_key: ClassVar[str] = "classes"
     biases: ClassVar[bool] = True
 
     ffn: Literal["gelu"] = "gelu"
@@ -131,20 +132,13 @@ class VisionEvaluationConfig(EvaluationConfig):
 
 
 class VisionTrainingConfig(TrainingConfig):
+    length_key: ClassVar[str] = "images"
+
     images: Positive | None = None  # instead of steps
 
     @property
-    def total_steps(self) -> int:
-        if self.steps is not None:
-            return self.steps
-        assert self.images is not None
-        return -(-self.images // self.global_batch_size)
-
-    @model_validator(mode="after")
-    def _check(self) -> VisionTrainingConfig:
-        if (self.steps is None) == (self.images is None):
-            raise ValueError("set exactly one of training.steps and training.images")
-        return self
+    def sample_units(self) -> int:
+        return 1
 
 
 class VisionConfig(Config):

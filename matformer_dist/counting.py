@@ -13,6 +13,10 @@ from matformer_dist.config import ModelConfig, Sample
 from matformer_dist.errors import UserError
 from matformer_dist.nesting import Segment, Submodel
 
+# A head's bias is a column of its weight, filled up with zeros to the 16 bytes that tensor cores
+# want operands aligned to (models/head.py); not counted as work or weights.
+HEAD_BIAS_COLUMNS = 8
+
 
 @dataclass(frozen=True)
 class ParameterCount:

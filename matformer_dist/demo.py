@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -104,9 +105,14 @@ def show(words: list[object], environment: dict[str, str] | None = None) -> None
         sys.exit(code)
 
 
-if __name__ == "__main__":
+def run_demo(demo: Callable[[], None]) -> None:
+    """A user's mistake is one message and exit code 2."""
     try:
-        main()
+        demo()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+
+
+if __name__ == "__main__":
+    run_demo(main)

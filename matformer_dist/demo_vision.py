@@ -22,8 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from matformer_dist.config_file import load_config
-from matformer_dist.demo import matformer
-from matformer_dist.errors import EXIT_USER_ERROR, UserError
+from matformer_dist.demo import matformer, run_demo
 from matformer_dist.nesting import Nesting
 from matformer_dist.parallel.topology import cpu_environment
 
@@ -120,8 +119,4 @@ def show_accuracies(root: Path, nesting: Nesting) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+    run_demo(main)

@@ -80,7 +80,7 @@ def plan_command(
         assumed_mfu=mfu,
     )
     devices = gpus or 8
-    known, key = plan.known_outputs(loaded)
+    known, key = loaded.model.known_outputs, f"model.{loaded.model.outputs_key}"
     if vocab_size and vocab_size != (known or vocab_size):
         raise UserError(
             f"--vocab-size {vocab_size} is not {key}, which is {known}; leave one of them out"

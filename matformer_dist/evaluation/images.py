@@ -28,7 +28,12 @@ class Images(Validation):
 
     def __init__(self, dataset: ValidationImages, micro_batch_size: int, workers: int) -> None:
         self.dataset, self.micro_batch_size, self.workers = dataset, micro_batch_size, workers
-        self.samples = self.predictions = len(dataset)
+
+    @property
+    def samples(self) -> int:
+        return len(self.dataset)
+
+    predictions = samples
 
     @property
     def digest(self) -> str:

@@ -69,7 +69,7 @@ def retrieve(
     if is_extracted(Path(run)):
         raise UserError(f"{run} is an extracted model; give the run, whose XL embeds the gallery")
     where = choose_device(device)
-    loaded, config = _load(run, where, has_images=images.gallery is not None)
+    loaded, config = _load(run, where, reads_own_images=images.gallery is None)
     asked = _chosen(loaded, submodels)
     encoders = [_encoder(loaded, config, one, kind) for one, kind in asked.items()]
     others = [_independent(name, config, where) for name in independents]
@@ -93,11 +93,11 @@ def retrieve(
 
 
 def _load(
-    run: str, device: torch.device, has_images: bool = True
+    run: str, device: torch.device, reads_own_images: bool = False
 ) -> tuple[LoadedVisionModel, VisionConfig]:
-    """has_images: the run's own are not needed, which an imported run leaves open."""
+    """reads_own_images: those that an imported run leaves open."""
     loaded = load_vision_model(run, device=device)
-    if_open = {"vision": {"data.train": "unset"}} if has_images else None
+    if_open = None if reads_own_images else {"vision": {"data.train": "unset"}}
     config = load_config(loaded.directory / "config.yaml", if_open=if_open)
     assert isinstance(config, VisionConfig), "its checkpoint is a vision encoder's"
     return loaded, config

@@ -25,9 +25,15 @@ class Validation(ABC):
     in UTF-8, of a text.
     """
 
-    samples: int
-    predictions: int
     text_bytes: int | None
+
+    @property
+    @abstractmethod
+    def samples(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def predictions(self) -> int: ...
 
     @property
     @abstractmethod
@@ -99,11 +105,11 @@ class Tokens(Validation):
         return cls(torch.cat(tokens), whole, size, text_bytes)
 
     @property
-    def samples(self) -> int:  # type: ignore[override]
+    def samples(self) -> int:
         return len(self.tokens)
 
     @property
-    def predictions(self) -> int:  # type: ignore[override]
+    def predictions(self) -> int:
         return self.targets.numel()
 
     @property

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from matformer_dist.config import ModelConfig
-from matformer_dist.counting import check_outputs
+from matformer_dist.counting import HEAD_BIAS_COLUMNS, check_outputs
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.ops.multi_granularity_loss import multi_granularity_loss
 from matformer_dist.ops.soft_targets import soft_target_correction
@@ -21,7 +21,6 @@ from matformer_dist.parallel.layout import ROWS
 from matformer_dist.parallel.topology import TensorParallel
 
 IGNORED_TARGET = -100
-_ALIGNED = 8  # values in the 16 bytes that tensor cores want operands aligned to
 
 
 class Head(nn.Module):
@@ -148,6 +147,6 @@ class Head(nn.Module):
         weight = self.weight if tied is None else tied
         if self.bias is None:
             return hidden, weight
-        ones = F.pad(hidden.new_ones(len(hidden), 1), (0, _ALIGNED - 1))
-        column = F.pad(self.bias[:, None], (0, _ALIGNED - 1))
+        ones = F.pad(hidden.new_ones(len(hidden), 1), (0, HEAD_BIAS_COLUMNS - 1))
+        column = F.pad(self.bias[:, None], (0, HEAD_BIAS_COLUMNS - 1))
         return torch.cat([hidden, ones], dim=1), torch.cat([weight, column], dim=1)

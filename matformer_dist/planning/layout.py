@@ -16,6 +16,7 @@ from matformer_dist.chunks import default_chunk_tokens, even_chunk_tokens
 from matformer_dist.config import Config, ModelConfig
 from matformer_dist.config_vision import VisionModelConfig, VisionObjectiveConfig
 from matformer_dist.counting import (
+    HEAD_BIAS_COLUMNS,
     Flops,
     attention_weights,
     ffn_matrices,
@@ -23,7 +24,6 @@ from matformer_dist.counting import (
 )
 from matformer_dist.nesting import Segment
 
-HEAD_ALIGNED = 8  # columns that a bias makes of the head
 OUTPUT_BIASES = ("b_out", "b_down")  # which every rank holds whole
 
 
@@ -87,7 +87,7 @@ class PlannedRun:
     def head_width(self) -> int:
         """Columns of the head: a bias is one more, filled up (see models/head.py)."""
         model = self.config.model
-        return model.d_model + (HEAD_ALIGNED if model.biases else 0)
+        return model.d_model + (HEAD_BIAS_COLUMNS if model.biases else 0)
 
     @cached_property
     def modules(self) -> list[Module]:

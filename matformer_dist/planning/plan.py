@@ -10,8 +10,6 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from matformer_dist.config import Config
-from matformer_dist.config_language import LanguageModelConfig
-from matformer_dist.config_vision import VisionModelConfig
 from matformer_dist.counting import check_outputs, count_parameters, flops_per_unit
 from matformer_dist.errors import UserError
 from matformer_dist.planning.communication import traffic
@@ -56,15 +54,6 @@ class Order:
     def length(self) -> str:
         """In words."""
         return f"{short_count(self.units)} {self.config.unit}"
-
-
-def known_outputs(config: Config) -> tuple[int | None, str]:
-    """Tokens or classes, where the settings say how many; and the key that does."""
-    model = config.model
-    if isinstance(model, VisionModelConfig):
-        return model.classes, "model.classes"
-    assert isinstance(model, LanguageModelConfig)
-    return model.vocab_size, "model.vocab_size"
 
 
 def show_plan(order: Order) -> Iterator[RenderableType]:

@@ -16,7 +16,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from matformer_dist.config import Config
 from matformer_dist.config_file import load_config
-from matformer_dist.config_language import LanguageConfig
 from matformer_dist.config_vision import VisionConfig
 from matformer_dist.errors import UserError
 from matformer_dist.nesting import Nesting
@@ -109,12 +108,9 @@ def read_run(directory: Path) -> Run:
 
 def _outputs(config: Config, classes: Path) -> int | None:
     """Where the settings do not say it, only a vision encoder's run holds it as plain text."""
-    if isinstance(config, VisionConfig):
-        if config.model.classes is None and classes.exists():
-            return _count_names(classes)
-        return config.model.classes
-    assert isinstance(config, LanguageConfig)
-    return config.model.vocab_size
+    known = config.model.known_outputs
+    is_told = known is None and isinstance(config, VisionConfig) and classes.exists()
+    return _count_names(classes) if is_told else known
 
 
 def _count_names(path: Path) -> int:

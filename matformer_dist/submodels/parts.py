@@ -191,6 +191,11 @@ def layer_of(name: str) -> int | None:
     return int(name.split(".")[1]) if name.startswith("layers.") else None
 
 
+def transposed_neurons(width: int, w_out: Tensor) -> Tensor:
+    """w_out [F, D] -> [D, m], of the first m neurons: a Part's cut."""
+    return w_out[:width].T
+
+
 def _copy_transposed(source: Tensor, target: Tensor) -> None:
     """Copy columns that lie in memory one after the other, by blocks.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from matformer_dist.config_language import LanguageModelConfig
 from matformer_dist.errors import UserError
 from matformer_dist.submodels.formats import has_transformers_architecture
-from matformer_dist.submodels.parts import Export, Part, Parts, Source, layer_of
+from matformer_dist.submodels.parts import Export, Part, Parts, Source, layer_of, transposed_neurons
 from matformer_dist.submodels.safetensors_files import SafetensorsFiles
 from matformer_dist.submodels.transformers_tokenizer import pad_id, tokenizer_files
 
@@ -172,7 +172,7 @@ def _layer_parts(
         yield Part("mlp.c_fc.weight", (padded, D), partial(_of_neurons, width, 0, D))
     elif inner == "ffn.w_out":
         name = "down_proj" if model.ffn == "swiglu" else "c_proj"
-        yield Part(f"mlp.{name}.weight", (D, padded), partial(_transposed, width))
+        yield Part(f"mlp.{name}.weight", (D, padded), partial(transposed_neurons, width))
     elif inner in _INNER:
         yield Part(_INNER[inner], shape, _whole)
     else:
@@ -194,8 +194,3 @@ def _of_groups(which: int, model: LanguageModelConfig, w_qkv: Tensor) -> Tensor:
 def _of_neurons(width: int, vector: int, D: int, w_in: Tensor) -> Tensor:
     """w_in [F, k * D] -> one input vector [m, D] of each of the first m neurons."""
     return w_in[:width, vector * D : (vector + 1) * D]
-
-
-def _transposed(width: int, w_out: Tensor) -> Tensor:
-    """w_out [F, D] -> [D, m]."""
-    return w_out[:width].T

@@ -18,7 +18,7 @@ from matformer_dist.errors import UserError
 from matformer_dist.models.patches import sincos_positions
 from matformer_dist.models.vit_names import ViTNames
 from matformer_dist.submodels.formats import has_plain_heads
-from matformer_dist.submodels.parts import Part, Parts, Source, layer_of
+from matformer_dist.submodels.parts import Part, Parts, Source, layer_of, transposed_neurons
 
 
 def check_heads(model: VisionModelConfig, program: str) -> None:
@@ -82,7 +82,7 @@ def _layer_parts(
     elif inner in ("ffn.w_in", "ffn.b_in"):
         yield Part(names.inner[inner], (padded, *shape[1:]), partial(_of_neurons, width))
     elif inner == "ffn.w_out":
-        yield Part(names.inner[inner], (shape[1], padded), partial(_transposed, width))
+        yield Part(names.inner[inner], (shape[1], padded), partial(transposed_neurons, width))
     else:
         yield Part(names.inner[inner], shape, partial(_shaped, shape))
 
@@ -105,8 +105,3 @@ def _of_heads(which: slice, heads: int, qkv: Tensor) -> Tensor:
 def _of_neurons(width: int, of_inputs: Tensor) -> Tensor:
     """w_in [F, D] or b_in [F] -> those of the first m neurons."""
     return of_inputs[:width]
-
-
-def _transposed(width: int, w_out: Tensor) -> Tensor:
-    """w_out [F, D] -> [D, m]."""
-    return w_out[:width].T

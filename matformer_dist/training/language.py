@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from matformer_dist.training.task import Task
 
 class LanguageTask(Task):
     config: LanguageConfig
+    deal = staticmethod(micro_batches)
 
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__(config)
@@ -36,18 +36,6 @@ class LanguageTask(Task):
         batch = self.config.training.global_batch_size
         samples = self.config.evaluation.batches * batch
         return build_datasets(self.config, self.tokenizer, train_samples, samples)
-
-    def micro_batches(
-        self, dataset: Dataset[Any], consumed: int, topology: Topology
-    ) -> Iterator[Batch]:
-        return micro_batches(
-            dataset,
-            consumed=consumed,
-            micro_batch_size=self.config.training.micro_batch_size,
-            data_parallel_rank=topology.data_rank,
-            data_parallel_size=topology.data_size,
-            workers=self.config.data.workers,
-        )
 
     def probe(self) -> Batch:
         generator = torch.Generator().manual_seed(0)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
 
 from torch.utils.data import Dataset
 
@@ -23,6 +23,7 @@ class Task(ABC):
     outputs: int
     labels_sha256: str
     label_files: Mapping[str, bytes]
+    deal: ClassVar[Callable[..., Iterator[Batch]]]  # batches of a data set: see micro_batches
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -40,11 +41,18 @@ class Task(ABC):
     def probe(self) -> Batch:
         """One made-up sample and its targets, always the same: see continuity.py."""
 
-    @abstractmethod
     def micro_batches(
         self, dataset: Dataset[Any], consumed: int, topology: Topology
     ) -> Iterator[Batch]:
         """Of this rank, behind `consumed` samples of the dataset."""
+        return self.deal(
+            dataset,
+            consumed=consumed,
+            micro_batch_size=self.config.training.micro_batch_size,
+            data_parallel_rank=topology.data_rank,
+            data_parallel_size=topology.data_size,
+            workers=self.config.data.workers,
+        )
 
 
 def open_task(config: Config) -> Task:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from matformer_dist.training.task import Task
 
 class VisionTask(Task):
     config: VisionConfig
+    deal = staticmethod(image_batches)
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__(config)
@@ -49,18 +49,6 @@ class VisionTask(Task):
         assert validation is not None, "images were asked for"
         unit = config.training.micro_batch_size * topology.data_size
         return train, _FilledUp(validation, unit)
-
-    def micro_batches(
-        self, dataset: Dataset[Any], consumed: int, topology: Topology
-    ) -> Iterator[Batch]:
-        return image_batches(
-            dataset,
-            consumed=consumed,
-            micro_batch_size=self.config.training.micro_batch_size,
-            data_parallel_rank=topology.data_rank,
-            data_parallel_size=topology.data_size,
-            workers=self.config.data.workers,
-        )
 
     def probe(self) -> Batch:
         model = self.config.model
