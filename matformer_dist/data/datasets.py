@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import shutil
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -32,6 +34,7 @@ from matformer_dist.parallel.agreement import on_main
 from matformer_dist.parallel.topology import MEGATRON_LOGGERS
 
 _COMPLETE = "complete"
+_OF_THE_CLUSTER = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def build_datasets(
@@ -93,8 +96,16 @@ def micro_batches(
 def _leave_signals_to_the_rank(_: int) -> None:
     """A cluster signals all processes of a job; the rank still needs its workers to end well."""
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_CLUSTER)
+    threading.Thread(target=_end_for_the_rank, args=[os.getppid()], daemon=True).start()
+
+
+def _end_for_the_rank(rank: int) -> None:
+    """By its SIGTERM: torch and multiprocessing send one, and wait, where a worker is left over."""
+    while True:
+        received = signal.sigwaitinfo(_OF_THE_CLUSTER)
+        if received.si_signo == signal.SIGTERM and received.si_pid == rank:
+            os._exit(0)
 
 
 def _tokens_and_targets(samples: Iterable[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:

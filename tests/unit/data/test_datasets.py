@@ -154,6 +154,25 @@ def test_reading_ahead_in_processes_changes_nothing(config: LanguageConfig) -> N
     assert rows(ahead) == rows(batches(train, 4))
 
 
+FAILING = """
+import torch
+from matformer_dist.data.datasets import micro_batches
+samples = [{"tokens": torch.zeros(2), "labels": torch.zeros(2)}] * 64
+batches = micro_batches(samples, consumed=0, micro_batch_size=2, data_parallel_rank=0,
+                        data_parallel_size=1, workers=2)
+next(batches)
+raise RuntimeError("as a run may fail")
+"""
+
+
+def test_a_process_that_fails_does_not_wait_for_its_workers() -> None:
+    """Deaf to SIGTERM, they would have kept it: a launcher would see no rank fail."""
+    failed = subprocess.run(
+        [sys.executable, "-c", FAILING], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert failed.returncode == 1 and failed.stderr.endswith("as a run may fail\n")
+
+
 def test_batches_leave_the_global_generator_alone(config: LanguageConfig) -> None:
     train, _ = build(config, 60, 4)
     state = torch.get_rng_state()
