@@ -7,7 +7,7 @@ cannot read, a rank that hangs.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -53,16 +53,16 @@ class Control:
         """This rank goes on with the same."""
         self.watchdog.busy()
 
-    def guarded(self, batches: Iterator[Batch], stand_in: Batch) -> Iterator[Batch]:
-        """`batches`; from one on that cannot be read, `stand_in`: the other ranks, which wait in
-        collectives, are told by the next `decide`.
+    def guarded(self, batches: Iterator[Batch], stand_in: Callable[[], Batch]) -> Iterator[Batch]:
+        """`batches`; from one on that cannot be read, what `stand_in` makes: the other ranks, which
+        wait in collectives, are told by the next `decide`.
         """
         try:
             yield from batches
         except LocalError as error:
             self.failure = error
         while self.failure is not None:
-            yield stand_in
+            yield stand_in()
 
     def decide(self, written: bool) -> Decision:
         """One small all-reduce; DeepSpeed has waited for the device in this step anyway."""

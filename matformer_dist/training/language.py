@@ -13,6 +13,7 @@ from matformer_dist.data.feed import Batch
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.errors import UserError
+from matformer_dist.parallel.agreement import agreement
 from matformer_dist.parallel.topology import Topology
 from matformer_dist.training.task import Task
 
@@ -23,8 +24,9 @@ class LanguageTask(Task):
 
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__(config)
-        self.tokenizer = load_tokenizer(config.data.tokenizer)
-        self.outputs = check_vocabulary(config, self.tokenizer)
+        with agreement():  # every rank reads its own
+            self.tokenizer = load_tokenizer(config.data.tokenizer)
+            self.outputs = check_vocabulary(config, self.tokenizer)
         self.labels_sha256 = self.tokenizer.digest
         self.label_files = self.tokenizer.files
 

@@ -64,7 +64,7 @@ class Run:
             check_deepspeed_section(config, topology.data_size)
             setup.check_monitors(config)
             setup.choose_operators(config, topology)
-            self.task = open_task(config)
+        self.task = open_task(config)
         notices = on_main(lambda: setup.check_run_directory(config))
         self.store = CheckpointStore(config.run.dir, config.checkpoint, control.busy)
         self.control.mark("reading checkpoints")
@@ -177,7 +177,7 @@ class Run:
                 self._feed(self._training_batches()) as fed,
                 around_collectives(clock.begin_communication, clock.end_communication),
             ):
-                batches = self.control.guarded(fed, self._stand_in())
+                batches = self.control.guarded(fed, self._stand_in)
                 while self.step < self.total_steps:
                     with self.profiler.step(self.step + 1):
                         self._train_step(batches)
@@ -327,7 +327,7 @@ class Run:
         with self._feed(batches) as fed:
             return evaluate_submodels(
                 run_pass,
-                self.control.guarded(fed, self._stand_in()),
+                self.control.guarded(fed, self._stand_in),
                 [*uniform, *mixed],
                 uniform[0],
                 per_pass=len(self.nesting),

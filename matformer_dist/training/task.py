@@ -56,7 +56,9 @@ class Task(ABC):
 
 
 def open_task(config: Config) -> Task:
-    """UserError where the tokenizer or the images are not there, or not as configured."""
+    """To be called by all ranks; UserError, on all, where the tokenizer or the images are not
+    there, or not as configured.
+    """
     if isinstance(config, VisionConfig):
         from matformer_dist.training.vision import VisionTask  # Pillow, for images alone
 
