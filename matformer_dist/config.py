@@ -25,6 +25,7 @@ NonNegative = Annotated[float, Field(ge=0, strict=True)]
 AboveZero = Annotated[float, Field(gt=0, strict=True)]
 BelowOne = Annotated[float, Field(ge=0, lt=1, strict=True)]
 Switch = Annotated[bool, Field(strict=True)]
+_MOST_UNITS = 1 << 60  # tokens or images of a run: all are counted in 64 bits
 Unit: TypeAlias = Literal["tokens", "images"]
 
 
@@ -42,6 +43,7 @@ class ModelConfig(Section):
     task: ClassVar[str]
     outputs_key: ClassVar[str]  # of the setting that says how many tokens or classes there are
     biases: ClassVar[bool]  # of attention and FFN
+    causal: ClassVar[bool]  # whether a position sees only those before it and itself
 
     d_model: Positive
     n_layers: Positive
@@ -245,6 +247,12 @@ class TrainingConfig(Section):
     def _check(self) -> TrainingConfig:
         if (self.steps is None) == (getattr(self, self.length_key) is None):
             raise ValueError(f"set exactly one of training.steps and training.{self.length_key}")
+        units = self.total_steps * self.global_batch_size * self.sample_units
+        if units > _MOST_UNITS:
+            raise ValueError(
+                f"training.{'steps' if self.steps else self.length_key} makes {units:.3g} "
+                f"{self.length_key} in all; train on at most {_MOST_UNITS:.3g}"
+            )
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"training.global_batch_size {self.global_batch_size} must be a multiple of "

@@ -49,6 +49,7 @@ class LanguageModelConfig(ModelConfig):
     task: ClassVar[str] = "language"
     outputs_key: ClassVar[str] = "vocab_size"
     biases: ClassVar[bool] = False
+    causal: ClassVar[bool] = True
 
     tied_embeddings: Switch = False
     vocab_size: Positive | None = None  # None: the tokenizer's

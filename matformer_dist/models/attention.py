@@ -1,5 +1,4 @@
-"""Self-attention, its heads cut over tensor-parallel ranks: causal with rotary positions, or
-bidirectional.
+"""Self-attention, causal or bidirectional, its heads cut over tensor-parallel ranks.
 
 Legend: B sequences, s positions, N = B * s rows, D d_model, H query heads, K key-value heads,
 G = H / K query heads per key-value head, h head size, T ranks.
@@ -46,6 +45,7 @@ class Attention(nn.Module):
         super().__init__()
         self.turned = _turned
         self.tensor = tensor
+        self.causal = model.causal
         self.head_dim = model.head_dim
         self.kv_heads = model.kv_heads // tensor.size
         self.queries_per_kv = model.n_heads // model.kv_heads
@@ -74,7 +74,7 @@ class Attention(nn.Module):
         selective: bool = False,
     ) -> Tensor:
         """x [N, D] -> [N, D], of samples of s positions; with a cache, x holds the positions behind
-        those in it. Without a rotation every position sees all.
+        those in it.
 
         selective: rotated queries and keys are turned again in the backward pass, and not kept.
         """
@@ -90,7 +90,7 @@ class Attention(nn.Module):
                 Again(q, partial(self.turned, queries.detach(), rotation)),
                 Again(k, partial(self.turned, keys.detach(), rotation)),
             )
-        mask, is_causal = None, rotation is not None and s > 1
+        mask, is_causal = None, self.causal and s > 1
         if cache is not None:
             k, v = cache.append(k, v)
             mask, is_causal = cache.span.mask, cache.span.is_causal
