@@ -1,4 +1,4 @@
-"""README.md of an extracted model: what it is, how large, how good, how to load it."""
+"""README.md of an extracted language model: what it is, how good, how to load it."""
 
 from __future__ import annotations
 
@@ -7,35 +7,7 @@ from typing import Any
 
 from matformer_dist.config_language import LanguageModelConfig
 from matformer_dist.submodels.formats import FFN_MULT_STEP
-
-_CARD = """\
----
-{front_matter}
----
-
-# {submodel} of a MatFormer language model
-
-Taken out of a universal model by slicing, without training: step {step} of the run
-`{run}`.
-
-| | |
-|---|---|
-| submodel | {submodel} |
-| FFN width of each layer | {widths} |
-| parameters | {parameters:,} |
-| without embeddings and head | {non_embedding_parameters:,} |
-| layers, width, heads (key-value) | {n_layers}, {d_model}, {n_heads} ({kv_heads}) |
-| context | {max_seq_len} tokens |
-| vocabulary | {vocab_size} pieces |
-| weights | {dtype}, {bytes:,} bytes, from {trained} |
-| validation loss | {loss} |
-{widths_note}
-## How to load it
-
-```python
-{loading}
-```
-"""
+from matformer_dist.submodels.model_card import measured, padded_note, write_card
 
 _HF_LOADING = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -80,11 +52,9 @@ from llama_cpp import Llama
 model = Llama("PATH/model.gguf", verbose=False)
 print(model("def ", max_tokens=50)["choices"][0]["text"])"""
 
-_COPIED = ("submodel", "step", "run", "parameters", "dtype", "bytes", "trained")
 
-
-def model_card(entry: Mapping[str, Any], model: LanguageModelConfig, vocab_size: int) -> str:
-    """The card of the language model that `entry`, the content of submodel.json, describes."""
+def language_card(entry: Mapping[str, Any], model: LanguageModelConfig, vocab_size: int) -> str:
+    """See write_card; entry: the content of submodel.json."""
     kind = entry["format"]
     front_matter = ["pipeline_tag: text-generation", "tags:", "- matformer", "- nested"]
     if kind == "hf":
@@ -97,20 +67,18 @@ def model_card(entry: Mapping[str, Any], model: LanguageModelConfig, vocab_size:
     if entry["nested"]:
         smallest = entry["nesting"]["names"][0]
         loading = _NESTED_LOADING.format(smallest=smallest, submodel=entry["submodel"])
-    loss = "not measured" if entry["loss"] is None else f"{entry['loss']:.4f} nats per token"
-    return _CARD.format(
-        **{key: entry[key] for key in _COPIED},
-        front_matter="\n".join(front_matter),
-        widths=width_runs(entry["widths"]),
-        non_embedding_parameters=entry["non_embedding_parameters"],
-        n_layers=model.n_layers,
-        d_model=model.d_model,
-        n_heads=model.n_heads,
-        kv_heads=model.kv_heads,
-        max_seq_len=model.max_seq_len,
-        vocab_size=vocab_size,
-        loss=loss,
-        widths_note=_widths_note(entry),
+    heads = f"{model.n_heads} ({model.kv_heads})"
+    return write_card(
+        entry,
+        "language model",
+        front_matter=front_matter,
+        shape={
+            "layers, width, heads (key-value)": f"{model.n_layers}, {model.d_model}, {heads}",
+            "context": f"{model.max_seq_len} tokens",
+            "vocabulary": f"{vocab_size} pieces",
+        },
+        measures={"validation loss": measured(entry["loss"], "{:.4f} nats per token")},
+        sections=_widths_note(entry),
         loading=loading,
     )
 
@@ -118,11 +86,8 @@ def model_card(entry: Mapping[str, Any], model: LanguageModelConfig, vocab_size:
 def _widths_note(entry: Mapping[str, Any]) -> str:
     """What a reader must know of an architecture whose layers differ, or may not."""
     if entry["padded_width"] is not None:
-        return (
-            "\nThe architecture has one FFN width, so narrower layers are padded to "
-            f"{entry['padded_width']} neurons with zeros: the result is exactly the same, memory "
-            "and time are those of the padded width. The formats `native`, `hf --sparse`, "
-            "`hf --nested` and `gguf` have the exact widths.\n"
+        return padded_note(
+            entry, "The formats `native`, `hf --sparse`, `hf --nested` and `gguf` have"
         )
     if entry["nested"]:
         return (
@@ -151,14 +116,3 @@ def _held_names(entry: Mapping[str, Any]) -> list[str]:
     """Granularities that the widest layer holds."""
     nesting = entry["nesting"]
     return nesting["names"][: nesting["widths"].index(max(entry["widths"])) + 1]
-
-
-def width_runs(widths: list[int]) -> str:
-    """[256, 256, 512] as "2 x 256, 1 x 512"."""
-    runs: list[list[int]] = []
-    for width in widths:
-        if runs and runs[-1][1] == width:
-            runs[-1][0] += 1
-        else:
-            runs.append([1, width])
-    return ", ".join(f"{count} x {width}" for count, width in runs)

@@ -7,41 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from matformer_dist.config_vision import VisionModelConfig
-from matformer_dist.submodels.model_card import width_runs
+from matformer_dist.submodels.model_card import measured, padded_note, write_card
 
-_CARD = """\
----
-{front_matter}
----
-
-# {submodel} of a MatFormer vision encoder
-
-Taken out of a universal model by slicing, without training: step {step} of the run
-`{run}`.
-
-| | |
-|---|---|
-| submodel | {submodel} |
-| FFN width of each layer | {widths} |
-| parameters | {parameters:,} |
-| without embedding and head | {non_embedding_parameters:,} |
-| layers, width, heads | {n_layers}, {d_model}, {n_heads} |
-| images | {image_size} x {image_size} pixels, {colours}; patches of {patch_size} x {patch_size} |
-| classified by | {pooled} |
-| classes | {classes:,} |
-| weights | {dtype}, {bytes:,} bytes, from {trained} |
-| validation accuracy | {accuracy} |
-| validation loss | {loss} |
+_IMAGES = """\
 {widths_note}
 ## Images
 
 {preparation}
-
-## How to load it
-
-```python
-{loading}
-```
 """
 
 _HF_LOADING = """\
@@ -76,16 +48,11 @@ print(loaded.labels.names[int(logits.argmax())])"""
 
 _LOADING = {"native": _NATIVE_LOADING, "hf": _HF_LOADING, "timm": _TIMM_LOADING}
 _LIBRARY = {"native": [], "hf": ["library_name: transformers"], "timm": ["library_name: timm"]}
-_COPIED = (
-    "submodel", "step", "run", "parameters", "non_embedding_parameters", "dtype", "bytes",
-    "trained",
-)  # fmt: skip
 
 
 def vision_card(entry: Mapping[str, Any], model: VisionModelConfig, classes: int) -> str:
-    """The card of the model that `entry`, the content of submodel.json, describes."""
+    """See write_card; entry: the content of submodel.json."""
     kind, images = entry["format"], entry["preprocessing"]
-    tags = ["pipeline_tag: image-classification", "tags:", "- matformer", "- nested"]
     numbers = {
         "image_size": images["image_size"],
         "channels": images["channels"],
@@ -93,38 +60,33 @@ def vision_card(entry: Mapping[str, Any], model: VisionModelConfig, classes: int
         "std": tuple(images["std"]),
         "crop_pct": images["crop_pct"],
     }
-    return _CARD.format(
-        **{key: entry[key] for key in _COPIED},
-        front_matter="\n".join([*_LIBRARY[kind], *tags]),
-        widths=width_runs(entry["widths"]),
-        n_layers=model.n_layers,
-        d_model=model.d_model,
-        n_heads=model.n_heads,
-        image_size=model.image_size,
-        colours="RGB" if model.channels == 3 else "grey",
-        patch_size=model.patch_size,
-        pooled="a class token" if model.pooling == "token" else "the mean of the patches",
-        classes=classes,
-        accuracy=_measured(entry["accuracy"], "{:.2%}"),
-        loss=_measured(entry["loss"], "{:.4f} nats per image"),
-        widths_note=_widths_note(entry),
-        preparation=_preparation(kind, numbers),
-        loading=_LOADING[kind].format(**numbers, mode="RGB" if model.channels == 3 else "L"),
-    )
-
-
-def _measured(value: float | None, words: str) -> str:
-    return "not measured" if value is None else words.format(value)
-
-
-def _widths_note(entry: Mapping[str, Any]) -> str:
-    if entry["padded_width"] is None:
-        return ""
-    return (
-        "\nThe architecture has one FFN width, so narrower layers are padded to "
-        f"{entry['padded_width']} neurons with zeros: the result is exactly the same, memory and "
-        "time are those of the padded width. The format `native` has the exact widths.\n"
-    )
+    size, patch = model.image_size, model.patch_size
+    colours, mode = ("RGB", "RGB") if model.channels == 3 else ("grey", "L")
+    note = ""
+    if entry["padded_width"] is not None:
+        note = padded_note(entry, "The format `native` has")
+    return write_card(
+        entry,
+        "vision encoder",
+        front_matter=[
+            *_LIBRARY[kind], "pipeline_tag: image-classification", "tags:", "- matformer",
+            "- nested",
+        ],
+        shape={
+            "layers, width, heads": f"{model.n_layers}, {model.d_model}, {model.n_heads}",
+            "images": f"{size} x {size} pixels, {colours}; patches of {patch} x {patch}",
+            "classified by": (
+                "a class token" if model.pooling == "token" else "the mean of the patches"
+            ),
+            "classes": f"{classes:,}",
+        },
+        measures={
+            "validation accuracy": measured(entry["accuracy"], "{:.2%}"),
+            "validation loss": measured(entry["loss"], "{:.4f} nats per image"),
+        },
+        sections=_IMAGES.format(widths_note=note, preparation=_preparation(kind, numbers)),
+        loading=_LOADING[kind].format(**numbers, mode=mode),
+    )  # fmt: skip
 
 
 def _preparation(kind: str, numbers: Mapping[str, Any]) -> str:
