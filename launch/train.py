@@ -1,4 +1,4 @@
-"""Train a MatLM.
+"""Train a nested model, of text or of images.
 
     python launch/train.py --config launch/configs/NAME.yaml [section.key=value ...]   (one process)
     deepspeed launch/train.py --config ...                     (every GPU here)
@@ -44,7 +44,7 @@ _OTHERS_SPEAK_S = 3
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a MatLM.")
+    parser = argparse.ArgumentParser(description="Train a nested model.")
     parser.add_argument("--config", required=True, help="YAML file, see launch/configs")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument(

@@ -17,6 +17,11 @@ from matformer_dist.config_vision import VisionConfig, VisionModelConfig
 from matformer_dist.errors import UserError
 
 _DEFAULT_TASK = "language"
+# if_open where data.train, which an imported run leaves open, is not read.
+UNREAD_DATA: dict[str, dict[str, Any]] = {
+    "language": {"data.train": [[1.0, "unset"]]},
+    "vision": {"data.train": "unset"},
+}
 _TASKS: dict[str, type[Config]] = {"language": LanguageConfig, "vision": VisionConfig}
 
 
@@ -35,12 +40,13 @@ AnyModelConfig: TypeAlias = Annotated[
 
 def load_config(
     path: str | Path,
-    overrides: Sequence[str] = (),
+    overrides: Sequence[str] | None = None,
     if_open: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Config:
     """Read a YAML file, apply `section.key=value` overrides, validate; UserError on any mistake.
 
-    if_open: by task, values of keys that the file may leave open (???).
+    overrides: None where the user has no place to give any. if_open: by task, values of keys that
+    the file may leave open (???).
     """
     try:
         text = Path(path).read_text()
@@ -51,17 +57,17 @@ def load_config(
     try:
         loaded = omegaconf.OmegaConf.create(text)
         _check_sections(loaded, path)
-        merged = omegaconf.OmegaConf.merge(loaded, _parse_overrides(overrides))
+        merged = omegaconf.OmegaConf.merge(loaded, _parse_overrides(overrides or ()))
         task = str(omegaconf.OmegaConf.select(merged, "task", default=_DEFAULT_TASK))
         given = (if_open or {}).get(task, {})
         for key in sorted(omegaconf.OmegaConf.missing_keys(merged)):
             if key in given:
                 omegaconf.OmegaConf.update(merged, key, given[key])
                 continue
-            raise UserError(
-                f"the config file {path} leaves {key} open (???); write a value there, or give it "
-                f"as an override, {key}=..."
-            )
+            remedy = "write a value there"
+            if overrides is not None:
+                remedy += f", or give it as an override, {key}=..."
+            raise UserError(f"the config file {path} leaves {key} open (???); {remedy}")
         tree = omegaconf.OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except UserError:  # a ValueError, but said already
         raise
@@ -71,8 +77,8 @@ def load_config(
         raise UserError(f"the config file {path}: {error}".split("\n")[0]) from None
     except (TypeError, ValueError) as error:  # OmegaConf, where a list is given a dictionary's keys
         raise UserError(
-            f"overrides {list(overrides)} do not fit the config file {path} ({error}); a list is "
-            "overridden whole, as in data.train=[[1,corpus]]"
+            f"overrides {list(overrides or ())} do not fit the config file {path} ({error}); a "
+            "list is overridden whole, as in data.train=[[1,corpus]]"
         ) from None
     return validate_config(tree, source=str(path))
 
@@ -143,4 +149,4 @@ def _keys_of(location: Sequence[str], of_task: type[Config]) -> list[str]:
     section: Any = of_task
     for part in location:
         section = section.model_fields[part].annotation
-    return list(section.model_fields)
+    return [*getattr(section, "expanded_keys", ()), *section.model_fields]

@@ -43,6 +43,8 @@ class VisionModelConfig(ModelConfig):
     task: ClassVar[str] = "vision"
     outputs_key: ClassVar[str] = "classes"
     biases: ClassVar[bool] = True
+    causal: ClassVar[bool] = False
+    expanded_keys: ClassVar[tuple[str, ...]] = ("preset",)  # stand for others
 
     ffn: Literal["gelu"] = "gelu"
     norm: Literal["layernorm"] = "layernorm"
@@ -154,6 +156,11 @@ class VisionConfig(Config):
     @property
     def sample(self) -> Sample:
         return Sample(self.model.rows, 1)
+
+    def validation_images(self, batches: int | None = None) -> int | None:
+        """Of `batches` of the global batch size, else of evaluation.batches; None: all."""
+        asked = batches or self.evaluation.batches
+        return asked and asked * self.training.global_batch_size
 
     @model_validator(mode="before")
     @classmethod

@@ -12,9 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import groupby, pairwise
+from typing import Literal, TypeAlias
 
 from matformer_dist.errors import UserError
 
+# Why a submodel is looked at: one granularity, the paper's Mix'n'Match, or asked for by someone.
+SubmodelKind: TypeAlias = Literal["uniform", "heuristic", "mix"]
 _DEFAULT_NAMES = {1: ("XL",), 2: ("S", "XL"), 3: ("S", "M", "XL"), 4: ("S", "M", "L", "XL")}
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 _COUNT = re.compile(r"0*[1-9][0-9]{0,8}")  # of layers; a longer number is a slip of the finger

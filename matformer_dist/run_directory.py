@@ -40,6 +40,7 @@ TOKENIZER_FILES = (  # those that data.tokenizer has
 )  # fmt: skip
 CLASSES_FILE = "classes.json"
 LABEL_FILES = (*TOKENIZER_FILES, CLASSES_FILE)  # what a model's outputs mean
+ENTRY = "submodel.json"  # of an extracted model
 _STEP = re.compile(r"step-(\d+)")
 _SHOWN_FAULTS = 3  # of one checkpoint, in a message about something else
 _UNSEALED = "0" * 64
@@ -292,6 +293,11 @@ def find_checkpoint(run: str | Path) -> Checkpoint:
         return _read_chosen(chosen)
     if not path.is_dir():
         raise UserError(f"there is no run directory {run}; give the run.dir of a training run")
+    if (path / ENTRY).exists():
+        raise UserError(
+            f"{run} is an extracted model, which has no checkpoint; give the run.dir of a training "
+            "run"
+        )
     found = read_checkpoints(path)
     newest = max(
         [*found.damaged, *(checkpoint.step for checkpoint in found.complete)], default=None

@@ -94,7 +94,6 @@ def retrieve_command(
 
 
 def _table(result: RetrievalResult) -> Table:
-    reference = result.reference
     most = result.ks[-1]
     table = Table(
         "query encoder", "gallery", "MFLOPs", "saved", "1-NN", "lost", f"recall@{most}",
@@ -103,12 +102,11 @@ def _table(result: RetrievalResult) -> Table:
     for column in table.columns[2:]:
         column.justify = "right"
     for one in result.entries:
-        saved = 1 - one.query_flops / reference.query_flops if reference else float("nan")
         table.add_row(
             one.submodel if one.encoder == "nested" else one.encoder,
             one.gallery,
             f"{one.query_flops / 1e6:.2f}",
-            number(saved, ".1%"),
+            number(result.saved(one), ".1%"),
             number(one.knn_accuracy[1].value, ".1%"),
             number(100 * one.accuracy_lost[1].value, ".2f"),
             number(one.recall[most].value, ".1%"),

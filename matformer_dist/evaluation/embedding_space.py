@@ -16,9 +16,7 @@ from matformer_dist.errors import UserError
 from matformer_dist.evaluation.metric_space import Pairs, pearson, spearman
 from matformer_dist.evaluation.neighbour_measures import described, knn_right, overlap, recalled
 from matformer_dist.evaluation.neighbours import GalleryIndex, similarities
-from matformer_dist.submodels.retrieval_results import Backend
-
-_BY_K = ("knn_accuracy", "accuracy_lost", "recall", "neighbour_agreement")
+from matformer_dist.submodels.retrieval_results import MEASURED_BY_K, Backend
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ def compare(task: Task, answers: Answers, reference: Answers, best: Answers) -> 
         columns["neighbour_agreement", k] = overlap(answers.indices, reference.indices, k)
     means = described(columns)
     return {
-        **{name: {k: means[name, k] for k in task.ks} for name in _BY_K},
+        **{name: {k: means[name, k] for k in task.ks} for name in MEASURED_BY_K},
         "pearson": pearson(answers.distances, reference.distances),
         "spearman": spearman(answers.distances, reference.distances),
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,12 +13,11 @@ from torch import Tensor
 from matformer_dist.config_images import DIGITS
 from matformer_dist.config_vision import VisionConfig
 from matformer_dist.data.images.batches import image_batches
-from matformer_dist.data.images.classes import ClassNames
+from matformer_dist.data.images.classes import ClassNames, check_same_classes
 from matformer_dist.data.images.datasets import ValidationImages
 from matformer_dist.data.images.finding import find_images, find_validation
 from matformer_dist.data.images.preprocessing import Preprocessing
 from matformer_dist.data.labels import Labels
-from matformer_dist.errors import UserError
 from matformer_dist.evaluation.validation import Validation
 
 
@@ -78,17 +76,10 @@ def open_images(
         settings = settings.model_copy(update={"validation": str(data), "split": None})
     if settings.validation is None and settings.train != DIGITS:
         found = find_images(settings)
-        if found.classes.digest != labels.digest:
-            raise UserError(
-                f"the classes of {found.classes.source} are not those that the model was trained "
-                f"on, {labels.source}; give images of the same classes, whose folders or labels "
-                "have the same names"
-            )
+        check_same_classes(found.classes, labels)
         part = found.validation
     else:
         part = find_validation(settings, labels)
-    count = batches or config.evaluation.batches
-    asked = sys.maxsize if count is None else count * config.training.global_batch_size
     preprocessing = Preprocessing.of(settings, model.image_size, model.channels)
-    validation = ValidationImages(part, labels, preprocessing, asked)
+    validation = ValidationImages(part, preprocessing, config.validation_images(batches))
     return Images(validation, config.training.micro_batch_size, config.data.workers)

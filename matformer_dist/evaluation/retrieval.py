@@ -18,12 +18,11 @@ from matformer_dist.errors import UserError
 from matformer_dist.evaluation.embedding_space import Answers, Space, Task, compare
 from matformer_dist.evaluation.neighbour_measures import chances
 from matformer_dist.evaluation.neighbours import choose_backend, normalised
-from matformer_dist.nesting import Submodel
+from matformer_dist.nesting import Submodel, SubmodelKind
 from matformer_dist.submodels.retrieval_results import (
     NESTED,
     OWN,
     Backend,
-    Kind,
     RetrievalEntry,
     RetrievalMeasures,
 )
@@ -52,7 +51,7 @@ class QueryEncoder:
 
     encoder: Encoder
     submodel: Submodel
-    kind: Kind
+    kind: SubmodelKind
     query_flops: int  # forward of one image
     parameters: int
     name: str = NESTED  # or what the run that was trained apart is called

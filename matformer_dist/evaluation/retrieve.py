@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,13 @@ import torch
 from torch import Tensor
 
 from matformer_dist.checkpoints.files import check_output, replace_json
-from matformer_dist.config_file import load_config
+from matformer_dist.config_file import UNREAD_DATA, load_config
 from matformer_dist.config_images import ImageDataConfig
 from matformer_dist.config_vision import VisionConfig
 from matformer_dist.counting import count_parameters, forward_flops
+from matformer_dist.data.images.classes import ClassNames, check_same_classes
 from matformer_dist.data.images.datasets import ValidationImages
-from matformer_dist.data.images.finding import FoundImages, Part, find_images
+from matformer_dist.data.images.finding import Part, find_images
 from matformer_dist.data.images.preprocessing import Preprocessing
 from matformer_dist.errors import UserError
 from matformer_dist.evaluation.images import Images
@@ -24,13 +24,12 @@ from matformer_dist.evaluation.retrieval import KS, QueryEncoder, measure_retrie
 from matformer_dist.inference.device import choose_device
 from matformer_dist.inference.loading import load_vision_model
 from matformer_dist.inference.vision import LoadedVisionModel
-from matformer_dist.nesting import Segment, Submodel, mix_n_match
+from matformer_dist.nesting import Segment, Submodel, SubmodelKind
 from matformer_dist.submodels.entry import is_extracted
 from matformer_dist.submodels.retrieval_results import (
     NESTED,
     RETRIEVAL,
     Backend,
-    Kind,
     RetrievalResult,
 )
 
@@ -45,6 +44,21 @@ class ImagesAsked:
     queries: str | None = None
     gallery_images: int | None = None
     query_images: int | None = None
+
+    @property
+    def are_one_set(self) -> bool:
+        """Whether the queries are the gallery's own images, and each is to find others.
+
+        UserError where then their numbers differ.
+        """
+        if self.gallery is None or self.gallery != self.queries:
+            return False
+        if self.gallery_images != self.query_images:
+            raise UserError(
+                f"--gallery and --queries are both {self.gallery}, whose images each find others "
+                "then; give the same --gallery-images and --query-images, or none"
+            )
+        return True
 
 
 def retrieve(
@@ -70,9 +84,9 @@ def retrieve(
         raise UserError(f"{run} is an extracted model; give the run, whose XL embeds the gallery")
     where = choose_device(device)
     loaded, config = _load(run, where, reads_own_images=images.gallery is None)
-    asked = _chosen(loaded, submodels)
+    asked = loaded.selection(submodels, heuristic=True)
     encoders = [_encoder(loaded, config, one, kind) for one, kind in asked.items()]
-    others = [_independent(name, config, where) for name in independents]
+    others = [_independent(name, loaded, config, where) for name in independents]
     gallery, queries, words = _open(loaded, config, images)
     measured = measure_retrieval(
         encoders,
@@ -80,6 +94,7 @@ def retrieve(
         queries,
         independents=others,
         ks=ks,
+        leave_one_out=images.are_one_set,
         backend=backend,
         progress=progress,
     )
@@ -97,26 +112,17 @@ def _load(
 ) -> tuple[LoadedVisionModel, VisionConfig]:
     """reads_own_images: those that an imported run leaves open."""
     loaded = load_vision_model(run, device=device)
-    if_open = None if reads_own_images else {"vision": {"data.train": "unset"}}
+    if_open = None if reads_own_images else UNREAD_DATA
     config = load_config(loaded.directory / "config.yaml", if_open=if_open)
     assert isinstance(config, VisionConfig), "its checkpoint is a vision encoder's"
     return loaded, config
-
-
-def _chosen(loaded: LoadedVisionModel, notations: Sequence[str]) -> dict[Submodel, Kind]:
-    chosen: dict[Submodel, Kind] = dict.fromkeys(loaded.usual(), "uniform")
-    for one in mix_n_match(loaded.submodel.nesting, len(loaded.submodel)):
-        chosen.setdefault(one, "heuristic")
-    for notation in notations:
-        chosen.setdefault(loaded.parse(notation), "mix")
-    return chosen
 
 
 def _encoder(
     loaded: LoadedVisionModel,
     config: VisionConfig,
     submodel: Submodel,
-    kind: Kind,
+    kind: SubmodelKind,
     name: str = NESTED,
 ) -> QueryEncoder:
     flops = forward_flops(config.model, loaded.model.outputs, [Segment(submodel, 1)], config.sample)
@@ -126,11 +132,18 @@ def _encoder(
     return QueryEncoder(loaded, submodel, kind, encoding, without_head, name)
 
 
-def _independent(run: str, ours: VisionConfig, device: torch.device) -> QueryEncoder:
+def _independent(
+    run: str, nested: LoadedVisionModel, ours: VisionConfig, device: torch.device
+) -> QueryEncoder:
     """XL of a run that was trained apart."""
     if is_extracted(Path(run)):
         raise UserError(f"--independent {run} is an extracted model; give a run")
     loaded, config = _load(run, device)
+    if loaded.directory.resolve() == nested.directory.resolve():
+        raise UserError(
+            f"--independent {run} is the run whose submodels are measured; give one that was "
+            "trained apart"
+        )
     if _preprocessing(config) != _preprocessing(ours):
         raise UserError(
             f"{run} takes other images than {ours.run.dir}: {_preprocessing(config)} and "
@@ -148,13 +161,10 @@ def _open(
 ) -> tuple[_Labelled, _Labelled, str]:
     """Gallery, queries, and both in words."""
     found = find_images(_settings(config.data, asked))
-    if found.classes.digest != loaded.labels.digest:
-        raise UserError(
-            f"the classes of {found.classes.source} are not those that {loaded.directory} was "
-            "trained on; give images of the same classes"
-        )
-    gallery = _labelled(config, found, found.train, asked.gallery_images)
-    queries = _labelled(config, found, found.validation, asked.query_images)
+    assert isinstance(loaded.labels, ClassNames)
+    check_same_classes(found.classes, loaded.labels)
+    gallery = _labelled(config, found.train, asked.gallery_images)
+    queries = _labelled(config, found.validation, asked.query_images)
     names = (asked.gallery or f"training images of {config.data.train}",
              asked.queries or "validation images")  # fmt: skip
     return gallery, queries, f"gallery: {names[0]}; queries: {names[1]}"
@@ -178,9 +188,8 @@ def _settings(data: ImageDataConfig, asked: ImagesAsked) -> ImageDataConfig:
     )
 
 
-def _labelled(config: VisionConfig, found: FoundImages, part: Part, most: int | None) -> _Labelled:
-    preprocessing = _preprocessing(config)
-    images = ValidationImages(part, found.classes, preprocessing, most or sys.maxsize)
+def _labelled(config: VisionConfig, part: Part, most: int | None) -> _Labelled:
+    images = ValidationImages(part, _preprocessing(config), most)
     return _Labelled(Images(images, config.training.micro_batch_size, config.data.workers))
 
 

@@ -14,30 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from matformer_dist.config import Config
-from matformer_dist.config_file import load_config
+from matformer_dist.config_file import UNREAD_DATA, load_config
 from matformer_dist.config_language import LanguageConfig
 from matformer_dist.data.labels import Labels
 from matformer_dist.errors import UserError
 from matformer_dist.evaluation.loss import RunPass
-from matformer_dist.inference.held import HoldsSubmodels, LoadedModel
+from matformer_dist.inference.held import LoadedModel
 from matformer_dist.inference.loading import load_model
 from matformer_dist.inference.transformers_model import TransformersModel
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.models.matvit import MatViT
-from matformer_dist.nesting import Submodel, mix_n_match
+from matformer_dist.nesting import Submodel, SubmodelKind
 from matformer_dist.run_directory import find_checkpoint
 from matformer_dist.submodels.entry import is_extracted, read_entry
 
 # Tokens [1, s] and a submodel -> logits [1, s, V].
 _Logits: TypeAlias = Callable[[Tensor, Submodel], Tensor]
-
-
-# What an imported run leaves open, and is not read where other data are named.
-_UNREAD: dict[str, dict[str, Any]] = {
-    "language": {"data.train": [[1.0, "unset"]]},
-    "vision": {"data.train": "unset"},
-}
 
 
 @dataclass(frozen=True)
@@ -57,7 +50,7 @@ class Source:
     outputs: int
     device: torch.device
     largest: Submodel
-    chosen: dict[Submodel, str]
+    chosen: dict[Submodel, SubmodelKind]
     run_pass: RunPass
     identity: str  # of the weights, or of the directory that they lie in
     lacks_largest: str = ""  # why nothing can agree with XL: agreements and KL are NaN
@@ -73,7 +66,7 @@ def open_source(
 ) -> Source:
     """See evaluate_run, whose arguments these are."""
     directory = Path(name)
-    if_open = None if data is None else _UNREAD
+    if_open = None if data is None else UNREAD_DATA
     if is_extracted(directory):
         return _extracted(directory, notations, heuristic, run, device, if_open)
     if run is not None:
@@ -88,7 +81,7 @@ def open_source(
         loaded.model.outputs,
         device,
         loaded.submodel,
-        _chosen(loaded, notations, heuristic),
+        loaded.selection(notations, heuristic),
         loaded.run_pass,
         checkpoint.manifest.manifest_sha256,
     )
@@ -146,7 +139,7 @@ def _extracted(
         outputs,
         device,
         largest,
-        _chosen(model, notations, heuristic),
+        model.selection(notations, heuristic),
         run_pass,
         str(directory),
         lacks,
@@ -176,25 +169,6 @@ def _config(
             f"the widths {list(nesting.widths)}; name its own run by --run DIR"
         )
     return config
-
-
-def _chosen(
-    model: HoldsSubmodels, notations: Sequence[str], heuristic: bool
-) -> dict[Submodel, str]:
-    """The uniform submodels that it holds, all of it, and what was asked for."""
-    chosen = {one: "uniform" if one.is_uniform else "mix" for one in model.usual()}
-    for notation in notations:
-        chosen.setdefault(model.parse(notation), "mix")
-    if heuristic:
-        if not model.nested:
-            raise UserError(
-                f"{model.directory} is {model.submodel} alone; leave --heuristic out, or evaluate "
-                "the run, a native model or one of format hf --nested"
-            )
-        for submodel in mix_n_match(model.submodel.nesting, len(model.submodel)):
-            if model.holds(submodel):
-                chosen.setdefault(submodel, "heuristic")
-    return chosen
 
 
 def _pass_by_logits(

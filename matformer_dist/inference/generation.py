@@ -21,8 +21,8 @@ from matformer_dist.inference.texts import in_order
 from matformer_dist.inference.transformers_model import TransformersModel
 from matformer_dist.models.matlm import MatLM
 from matformer_dist.nesting import Submodel
-from matformer_dist.run_directory import MANIFEST
-from matformer_dist.submodels.entry import ENTRY, is_extracted, read_entry
+from matformer_dist.run_directory import ENTRY, MANIFEST
+from matformer_dist.submodels.entry import is_extracted, read_entry
 
 __all__ = ["Drafting", "GeneratedText", "Sampling", "generate", "sample", "speak"]
 

@@ -13,7 +13,7 @@ from matformer_dist.data.labels import Labels, load_labels
 from matformer_dist.errors import UserError
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.models.matformer import MatFormer
-from matformer_dist.nesting import Submodel
+from matformer_dist.nesting import Submodel, SubmodelKind, mix_n_match
 from matformer_dist.submodels.slices import find_submodel
 
 
@@ -36,6 +36,30 @@ class HoldsSubmodels:
         """
         uniforms = self.submodel.nesting.uniforms(len(self.submodel))[::-1]
         return list(dict.fromkeys([*filter(self.holds, uniforms), self.submodel]))
+
+    def selection(
+        self, notations: Sequence[str] = (), heuristic: bool = False
+    ) -> dict[Submodel, SubmodelKind]:
+        """What is looked at, and why: the usual ones, those asked for, and if `heuristic` those of
+        the paper's Mix'n'Match that it holds.
+
+        UserError for a notation as in `parse`, or where it holds one submodel alone.
+        """
+        chosen: dict[Submodel, SubmodelKind] = {
+            one: "uniform" if one.is_uniform else "mix" for one in self.usual()
+        }
+        for notation in notations:
+            chosen.setdefault(self.parse(notation), "mix")
+        if heuristic:
+            if not self.nested:
+                raise UserError(
+                    f"{self.directory} is {self.submodel} alone; leave --heuristic out, or "
+                    "evaluate the run, a native model or one of format hf --nested"
+                )
+            for submodel in mix_n_match(self.submodel.nesting, len(self.submodel)):
+                if self.holds(submodel):
+                    chosen.setdefault(submodel, "heuristic")
+        return chosen
 
     def parse(self, notation: str | Sequence[str]) -> Submodel:
         """The submodel of that notation, or of that name in the run's slices.json; or of a list of

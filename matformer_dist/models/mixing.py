@@ -2,7 +2,8 @@
 
 Legend: b images of a micro-batch, C channels, H height and width.
 
-Image i is mixed with image b - 1 - i, by one share for a micro-batch. What is drawn is a function
+Image i is mixed with image b - 1 - i, by one share for a micro-batch; so of an odd number the
+middle one stays as it is. What is drawn is a function
 of (seed, step, micro-batch), so ranks that share a model agree and a resumed run repeats it.
 """
 

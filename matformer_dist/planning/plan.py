@@ -26,7 +26,7 @@ from matformer_dist.planning.proposal import (
     stages,
 )
 from matformer_dist.planning.timing import collective_seconds
-from matformer_dist.units import short_bytes, short_count, short_number, short_time
+from matformer_dist.units import one_of, short_bytes, short_count, short_number, short_time
 
 IF_OPEN: dict[str, dict[str, Any]] = {  # what a plan does not depend on
     "language": {"data.train": [[1.0, "unknown"]], "data.tokenizer": "unknown"},
@@ -262,9 +262,7 @@ def _time_table(candidate: Candidate, order: Order) -> Table:
     unit = run.config.unit
     rows = {
         "FLOPs of a step (activated)": short_number(flops),
-        f"of {'a token' if unit == 'tokens' else 'an image'} trained": short_number(
-            flops / run.units_per_step
-        ),
+        f"of {one_of(unit)} trained": short_number(flops / run.units_per_step),
         f"arithmetic, at {machine.assumed_mfu:.0%} of {machine.peak_tflops:g} TFLOP/s": (
             f"{time.compute:.3g} s"
         ),

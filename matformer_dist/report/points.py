@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import inf, isfinite, nan
-from typing import Literal, TypeAlias
 
 from matformer_dist.errors import UserError
-from matformer_dist.nesting import mix_n_match
+from matformer_dist.nesting import SubmodelKind, mix_n_match
 from matformer_dist.report import text
 from matformer_dist.report.inputs import Run
 from matformer_dist.report.shapes import Evaluated
 from matformer_dist.submodels.slices import SLICES, Cost, MeasuredSubmodel
-
-Kind: TypeAlias = Literal["uniform", "heuristic", "mix"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +19,7 @@ class Point:
     """One measured submodel; NaN where its file does not say."""
 
     submodel: str
-    kind: Kind
+    kind: SubmodelKind
     parameters: int
     flops: int
     loss: float
@@ -158,7 +155,7 @@ def _of_measured(run: Run, one: MeasuredSubmodel, heuristic: set[tuple[int, ...]
             f"{run.directory / SLICES} is not of this run ({error}); run `matformer search` again, "
             "or delete the file"
         ) from None
-    kind: Kind = "heuristic" if submodel.granularities in heuristic else "mix"
+    kind: SubmodelKind = "heuristic" if submodel.granularities in heuristic else "mix"
     return Point(
         submodel=str(submodel),
         kind="uniform" if submodel.is_uniform else kind,

@@ -8,7 +8,6 @@ from math import inf, isfinite, nan
 
 from matformer_dist.report import curves, text
 from matformer_dist.report.inputs import Run
-from matformer_dist.submodels.result_files import Interval
 from matformer_dist.submodels.retrieval_results import (
     NESTED,
     OWN,
@@ -94,15 +93,14 @@ def _row(run: Run, found: RetrievalResult, entry: RetrievalEntry) -> Row:
         "heuristic": "var(--heuristic)",
         "mix": "var(--mix)",
     }
-    reference = found.reference
-    saved = 1 - entry.query_flops / reference.query_flops if reference else nan
+    saved = nan if entry is found.reference else found.saved(entry)
     return Row(
         entry=entry,
         name=entry.submodel if nested else entry.encoder,
         gallery="its own" if entry.gallery == OWN else entry.gallery,
         color=colors[entry.kind] if nested else "var(--p3)",
-        saved=nan if entry is reference else saved,
-        cells=_cells(found, entry, nan if entry is reference else saved),
+        saved=saved,
+        cells=_cells(found, entry, saved),
     )
 
 
@@ -113,9 +111,9 @@ def _cells(found: RetrievalResult, entry: RetrievalEntry, saved: float) -> list[
         ("query FLOPs", text.compact(entry.query_flops, "", "G")),
         ("saved", _percent(saved)),
         ("1-NN accuracy", _percent(entry.knn_accuracy[1].value)),
-        ("95% of it", _points(entry.knn_accuracy[1].interval, 1)),
+        ("95% of it", text.percent_interval(entry.knn_accuracy[1].interval)),
         ("points lost", text.fixed(nan if is_reference else 100 * lost.value, 2)),
-        ("95% of them", _points((nan, nan) if is_reference else lost.interval, 2)),
+        ("95% of them", text.percent_interval((nan, nan) if is_reference else lost.interval, 2)),
         *((f"recall@{k}", _percent(entry.recall[k].value)) for k in found.ks if k > 1),
         (f"agreement@{k}", _percent(entry.neighbour_agreement[k].value)),
         ("Pearson", text.fixed(entry.pearson.value)),
@@ -142,10 +140,6 @@ def _percent(share: float) -> str:
     return f"{text.fixed(100 * share, digits)} %" if isfinite(share) else text.fixed(nan)
 
 
-def _points(ends: Interval, digits: int) -> str:
-    return text.interval((100 * ends[0], 100 * ends[1]), digits)
-
-
 def _within(found: RetrievalResult, nested: list[Row]) -> str:
     """The cheapest query that loses next to nothing, or the one that loses least."""
     reference = found.reference
@@ -167,7 +161,7 @@ def _within(found: RetrievalResult, nested: list[Row]) -> str:
     row = good[0]
     lost = row.lost_points
     change = f"loses {text.fixed(lost, 2)}" if lost >= 0 else f"gains {text.fixed(-lost, 2)}"
-    interval = _points(row.entry.accuracy_lost[1].interval, 2)
+    interval = text.percent_interval(row.entry.accuracy_lost[1].interval, 2)
     known = f" (95% of the loss: {interval})" if interval != text.fixed(nan) else ""
     return (
         f"The cheapest query within {xl} is {row.name}: it saves {_percent(row.saved)} of the "

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from math import nan
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
+from matformer_dist.nesting import SubmodelKind
 from matformer_dist.submodels.result_files import Number
 
 
@@ -63,7 +64,7 @@ class MetricsLine(Entry):
 
 class Evaluated(Entry):
     submodel: Text
-    kind: Literal["uniform", "heuristic", "mix"]
+    kind: SubmodelKind
     parameters: int
     non_embedding_parameters: int
     flops: int = Field(validation_alias=AliasChoices("flops", "flops_per_token"))  # forward

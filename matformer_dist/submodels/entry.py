@@ -9,12 +9,10 @@ from typing import Any, NamedTuple
 
 from matformer_dist.counting import count_parameters
 from matformer_dist.errors import UserError
-from matformer_dist.run_directory import Manifest
+from matformer_dist.run_directory import ENTRY, Manifest
 from matformer_dist.submodels.formats import FORMATS
 from matformer_dist.submodels.parts import Export, Source
 from matformer_dist.submodels.slices import read_slices
-
-ENTRY = "submodel.json"
 
 
 def describe(source: Source, export: Export, run_dir: Path, format: str) -> dict[str, Any]:

@@ -30,16 +30,16 @@ from matformer_dist.checkpoints.new_directory import NewDirectory, check_space, 
 from matformer_dist.checkpoints.universal import UniversalModel, load_universal
 from matformer_dist.checkpoints.verify import BackgroundCheck
 from matformer_dist.config import ModelConfig
-from matformer_dist.config_file import load_config
+from matformer_dist.config_file import UNREAD_DATA, load_config
 from matformer_dist.config_vision import VisionConfig, VisionModelConfig
 from matformer_dist.data.images.preprocessing import Preprocessing
 from matformer_dist.data.labels import Labels, load_labels
 from matformer_dist.errors import UserError
-from matformer_dist.run_directory import LABEL_FILES, find_checkpoint
-from matformer_dist.submodels.entry import ENTRY, describe
+from matformer_dist.run_directory import ENTRY, LABEL_FILES, find_checkpoint
+from matformer_dist.submodels.entry import describe
 from matformer_dist.submodels.formats import DTYPES, FORMATS, directory_name
 from matformer_dist.submodels.gguf_format import gguf_export
-from matformer_dist.submodels.model_card import model_card
+from matformer_dist.submodels.language_card import language_card
 from matformer_dist.submodels.native import native_export
 from matformer_dist.submodels.nemotron_nas import nemotron_nas_export
 from matformer_dist.submodels.nested_transformers import nested_transformers_export
@@ -217,7 +217,7 @@ def _preprocessing(model: ModelConfig, run_dir: Path) -> Preprocessing | None:
     """What the run does to images before its model sees them; of a text nothing."""
     if not isinstance(model, VisionModelConfig):
         return None
-    config = load_config(run_dir / "config.yaml", if_open={model.task: {"data.train": "unset"}})
+    config = load_config(run_dir / "config.yaml", if_open=UNREAD_DATA)
     if not isinstance(config, VisionConfig):
         raise UserError(
             f"{run_dir / 'config.yaml'} is of task: {config.task}, its checkpoint of a vision "
@@ -262,7 +262,7 @@ def _model(
     if source.universal.model.task == "vision":
         card = vision_card(entry, source.vision_model, source.universal.outputs)
     else:
-        card = model_card(entry, source.language_model, source.universal.outputs)
+        card = language_card(entry, source.language_model, source.universal.outputs)
     files = {**export.files, ENTRY: json.dumps(entry, indent=2) + "\n", "README.md": card}
     return _Model(export.weights, files, entry, directory)
 

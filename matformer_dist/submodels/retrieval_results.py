@@ -12,12 +12,14 @@ from typing import Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
+from matformer_dist.nesting import SubmodelKind
 from matformer_dist.submodels.result_files import Entry, Interval, Number, read_result
 
 RETRIEVAL = "retrieval.json"
 NESTED, OWN = "nested", "own"
-Kind: TypeAlias = Literal["uniform", "heuristic", "mix"]
 Backend: TypeAlias = Literal["faiss", "torch"]
+MEASURED_BY_K = ("knn_accuracy", "accuracy_lost", "recall", "neighbour_agreement")  # of an entry
+_CHANCE_BY_K = ("recall", "neighbour_agreement")
 
 
 class Measure(Entry):
@@ -36,7 +38,7 @@ class RetrievalEntry(Entry):
 
     encoder: str  # nested, or the name of a run that was trained apart
     submodel: str
-    kind: Kind
+    kind: SubmodelKind
     gallery: str  # own; XL, by the name it has in the run; or the name of a run trained apart
     query_flops: int  # forward of one image
     parameters: int
@@ -79,8 +81,8 @@ class RetrievalMeasures(Entry):
     def _has_every_k(self) -> RetrievalMeasures:
         if 1 not in self.ks:
             raise ValueError(f"ks {self.ks} must hold 1")
-        by_k = [(f"entries.{i}", entry, _OF_ENTRY) for i, entry in enumerate(self.entries)]
-        for where, part, names in [*by_k, ("chance", self.chance, _OF_CHANCE)]:
+        by_k = [(f"entries.{i}", entry, MEASURED_BY_K) for i, entry in enumerate(self.entries)]
+        for where, part, names in [*by_k, ("chance", self.chance, _CHANCE_BY_K)]:
             for name in names:
                 if set(getattr(part, name)) != set(self.ks):
                     raise ValueError(f"{where}.{name} must have the keys of ks, {self.ks}")
@@ -91,15 +93,16 @@ class RetrievalMeasures(Entry):
         """XL's queries in XL's gallery."""
         return next((one for one in self.on_largest if one.submodel == self.largest), None)
 
+    def saved(self, entry: RetrievalEntry) -> float:
+        """The share of XL's query FLOPs that it does not need; NaN where XL was not measured."""
+        reference = self.reference
+        return 1 - entry.query_flops / reference.query_flops if reference else nan
+
     @property
     def on_largest(self) -> list[RetrievalEntry]:
         """Submodels of this run that ask XL's gallery: adaptive retrieval."""
         found = (one for one in self.entries if one.encoder == NESTED)
         return [one for one in found if one.gallery == self.largest]
-
-
-_OF_ENTRY = ("knn_accuracy", "accuracy_lost", "recall", "neighbour_agreement")
-_OF_CHANCE = ("recall", "neighbour_agreement")
 
 
 class RetrievalResult(RetrievalMeasures):

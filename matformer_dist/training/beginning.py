@@ -24,7 +24,7 @@ from matformer_dist.parallel.layers import Initializer
 from matformer_dist.parallel.layout import REPLICATED
 from matformer_dist.parallel.topology import TensorParallel
 from matformer_dist.run_directory import Checkpoint, Manifest
-from matformer_dist.training.setup import changes_of_model
+from matformer_dist.training.setup import changes_of_model, check_task
 
 _POSITIONS = "embedding.positions"
 _HEAD = ("head.weight", "head.bias")
@@ -60,6 +60,7 @@ def begin_from(checkpoint: Checkpoint, config: Config, now: Manifest) -> Beginni
     now: what the manifest of a checkpoint of the new run would say.
     """
     saved = checkpoint.manifest
+    check_task(f"checkpoint.initial {checkpoint.path}", saved, now)
     wrong = list(changes_of_model(saved.model, now.model, _free(saved)))
     if saved.model.task == "language" and saved.labels_sha256 != now.labels_sha256:
         wrong.append("the tokenizer (its SHA-256 differs)")

@@ -128,6 +128,7 @@ def check_checkpoint(checkpoint: Checkpoint, now: Manifest, config: Config) -> N
     imported, none are done.
     """
     saved = checkpoint.manifest
+    check_task(f"the checkpoint {checkpoint.path}", saved, now)
     wrong = list(changes_of_model(saved.model, now.model))
     pairs: dict[str, tuple[object, object]] = {
         "nesting.widths": (list(saved.nesting.widths), list(now.nesting.widths)),
@@ -152,6 +153,15 @@ def check_checkpoint(checkpoint: Checkpoint, now: Manifest, config: Config) -> N
         raise UserError(
             f"the checkpoint {checkpoint.path} is of another model: {'; '.join(wrong)}; set these "
             "back, or choose another checkpoint.resume"
+        )
+
+
+def check_task(what: str, saved: Manifest, now: Manifest) -> None:
+    """UserError for a checkpoint of another task."""
+    if saved.model.task != now.model.task:
+        raise UserError(
+            f"{what} is of task: {saved.model.task}, this run of task: {now.model.task}; choose "
+            "another one"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -36,17 +35,14 @@ class VisionTask(Task):
         self, train_samples: int, topology: Topology
     ) -> tuple[Dataset[Any], Dataset[Any] | None]:
         config = self.config
-        batches = config.evaluation.batches
-        asked = sys.maxsize if batches is None else batches * config.training.global_batch_size
         train, validation = image_datasets(
             config.data,
+            self.found,
             config.model.image_size,
             config.model.channels,
             train_samples,
-            asked,
-            self.found,
+            config.validation_images(),
         )
-        assert validation is not None, "images were asked for"
         unit = config.training.micro_batch_size * topology.data_size
         return train, _FilledUp(validation, unit)
 

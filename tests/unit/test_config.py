@@ -91,6 +91,7 @@ def test_granularities_default_to_the_papers(path: Path) -> None:
         ("evaluation.submodels=[Q]", "evaluation.submodels: there is no granularity 'Q'"),
         ("training.steps='???'", "training.steps"),
         ("training.steps=true", "training.steps is True"),
+        (f"training.steps={10**23}", "tokens in all; train on at most 1.15e+18"),
         ("training.steps='7'", "training.steps is '7'"),
         ("optimizer.lr=true", "optimizer.lr is True"),
         ("nesting.fractions=[]", "must be above 0 and end with 1"),
@@ -163,7 +164,11 @@ def test_a_value_left_open_is_asked_for_once(path: Path) -> None:
     path.write_text(MINIMAL.replace("d_ff: 256", 'd_ff: "???"'))
     with pytest.raises(UserError) as error:
         load_config(path)
-    assert str(error.value).startswith(f"the config file {path} leaves model.d_ff open (???)")
+    said = f"the config file {path} leaves model.d_ff open (???); write a value there"
+    assert str(error.value) == said, "where no override can be given, none is advised"
+    with pytest.raises(UserError) as error:
+        load_config(path, [])
+    assert str(error.value) == f"{said}, or give it as an override, model.d_ff=..."
     assert load_config(path, ["model.d_ff=64"]).model.d_ff == 64
 
 
@@ -173,3 +178,9 @@ def test_every_section_forbids_unknown_keys(of_task: type[Config]) -> None:
         section = field.annotation
         if name not in ("deepspeed", "task"):
             assert section.model_config["extra"] == "forbid"  # type: ignore[union-attr]
+
+
+def test_a_key_that_stands_for_others_is_known(path: Path) -> None:
+    path.write_text("task: vision\nmodel: {presett: tiny}\n")
+    with pytest.raises(UserError, match=r"unknown key model.presett; did you mean model.preset\?"):
+        load_config(path)

@@ -106,6 +106,12 @@ def test_what_is_not_there_is_named(run: Path, name: str, says: str) -> None:
         find_checkpoint(name.format(run=run))
 
 
+def test_an_extracted_model_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "submodel.json").touch()
+    with pytest.raises(UserError, match=r"is an extracted model, which has no checkpoint; give"):
+        find_checkpoint(tmp_path)
+
+
 def test_a_checkpoint_out_of_reach_is_not_passed_over(run: Path) -> None:
     """Taking an older one would lose steps that are there."""
     path = manifest(run, 20)

@@ -60,6 +60,16 @@ class ClassNames:
         return {FILE: f"{text}\n".encode()}
 
 
+def check_same_classes(found: ClassNames, trained_on: ClassNames) -> None:
+    """UserError where labels of images mean something else than those of a model."""
+    if found.digest != trained_on.digest:
+        raise UserError(
+            f"the classes of {found.source} are not those that the model was trained on, "
+            f"{trained_on.source}; give images of the same classes, whose folders or labels have "
+            "the same names"
+        )
+
+
 def load_class_names(path: str | Path) -> ClassNames:
     """A classes.json, or the folder of one; UserError where there is none, or it is damaged."""
     path = Path(path)

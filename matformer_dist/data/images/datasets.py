@@ -12,8 +12,7 @@ from torch.utils.data import Dataset
 
 from matformer_dist.config_images import ImageDataConfig
 from matformer_dist.data.images.augmentation import Augmentation
-from matformer_dist.data.images.classes import ClassNames
-from matformer_dist.data.images.finding import FoundImages, Part, find_images
+from matformer_dist.data.images.finding import FoundImages, Part
 from matformer_dist.data.images.order import Indices, Order, spread
 from matformer_dist.data.images.preprocessing import Preprocessing
 
@@ -29,12 +28,11 @@ class TrainingImages(Dataset[Sample]):
     def __init__(
         self,
         part: Part,
-        classes: ClassNames,
         augmentation: Augmentation,
         config: ImageDataConfig,
         count: int,
     ) -> None:
-        self.part, self.classes, self.augmentation, self.count = part, classes, augmentation, count
+        self.part, self.augmentation, self.count = part, augmentation, count
         groups = _groups(part) if config.shuffle == "row_groups" else None
         self.order = Order(len(part.samples), config.seed, groups)
 
@@ -48,15 +46,13 @@ class TrainingImages(Dataset[Sample]):
 
 
 class ValidationImages(Dataset[Sample]):
-    """In the order of the data: all, or as many as asked for, evenly spread. Without chance.
+    """In the order of the data: `count` of them, evenly spread, or all (None). Without chance.
 
     LocalError for an image that cannot be read.
     """
 
-    def __init__(
-        self, part: Part, classes: ClassNames, preprocessing: Preprocessing, count: int
-    ) -> None:
-        self.part, self.classes, self.preprocessing = part, classes, preprocessing
+    def __init__(self, part: Part, preprocessing: Preprocessing, count: int | None) -> None:
+        self.part, self.preprocessing = part, preprocessing
         self.samples = part.samples[spread(len(part.samples), count)]
 
     def __len__(self) -> int:
@@ -71,29 +67,22 @@ class ValidationImages(Dataset[Sample]):
 
 def image_datasets(
     config: ImageDataConfig,
+    found: FoundImages,
     image_size: int,
     channels: int,
     train_samples: int,
-    validation_samples: int,
-    found: FoundImages | None = None,
-) -> tuple[TrainingImages, ValidationImages | None]:
+    validation_samples: int | None,
+) -> tuple[TrainingImages, ValidationImages]:
     """Training data of `train_samples`, passed over as often as that takes, and validation data of
-    `validation_samples`, or all where there are fewer; None where that is 0.
+    `validation_samples`, or all where there are fewer, or None are asked for.
 
-    found: what `find_images(config)` gave, where it has been called before. To be called on every
-    rank if torch.distributed is initialised; UserError, on all of them, as `find_images` has it,
-    and for settings that do not fit the model's image_size and channels (1 or 3).
+    found: what `find_images(config)` gave. UserError for settings that do not fit the model's
+    image_size and channels (1 or 3).
     """
     preprocessing = Preprocessing.of(config, image_size, channels)
     augmentation = Augmentation(config.augmentation, preprocessing, config.seed)
-    if found is None:
-        found = find_images(config)
-    train = TrainingImages(found.train, found.classes, augmentation, config, train_samples)
-    if not validation_samples:
-        return train, None
-    return train, ValidationImages(
-        found.validation, found.classes, preprocessing, validation_samples
-    )
+    train = TrainingImages(found.train, augmentation, config, train_samples)
+    return train, ValidationImages(found.validation, preprocessing, validation_samples)
 
 
 def _groups(part: Part) -> Indices:

@@ -7,6 +7,7 @@ over, and so is all that begins with a dot.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from matformer_dist.data.images.packed import PackedTexts
 from matformer_dist.data.images.source import EncodedSource
-from matformer_dist.errors import UserError
+from matformer_dist.errors import LocalError, UserError
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _PARTS = {"dev", "eval", "test", "train", "training", "val", "valid", "validation"}
@@ -41,7 +42,10 @@ class FolderSource(EncodedSource):
         return os.path.join(self.path, os.fsdecode(self._files[sample]))
 
     def encoded(self, sample: int) -> bytes:
-        return Path(self.where(sample)).read_bytes()
+        file = Path(self.where(sample))
+        if not stat.S_ISREG(file.stat().st_mode):  # to open a pipe waits for a writer
+            raise LocalError(f"{file} is named as an image, and is no file; take it out")
+        return file.read_bytes()
 
 
 def _class_folders(path: str) -> list[str]:
@@ -68,15 +72,28 @@ def _class_folders(path: str) -> list[str]:
 
 
 def _files(path: str, name: str) -> Iterator[str]:
-    """Paths, below `path`, of all images of the class folder `name`."""
+    """Paths, below `path`, of all images of the class folder `name`; UserError where a link leads
+    back to a folder that it lies in.
+    """
     for folder, folders, files in os.walk(
         os.path.join(path, name), followlinks=True, onerror=_raise
     ):
         folders[:] = [below for below in folders if not below.startswith(".")]
+        for link in (os.path.join(folder, below) for below in folders):
+            if os.path.islink(link) and _leads_back(link):
+                raise UserError(
+                    f"{link} is a link to {os.path.realpath(link)}, which it lies in, so images "
+                    "there would be found without end; take the link out"
+                )
         below = os.path.relpath(folder, path)
         for file in files:
             if _is_image(file) and not file.startswith("."):
                 yield os.path.join(below, file)
+
+
+def _leads_back(link: str) -> bool:
+    target = os.path.realpath(link)
+    return os.path.commonpath([target, os.path.realpath(os.path.dirname(link))]) == target
 
 
 def _is_image(file: str) -> bool:

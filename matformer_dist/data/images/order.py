@@ -30,12 +30,13 @@ def held_out(size: int, share: float, seed: int) -> tuple[Indices, Indices]:
     return np.sort(order[count:]), np.sort(order[:count])
 
 
-def spread(size: int, count: int) -> Indices:
-    """`count` of 0 to size - 1, ascending and evenly spread, or all where there are no more.
+def spread(size: int, count: int | None) -> Indices:
+    """`count` of 0 to size - 1, ascending and evenly spread; all where there are no more, or None
+    are asked for.
 
     Data often lie class by class, so the first ones alone would be of few classes.
     """
-    count = min(size, count)
+    count = size if count is None else min(size, count)
     return np.arange(count, dtype=np.int64) * size // max(count, 1)
 
 

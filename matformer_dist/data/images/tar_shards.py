@@ -79,10 +79,24 @@ def _samples(file: str, key: str) -> Iterator[_Found]:
             for name, parts in groupby(members, lambda member: _split(member.name)[0]):
                 yield _sample(tar, f"{name} in {file}", list(parts), key)
                 tar.members.clear()  # type: ignore[attr-defined]  # or it would keep them all
+            end = tar.offset
+        _check_end(file, end)
     except tarfile.TarError as error:
         raise UserError(
             f"{file} is damaged, or no tar file: {error}; shards must not be compressed"
         ) from None
+
+
+def _check_end(file: str, offset: int) -> None:
+    """tarfile takes a shard that is cut at a header for a whole one; only the mark tells."""
+    with open(file, "rb") as shard:
+        shard.seek(offset)
+        mark = shard.read(tarfile.BLOCKSIZE)
+    if mark != bytes(tarfile.BLOCKSIZE):
+        raise UserError(
+            f"{file} is cut off at byte {offset}: the mark of a tar file's end is not there; copy "
+            "or make it again"
+        )
 
 
 def _split(name: str) -> tuple[str, str]:

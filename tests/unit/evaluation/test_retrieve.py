@@ -26,6 +26,9 @@ def test_other_images_need_not_lie_as_the_runs(tmp_path: Path) -> None:
     asked = ImagesAsked(str(gallery), str(gallery))
     _, result = retrieve(str(run), images=asked, ks=(1,), backend="torch", device="cpu")
     assert (result.gallery, result.queries) == (15, 15)
+    assert result.leave_one_out, "an image would be its own nearest neighbour"
+    with pytest.raises(UserError, match=r"are both .*give the same --gallery-images and --query"):
+        retrieve(str(run), images=ImagesAsked(str(gallery), str(gallery), 10), device="cpu")
     with pytest.raises(UserError, match="give both, or neither"):
         retrieve(str(run), images=ImagesAsked(str(gallery)), device="cpu")
 
@@ -35,3 +38,6 @@ def test_an_encoder_that_was_trained_apart_is_a_run(tmp_path: Path) -> None:
     (one,) = extract(str(run), ["S"], output=tmp_path / "s")
     with pytest.raises(UserError, match=r"--independent .*/s is an extracted model; give a run"):
         retrieve(str(run), independents=[str(one.path)], device="cpu")
+    (tmp_path / "other name").symlink_to(run)
+    with pytest.raises(UserError, match=r"other name is the run whose submodels are measured"):
+        retrieve(str(run), independents=[str(tmp_path / "other name")], device="cpu")

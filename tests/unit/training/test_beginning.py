@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tests.unit.submodels.synthetic_vision_run import random_vit, vision_config,
 from tests.with_timm import import_timm
 
 
-def beginning(run: Path, *overrides: str, **manifest: str | int) -> tuple[Beginning, MatFormer]:
+def beginning(run: Path, *overrides: str, **manifest: Any) -> tuple[Beginning, MatFormer]:
     """Of a run with other settings, and a model of that, whole and as it is initialised."""
     checkpoint, config = find_checkpoint(run), load_config(run / "config.yaml", overrides)
     now = checkpoint.manifest.model_copy(
@@ -88,5 +89,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=says):
             beginning(tmp_path / run, override)
+    with pytest.raises(UserError, match=r"^checkpoint.initial .* is of task: language, this run"):
+        beginning(tmp_path / "l", model=vision_config())
     with pytest.raises(UserError, match="the tokenizer"):
         beginning(tmp_path / "l", labels_sha256="0" * 64)

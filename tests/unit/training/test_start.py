@@ -20,6 +20,7 @@ from matformer_dist.run_directory import Layout, Manifest, find_checkpoint, seal
 from matformer_dist.training.loop import _in_order
 from matformer_dist.training.setup import check_checkpoint, check_run_directory
 from tests.unit.submodels.synthetic_run import model_config, random_model, write_run
+from tests.unit.submodels.synthetic_vision_run import vision_config
 
 SETTINGS = as_language(
     validate_config(
@@ -154,6 +155,13 @@ def test_a_checkpoint_of_another_model_is_refused(
     raw = checkpoint.manifest.model_dump(mode="json")
     with pytest.raises(UserError, match=says):
         check_checkpoint(checkpoint, Manifest.model_validate({**raw, **change}), SETTINGS)
+
+
+def test_a_checkpoint_of_another_task_is_refused_as_such(run: Path) -> None:
+    checkpoint = find_checkpoint(run)
+    now = checkpoint.manifest.model_copy(update={"model": vision_config()})
+    with pytest.raises(UserError, match=r"is of task: language, this run of task: vision; choose"):
+        check_checkpoint(checkpoint, now, SETTINGS)
 
 
 def test_what_trained_weights_do_not_depend_on_may_change(run: Path) -> None:

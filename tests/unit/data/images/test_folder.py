@@ -65,6 +65,22 @@ def test_folders_without_classes_are_refused(tmp_path: Path) -> None:
         FolderSource(str(tmp_path / "parts"))
 
 
+@pytest.mark.parametrize("target", ["..", ".", "../.."])
+def test_links_that_lead_back_are_refused(target: str, tmp_path: Path) -> None:
+    """They would be followed until the system gives up, and every image found forty times."""
+    write_folder(tmp_path, {"a": 1, "b": 1})
+    (tmp_path / "a" / "back").symlink_to(target)
+    with pytest.raises(UserError, match=r"/a/back is a link to .*, which it lies in"):
+        FolderSource(str(tmp_path))
+
+
+def test_a_pipe_named_as_an_image_is_not_waited_for(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"a": 1, "b": 1})
+    os.mkfifo(tmp_path / "b" / "9.png")
+    with pytest.raises(LocalError, match=r"b/9.png is named as an image, and is no file"):
+        FolderSource(str(tmp_path)).image(2, 3)
+
+
 def test_images_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     write_folder(tmp_path, {"a": 1, "b": 2})
     source = FolderSource(str(tmp_path))

@@ -50,7 +50,7 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def datasets(config: ImageDataConfig, train: int = 200, validation: int = 100) -> Any:
-    return image_datasets(config, SIZE, 3, train, validation)
+    return image_datasets(config, find_images(config), SIZE, 3, train, validation)
 
 
 def batches(dataset: Any, consumed: int = 0, rank: int = 0, ranks: int = 1, **options: Any) -> Any:
@@ -134,15 +134,7 @@ def test_validation_is_all_or_spread_evenly(path: Path) -> None:
     _, some = datasets(config, validation=10)
     assert [told(some[i][0]) for i in range(len(some))] == everything[::3]
     assert all(told(some[i][0])[0] == some[i][1] for i in range(10))
-    assert datasets(config, validation=0)[1] is None
-
-
-def test_training_keeps_to_its_share_without_validation(path: Path) -> None:
-    config = plain_config(path, split=0.5)
-    found = find_images(config)
-    with_it, without = (image_datasets(config, SIZE, 3, 90, n, found)[0] for n in (10, 0))
-    assert rows(batches(with_it)) == rows(batches(without))
-    assert with_it.classes.digest == found.classes.digest
+    assert len(image_datasets(config, find_images(config), SIZE, 3, 1, None)[1]) == 30
 
 
 def test_row_groups_are_mixed_eight_at_a_time(tmp_path: Path) -> None:
@@ -174,19 +166,20 @@ def test_a_broken_image_is_one_clear_error(tmp_path: Path, workers: int) -> None
 
 def test_digits_need_no_other_setting() -> None:
     config = ImageDataConfig(train="digits")
-    train, validation = image_datasets(config, 8, 1, 3000, 10_000)
-    assert validation is not None and (len(train), len(validation)) == (3000, 355)
+    found = find_images(config)
+    train, validation = image_datasets(config, found, 8, 1, 3000, None)
+    assert (len(train), len(validation)) == (3000, 355)
     images, labels = next(batches(validation))
     assert images.shape == (4, 1, 8, 8) and images.min() == -1 and images.max() == 1
     counts = Counter(validation[i][1] for i in range(355))
     assert set(counts) == set(range(10)) and max(counts.values()) - min(counts.values()) <= 2
-    larger, _ = image_datasets(config, 16, 3, 10, 0)
+    larger, _ = image_datasets(config, found, 16, 3, 10, 10_000)
     assert larger[0][0].shape == (3, 16, 16) and labels.max() < 10
 
 
 def test_settings_that_do_not_fit_the_model_are_refused(path: Path) -> None:
     with pytest.raises(UserError, match=r"data.mean has 3 values.* have 1 channels"):
-        image_datasets(plain_config(path), SIZE, 1, 10, 10)
+        image_datasets(plain_config(path), find_images(plain_config(path)), SIZE, 1, 10, 10)
     config = plain_config(path, augmentation=AugmentationConfig(shift=SIZE))
     with pytest.raises(UserError, match="shift 6 moves images of 6 pixels out of sight"):
         datasets(config)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,17 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
             UserError, match=r"a.tar is damaged, or no tar file: .*not be compressed"
         ):
             opened(path)
+
+
+@pytest.mark.parametrize("rest", [0, 100])
+def test_shards_that_are_cut_at_a_header_are_named(rest: int, tmp_path: Path) -> None:
+    """tarfile takes what is left for all of it."""
+    path = write_shard(tmp_path / "a.tar", [0, 1, 2])
+    with tarfile.open(path) as tar:
+        end = tar.getmember("s/000002.png").offset
+    path.write_bytes(path.read_bytes()[: end + rest])
+    with pytest.raises(UserError, match=rf"a.tar is cut off at byte {end}: the mark .*again"):
+        opened(path)
 
 
 def test_images_that_cannot_be_read_are_named(tmp_path: Path) -> None:
