@@ -60,6 +60,12 @@ def build_datasets(
     return datasets
 
 
+def sizes_digest(blend: Blend) -> str:
+    """Of the data sets' weights and lengths: another one means another order of samples."""
+    sizes = [(weight, Path(f"{prefix}.bin").stat().st_size) for weight, prefix in blend]
+    return hashlib.sha256(repr(sizes).encode()).hexdigest()
+
+
 def micro_batches(
     dataset: Dataset[Any],
     *,

@@ -8,12 +8,12 @@ import torch
 from torch.utils.data import Dataset
 
 from matformer_dist.config_language import LanguageConfig
-from matformer_dist.data.datasets import build_datasets, micro_batches
+from matformer_dist.data.datasets import build_datasets, micro_batches, sizes_digest
 from matformer_dist.data.feed import Batch
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.errors import UserError
-from matformer_dist.parallel.agreement import agreement
+from matformer_dist.parallel.agreement import agreement, on_main
 from matformer_dist.parallel.topology import Topology
 from matformer_dist.training.task import Task
 
@@ -37,7 +37,9 @@ class LanguageTask(Task):
     ) -> tuple[Dataset[Any], Dataset[Any] | None]:
         batch = self.config.training.global_batch_size
         samples = self.config.evaluation.batches * batch
-        return build_datasets(self.config, self.tokenizer, train_samples, samples)
+        datasets = build_datasets(self.config, self.tokenizer, train_samples, samples)
+        self.data_sha256 = on_main(lambda: sizes_digest(self.config.data.train))
+        return datasets
 
     def probe(self) -> Batch:
         generator = torch.Generator().manual_seed(0)

@@ -75,6 +75,8 @@ class Run:
         self.control.mark("opening the data")
         samples = self.total_steps * training.global_batch_size
         self.train_data, self.validation_data = self.task.datasets(samples, topology)
+        if resumed is not None:
+            notices += setup.changed_data(resumed.manifest, self.task.data_sha256)
         self.objective = Objective(
             config.objective, self.nesting, config.model.n_layers, training.seed
         )
@@ -371,6 +373,7 @@ class Run:
             update={
                 "skipped_steps": self.skipped,
                 "skips_in_a_row": self.skips_in_a_row,
+                "data_sha256": self.task.data_sha256,
                 "began_from": self.began_from,
                 "loss_sums": self.losses.state(),
                 "metrics_line": self.line,

@@ -169,6 +169,15 @@ def _per(total: int, parts: int) -> int:
     return total // max(parts, 1)
 
 
+def changed_data(saved: Manifest, data_sha256: str) -> Iterator[str]:
+    """What whoever goes on should know of training data that are no longer the same."""
+    if saved.data_sha256 not in (None, data_sha256):
+        yield (
+            f"data.train does not hold what it did at step {saved.step}: from here on samples come "
+            "in another order, so some may be met once more, or once less, than the others"
+        )
+
+
 def describe(
     config: Config, topology: Topology, labels_sha256: str, outputs: int, step: int = 0
 ) -> Manifest:

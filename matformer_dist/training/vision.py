@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -34,7 +35,9 @@ class VisionTask(Task):
     def datasets(
         self, train_samples: int, topology: Topology
     ) -> tuple[Dataset[Any], Dataset[Any] | None]:
-        config = self.config
+        config, data = self.config, self.found.train
+        labels = data.source.labels[data.samples]
+        self.data_sha256 = sha256(data.samples.tobytes() + labels.tobytes()).hexdigest()
         train, validation = image_datasets(
             config.data,
             self.found,

@@ -158,6 +158,10 @@ def test_fine_tuning_begins_with_the_weights_alone(trained: Path, tmp_path: Path
     assert first["step"] == 1 and last["val_accuracy"]["S"] > 0.34
     manifest = json.loads((tmp_path / "run/checkpoints/step-12/manifest.json").read_text())
     assert manifest["began_from"].endswith("run/checkpoints/step-8") and manifest["outputs"] == 3
+    (digits / "class 0" / "0.png").unlink()
+    assert "notice     data.train does not hold what it did at step 12" in succeed(
+        train(config, "training.steps=13")
+    )
     refuse(
         train(config, initial, "run.dir=" + str(tmp_path / "other"), "model.d_model=32"),
         "model.d_model (was 64, now 32)",

@@ -14,7 +14,7 @@ import torch
 from matformer_dist.config_file import validate_config
 from matformer_dist.config_language import LanguageConfig, as_language
 from matformer_dist.data.checks import check_data
-from matformer_dist.data.datasets import build_datasets, micro_batches
+from matformer_dist.data.datasets import build_datasets, micro_batches, sizes_digest
 from matformer_dist.data.prepare import prepare_data
 from matformer_dist.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from matformer_dist.data.tokenizer_files import load_tokenizer
@@ -152,6 +152,18 @@ def test_reading_ahead_in_processes_changes_nothing(config: LanguageConfig) -> N
     train, _ = build(config, 60, 4)
     ahead = batches(train, 4, workers=2)
     assert rows(ahead) == rows(batches(train, 4))
+
+
+def test_other_lengths_or_weights_have_another_digest(tmp_path: Path) -> None:
+    sizes = {"a": 8, "b": 8, "c": 9}
+    for name, size in sizes.items():
+        (tmp_path / f"{name}.bin").write_bytes(bytes(size))
+    prefixes = {name: str(tmp_path / name) for name in sizes}
+    digests = [
+        sizes_digest([(weight, prefixes[name]) for weight, name in blend])
+        for blend in ([(1.0, "a")], [(1.0, "b")], [(1.0, "c")], [(2.0, "a")], [(1.0, "a")] * 2)
+    ]
+    assert digests[0] == digests[1] and len(set(digests)) == 4
 
 
 FAILING = """
