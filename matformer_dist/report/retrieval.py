@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf, isfinite, nan
+from statistics import fmean
 
 from matformer_dist.report import curves, text
 from matformer_dist.report.inputs import Run
@@ -186,13 +187,19 @@ def _apart(found: RetrievalResult, apart: list[Row], across: list[Row]) -> str:
     if not apart:
         return ""
     said = f"Encoders that were trained apart reach {_range(apart)} in their own galleries"
-    if across:
-        said += f", and {_range(across)} in another's, where chance is "
+    values = _accuracies(across)
+    if values:
+        mean = f" ({text.fixed(fmean(values), 1)} % on average)" if len(values) > 1 else ""
+        said += f", and {_range(across)}{mean} in another's, where chance is "
         said += _percent(found.chance.accuracy)
     return f"{said}."
 
 
 def _range(rows: Iterable[Row]) -> str:
-    values = [row.accuracy_percent for row in rows if isfinite(row.accuracy_percent)]
+    values = _accuracies(rows)
     low, high = (text.fixed(end, 1) for end in (min(values, default=inf), max(values, default=inf)))
     return f"{low} %" if low == high else f"{low} to {high} %"
+
+
+def _accuracies(rows: Iterable[Row]) -> list[float]:
+    return [row.accuracy_percent for row in rows if isfinite(row.accuracy_percent)]

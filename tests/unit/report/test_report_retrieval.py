@@ -133,7 +133,7 @@ def test_sentences_compare_galleries(make_run: Any) -> None:
         entry("XL", 0.712, 100, gallery="own", encoder="vit-s"),
         entry("XL", 0.775, 200, gallery="own", encoder="vit-l"),
         entry("XL", 0.008, 100, gallery="XL", encoder="vit-s"),
-        entry("XL", 0.013, 100, gallery="vit-l", encoder="vit-s"),
+        entry("XL", 0.014, 100, gallery="vit-l", encoder="vit-s"),
     ]
     _, own, apart = with_entries(make_run(), entries).sentences
     assert own == (
@@ -142,7 +142,7 @@ def test_sentences_compare_galleries(make_run: Any) -> None:
     )
     assert apart == (
         "Encoders that were trained apart reach 71.2 to 77.5 % in their own galleries, and 0.8 to "
-        "1.3 % in another's, where chance is 1.0 %."
+        "1.4 % (1.1 % on average) in another's, where chance is 1.0 %."
     )
 
 
