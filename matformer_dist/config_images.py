@@ -102,7 +102,7 @@ class ImageDataConfig(ReadingConfig):
     - a folder, a file or a glob of WebDataset's shards (.tar), with images beside .cls or .json.
     """
 
-    train: str = Field(min_length=1)
+    train: str = Field(default=DIGITS, min_length=1)
     validation: Annotated[str, Field(min_length=1)] | None = None  # None: digits' own, or `split`
     split: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None  # of train; None: 0.02
     image_column: str = "image"  # of Parquet files: bytes, or a struct with them, {bytes, path}

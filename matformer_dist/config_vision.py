@@ -149,7 +149,7 @@ class VisionConfig(Config):
     task: Literal["vision"]
     model: VisionModelConfig
     objective: VisionObjectiveConfig = VisionObjectiveConfig()
-    data: ImageDataConfig
+    data: ImageDataConfig = ImageDataConfig()
     training: VisionTrainingConfig
     evaluation: VisionEvaluationConfig = VisionEvaluationConfig()
 

@@ -38,7 +38,9 @@ class LanguageTask(Task):
         batch = self.config.training.global_batch_size
         samples = self.config.evaluation.batches * batch
         datasets = build_datasets(self.config, self.tokenizer, train_samples, samples)
-        self.data_sha256 = on_main(lambda: sizes_digest(self.config.data.train))
+        blend = self.config.data.train
+        self.data_sha256 = on_main(lambda: sizes_digest(blend))
+        self.data_in_words = ", ".join(f"{weight:g} x {prefix}" for weight, prefix in blend)
         return datasets
 
     def probe(self) -> Batch:

@@ -83,7 +83,7 @@ class Run:
         on_main(self._write_down)
 
         self.screen = Screen(config, topology, self.task.outputs)
-        self.screen.show_plan(resumed, [*notices, *damaged])
+        self.screen.show_plan(self.task.data_in_words, resumed, [*notices, *damaged])
         self.screen.warn_of_split_groups()
         self.screen.warn_of_uneven_work(self.objective.even_micro_batch())
         self.screen.warn_of_unaligned_widths()

@@ -31,11 +31,13 @@ class Screen:
         self.topology = topology
         self.outputs = outputs
         self.total_steps = config.training.total_steps
-        self.console = Console(quiet=not topology.is_main, highlight=False, soft_wrap=True)
+        self.console = Console(
+            quiet=not topology.is_main, highlight=False, soft_wrap=True, markup=False
+        )
         self._started: tuple[float, int] | None = None
         self._bar: Progress | None = None
 
-    def show_plan(self, resumed: Checkpoint | None, notices: Sequence[str]) -> None:
+    def show_plan(self, data: str, resumed: Checkpoint | None, notices: Sequence[str]) -> None:
         """What is about to be trained, on what, and the memory that it should take."""
         config, topology = self.config, self.topology
         training = config.training
@@ -51,6 +53,7 @@ class Screen:
             f"batch      {training.global_batch_size} {config.samples_in_words} = "
             f"{training.micro_batch_size} x {topology.data_size} ranks x {planned.micro_batches} "
             "micro-batches\n"
+            f"data       {data}\n"
             f"steps      {self.total_steps:,} = "
             f"{short_count(config.units(self.total_steps * training.global_batch_size))} "
             f"{config.unit}\n"

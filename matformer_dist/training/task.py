@@ -18,12 +18,14 @@ from matformer_dist.parallel.topology import Topology
 class Task(ABC):
     """`outputs`: rows of the model's head, tokens or classes; `labels_sha256`: what they mean,
     and `label_files`: files by name that say it, for the run directory. `data_sha256`: of what
-    decides, beside the settings, which training sample comes when; `datasets` sets it.
+    decides, beside the settings, which training sample comes when; `datasets` sets it, and
+    `data_in_words`.
     """
 
     outputs: int
     labels_sha256: str
     data_sha256: str
+    data_in_words: str
     label_files: Mapping[str, bytes]
     deal: ClassVar[Callable[..., Iterator[Batch]]]  # batches of a data set: see micro_batches
 

@@ -37,6 +37,10 @@ class VisionTask(Task):
     ) -> tuple[Dataset[Any], Dataset[Any] | None]:
         config, data = self.config, self.found.train
         labels = data.source.labels[data.samples]
+        self.data_in_words = (
+            f"{config.data.train}: {len(labels):,} images to train on, "
+            f"{len(self.found.validation.samples):,} to validate on, of {self.outputs:,} classes"
+        )
         self.data_sha256 = sha256(data.samples.tobytes() + labels.tobytes()).hexdigest()
         train, validation = image_datasets(
             config.data,

@@ -33,6 +33,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for expected in (
         "tensor 2 x data 1, ZeRO 2, bf16",
         "1 ranks x 2 micro-batches",
+        f"data       1 x {corpus}",
         "memory",
         "XL",
     ):

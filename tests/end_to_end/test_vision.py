@@ -27,7 +27,7 @@ def write_vision_config(path: Path, run_dir: Path, **sections: dict[str, object]
         "run": {"dir": str(run_dir)},
         "model": {"preset": "tiny", "channels": 1, "n_layers": 2, "d_ff": 64, "init_std": 0.08},
         "objective": {"kind": "per_sequence", "label_smoothing": 0.1, "mixup": 0.2},
-        "data": {"train": "digits", "augmentation": {"shift": 1}},
+        "data": {"augmentation": {"shift": 1}},  # digits by default
         "optimizer": {"lr": 3e-3},
         "training": {
             "steps": 12, "micro_batch_size": 16, "global_batch_size": 32, "precision": "fp32",
@@ -52,6 +52,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     shown = succeed(train(config, ranks=2))
     assert "batch      32 images of 17 rows" in shown and "images/s" in shown
+    told = f"images to train on, {VALIDATION} to validate on, of {CLASSES} classes"
+    assert f"data       digits: 1,442 {told}" in shown
     return folder / "run"
 
 

@@ -45,6 +45,10 @@ def test_yaml_round_trip() -> None:
     assert config.augmentation.chosen.crop_scale == (0.3, 1.0)
 
 
+def test_digits_are_the_default() -> None:
+    assert ImageDataConfig().train == "digits"
+
+
 @pytest.mark.parametrize(
     ("tree", "says"),
     [
