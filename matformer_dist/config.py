@@ -250,8 +250,8 @@ class TrainingConfig(Section):
         units = self.total_steps * self.global_batch_size * self.sample_units
         if units > _MOST_UNITS:
             raise ValueError(
-                f"training.{'steps' if self.steps else self.length_key} makes {units:.3g} "
-                f"{self.length_key} in all; train on at most {_MOST_UNITS:.3g}"
+                f"training.{'steps' if self.steps else self.length_key} makes more than "
+                f"{_MOST_UNITS:.3g} {self.length_key} in all, which is the most; set it lower"
             )
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(

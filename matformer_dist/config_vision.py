@@ -128,6 +128,10 @@ class VisionObjectiveConfig(ObjectiveConfig):
     # Of the micro-batches; of mixup and cutmix each has half of them where both are on
     mixing_probability: Annotated[float, Field(ge=0, le=1, strict=True)] = 1.0
 
+    @property
+    def mixes(self) -> bool:
+        return bool(self.mixup or self.cutmix)
+
 
 class VisionEvaluationConfig(EvaluationConfig):
     batches: Positive | None = None  # None: all validation images

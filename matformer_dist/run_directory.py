@@ -99,7 +99,7 @@ class Manifest(BaseModel):
     outputs: int = Field(gt=0)
     precision: str
     labels_sha256: str
-    data_sha256: str | None = None  # of what samples come when; None: it is not known
+    data_sha256: str | None = None  # see training/task.py; None: it is not known
     config_sha256: str
     versions: dict[str, str]
     skipped_steps: int = 0

@@ -48,7 +48,7 @@ def search_command(
         int | None, typer.Option(min=1, help="Global batches; else the run's evaluation.batches.")
     ] = None,
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="Prefix of token files, or images; else the run's validation data."),
     ] = None,
     dtype: Annotated[

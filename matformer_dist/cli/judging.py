@@ -61,7 +61,7 @@ def evaluate_command(
         ),
     ] = None,
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Prefix of token files, or images; else the run's validation data.",
             rich_help_panel=_LOSSES,

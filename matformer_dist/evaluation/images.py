@@ -67,7 +67,7 @@ class Images(Validation):
 
 
 def open_images(
-    config: VisionConfig, labels: Labels, batches: int | None, data: Path | None
+    config: VisionConfig, labels: Labels, batches: int | None, data: str | Path | None
 ) -> Images:
     """See open_validation. UserError, too, where the images' classes are not the model's."""
     assert isinstance(labels, ClassNames)

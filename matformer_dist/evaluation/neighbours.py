@@ -74,6 +74,14 @@ def choose_backend(wanted: Backend | None) -> Backend:
     return "torch"
 
 
+def check_neighbours(k: int, gallery: int, leave_one_out: bool) -> None:
+    """UserError where a gallery of so many images has no k, or no k others, to find."""
+    most = gallery - leave_one_out
+    if not 1 <= k <= most:
+        other = "other " if leave_one_out else ""
+        raise UserError(f"{k} neighbours: k must be 1 to {most}, the {other}gallery images")
+
+
 class GalleryIndex:
     """Embeddings [n, D], as `normalised` gives them, to look for neighbours in; labels [n].
 
@@ -106,10 +114,7 @@ class GalleryIndex:
         (leave-one-out: torch.arange(n) for the gallery's own embeddings). UserError where the
         gallery has no k others.
         """
-        most = len(self) - (excluded is not None)
-        if not 1 <= k <= most:
-            other = "other " if excluded is not None else ""
-            raise UserError(f"{k} neighbours: k must be 1 to {most}, the {other}gallery images")
+        check_neighbours(k, len(self), excluded is not None)
         queries = queries.to(self.embeddings.device)
         excluded = None if excluded is None else excluded.to(queries.device)
         found = queries.new_empty(len(queries), k)

@@ -20,6 +20,7 @@ from matformer_dist.data.images.finding import Part, find_images
 from matformer_dist.data.images.preprocessing import Preprocessing
 from matformer_dist.errors import UserError
 from matformer_dist.evaluation.images import Images
+from matformer_dist.evaluation.neighbours import check_neighbours
 from matformer_dist.evaluation.retrieval import KS, QueryEncoder, measure_retrieval
 from matformer_dist.inference.device import choose_device
 from matformer_dist.inference.loading import load_vision_model
@@ -45,21 +46,6 @@ class ImagesAsked:
     gallery_images: int | None = None
     query_images: int | None = None
 
-    @property
-    def are_one_set(self) -> bool:
-        """Whether the queries are the gallery's own images, and each is to find others.
-
-        UserError where then their numbers differ.
-        """
-        if self.gallery is None or self.gallery != self.queries:
-            return False
-        if self.gallery_images != self.query_images:
-            raise UserError(
-                f"--gallery and --queries are both {self.gallery}, whose images each find others "
-                "then; give the same --gallery-images and --query-images, or none"
-            )
-        return True
-
 
 def retrieve(
     run: str,
@@ -74,7 +60,8 @@ def retrieve(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Path, RetrievalResult]:
     """XL of RUN[@STEP] embeds the gallery, its submodels the queries: the uniform ones, the paper's
-    heuristic's, and `submodels`. Writes RUN/retrieval.json, or `output`.
+    heuristic's, and `submodels`. Writes RUN/retrieval.json, or `output`. Queries that are the
+    gallery's own images do not find themselves.
 
     independents: runs of encoders that were trained apart, for contrast. UserError for what is no
     vision encoder, for images of other classes, and encoders that take other images.
@@ -87,14 +74,15 @@ def retrieve(
     asked = loaded.selection(submodels, heuristic=True)
     encoders = [_encoder(loaded, config, one, kind) for one, kind in asked.items()]
     others = [_independent(name, loaded, config, where) for name in independents]
-    gallery, queries, words = _open(loaded, config, images)
+    gallery, queries, leave_one_out, words = _open(loaded, config, images)
+    check_neighbours(max(ks, default=1), gallery.images, leave_one_out)
     measured = measure_retrieval(
         encoders,
         gallery,
         queries,
         independents=others,
         ks=ks,
-        leave_one_out=images.are_one_set,
+        leave_one_out=leave_one_out,
         backend=backend,
         progress=progress,
     )
@@ -158,16 +146,27 @@ def _preprocessing(config: VisionConfig) -> Preprocessing:
 
 def _open(
     loaded: LoadedVisionModel, config: VisionConfig, asked: ImagesAsked
-) -> tuple[_Labelled, _Labelled, str]:
-    """Gallery, queries, and both in words."""
+) -> tuple[_Labelled, _Labelled, bool, str]:
+    """Gallery, queries, whether they are the same images, and both in words.
+
+    UserError for the same images in other numbers, and classes of the run's own images that its
+    model was not trained on; of others, what they are called is of no matter.
+    """
     found = find_images(_settings(config.data, asked))
-    assert isinstance(loaded.labels, ClassNames)
-    check_same_classes(found.classes, loaded.labels)
+    if asked.gallery is None:
+        assert isinstance(loaded.labels, ClassNames)
+        check_same_classes(found.classes, loaded.labels)
+    same = found.train.is_of(found.validation)
+    if same and asked.gallery_images != asked.query_images:
+        raise UserError(
+            f"the queries are the gallery, {found.train.source.path}, whose images each find "
+            "others then; give the same --gallery-images and --query-images, or none"
+        )
     gallery = _labelled(config, found.train, asked.gallery_images)
     queries = _labelled(config, found.validation, asked.query_images)
     names = (asked.gallery or f"training images of {config.data.train}",
              asked.queries or "validation images")  # fmt: skip
-    return gallery, queries, f"gallery: {names[0]}; queries: {names[1]}"
+    return gallery, queries, same, f"gallery: {names[0]}; queries: {names[1]}"
 
 
 def _settings(data: ImageDataConfig, asked: ImagesAsked) -> ImageDataConfig:
@@ -198,6 +197,10 @@ class _Labelled:
 
     def __init__(self, images: Images) -> None:
         self._images = images
+
+    @property
+    def images(self) -> int:
+        return self._images.samples
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in self._images.micro_batches(torch.device("cpu")):

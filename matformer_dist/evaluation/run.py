@@ -43,7 +43,7 @@ def evaluate_run(
     *,
     heuristic: bool = False,
     batches: int | None = None,
-    data: Path | None = None,
+    data: str | Path | None = None,
     run: Path | None = None,
     part: Part | None = None,
     device: str | None = None,
@@ -54,12 +54,13 @@ def evaluate_run(
 
     `source` is RUN, RUN@STEP, a checkpoint, or a `native` or `hf` model that was extracted, of
     which what it holds is evaluated. `batches` of the run's global batch size (default: its
-    evaluation.batches), so that the sequences are those that training evaluated; `data`: the prefix
-    of other token files to take them from; `run`: where an extracted model's run is now. Writes
-    `output`, else evaluation.json in the directory of the run or model; with a `part` of the
-    submodels, the last part to come to its end does so. Agreement and KL are with XL of the run,
-    and NaN where its checkpoint is gone. `progress` is called with micro-batches done and in all.
-    UserError for what is not there, a submodel that does not fit, or more parts than submodels.
+    evaluation.batches), so that the samples are those that training evaluated; `data`: the prefix
+    of other token files, or other images, to take them from; `run`: where an extracted model's run
+    is now. Writes `output`, else evaluation.json in the directory of the run or model; with a
+    `part` of the submodels, the last part to come to its end does so. Agreement and KL are with XL
+    of the run, and NaN where its checkpoint is gone. `progress` is called with micro-batches done
+    and in all. UserError for what is not there, a submodel that does not fit, or more parts than
+    submodels.
     """
     check_output(output)
     model = open_source(source, notations, heuristic, run, choose_device(device), data)

@@ -62,7 +62,7 @@ def open_source(
     heuristic: bool,
     run: Path | None,
     device: torch.device,
-    data: Path | None = None,
+    data: str | Path | None = None,
 ) -> Source:
     """See evaluate_run, whose arguments these are."""
     directory = Path(name)

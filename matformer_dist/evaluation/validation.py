@@ -50,7 +50,7 @@ class Validation(ABC):
 
 
 def open_validation(
-    config: Config, labels: Labels, batches: int | None, data: Path | None = None
+    config: Config, labels: Labels, batches: int | None, data: str | Path | None = None
 ) -> Validation:
     """`batches` of the run's global batch size; None: its evaluation.batches.
 
@@ -81,7 +81,7 @@ class Tokens(Validation):
         config: LanguageConfig,
         tokenizer: Tokenizer,
         batches: int | None,
-        data: Path | None = None,
+        data: str | Path | None = None,
     ) -> Tokens:
         """See open_validation."""
         prefixes = config.data.validation if data is None else [(1.0, str(data))]

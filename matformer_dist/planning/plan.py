@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from matformer_dist.config import Config
+from matformer_dist.config_file import UNREAD_DATA
 from matformer_dist.counting import check_outputs, count_parameters, flops_per_unit
 from matformer_dist.errors import UserError
 from matformer_dist.planning.communication import traffic
@@ -29,9 +30,9 @@ from matformer_dist.planning.timing import collective_seconds
 from matformer_dist.units import one_of, short_bytes, short_count, short_number, short_time
 
 IF_OPEN: dict[str, dict[str, Any]] = {  # what a plan does not depend on
-    "language": {"data.train": [[1.0, "unknown"]], "data.tokenizer": "unknown"},
+    "language": {**UNREAD_DATA["language"], "data.tokenizer": "unset"},
     "vision": {
-        "data.train": "unknown", "data.validation": "unknown", "checkpoint.initial": "unknown",
+        **UNREAD_DATA["vision"], "data.validation": "unset", "checkpoint.initial": "unset",
     },
 }  # fmt: skip
 SWEEP = tuple(8 * 2**i for i in range(10))  # 8 to 4096

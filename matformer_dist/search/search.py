@@ -49,7 +49,7 @@ class Options:
     candidates: int = 3  # measured of each budget and round
     rounds: int = 2
     batches: int | None = None  # of validation data; None: the run's evaluation.batches
-    data: Path | None = None  # token files, or images, to take instead
+    data: str | Path | None = None  # token files, or images, to take instead
     dtype: str = "bf16"  # of memory
     table: Path | None = None  # None: RUN/latency.json
     sequences: int | None = None  # of a timed pass, or images; None: the table's, else 1
@@ -180,7 +180,7 @@ def _all_slices(
     costs: Costs,
     slices: list[Slice],
     latency_on: str,
-    data: Path | None,
+    data: str | Path | None,
     config: Config,
 ) -> Slices:
     assert known.loaded.step is not None, "it is a run's"

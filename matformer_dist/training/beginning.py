@@ -7,7 +7,7 @@ another one over the same neurons.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,7 @@ class Beginning:
     fresh: frozenset[str]  # weights that the new model begins with as they were initialised
     whole: Mapping[str, nn.Parameter]  # of the new model: shapes and partitions
 
+    notices: tuple[str, ...]  # what the user should know
     moments = ()
     optimizer_steps = 0
 
@@ -74,7 +75,25 @@ def begin_from(checkpoint: Checkpoint, config: Config, now: Manifest) -> Beginni
         model = build_model(config.model, nestings, now.outputs, Initializer(seed=None))
     fresh = frozenset(_HEAD if saved.labels_sha256 != now.labels_sha256 else ())
     grid = config.model.grid if isinstance(config.model, VisionModelConfig) else 0
-    return Beginning(load_universal(checkpoint), grid, fresh, dict(model.named_parameters()))
+    return Beginning(
+        load_universal(checkpoint),
+        grid,
+        fresh,
+        dict(model.named_parameters()),
+        tuple(_notices(saved, now)),
+    )
+
+
+def _notices(saved: Manifest, now: Manifest) -> Iterator[str]:
+    if saved.labels_sha256 != now.labels_sha256:
+        yield (
+            f"the head begins anew: the {now.outputs:,} classes of data.train are not, by their "
+            f"names and order, the {saved.outputs:,} that the weights were trained on"
+        )
+    grids = [getattr(one.model, "grid", 0) for one in (saved, now)]
+    if grids[0] != grids[1] and getattr(now.model, "positions", "") == "learned":
+        before, after = (f"{grid} x {grid}" for grid in grids)
+        yield f"learned positions of {before} patches are interpolated for {after}"
 
 
 def _free(saved: Manifest) -> tuple[str, ...]:

@@ -160,6 +160,8 @@ class Run:
             self.engine.begin_from(source, advance)
         on_main(lambda: check_whole(checkpoint))
         self.began_from = str(checkpoint.path.resolve())
+        for notice in source.notices:
+            self.screen.say(f"notice     {notice}")
 
     def _probe_loss(self) -> float:
         return probe_loss(self.engine, self.config, self.task, self.topology)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from matformer_dist.config import Config, ModelConfig
 from matformer_dist.config_file import load_config
+from matformer_dist.config_vision import VisionObjectiveConfig
 from matformer_dist.deepspeed_section import zero_options
 from matformer_dist.errors import UserError
 from matformer_dist.ops import native
@@ -80,8 +81,14 @@ def _notices(saved: Config, config: Config) -> Iterator[str]:
     was, is_ = saved.training.micro_batch_size, config.training.micro_batch_size
     if was != is_ and config.objective.kind == "per_sequence":
         yield (
-            f"training.micro_batch_size was {was} and is now {is_}: from here on other sequences "
+            f"training.micro_batch_size was {was} and is now {is_}: from here on other samples "
             "meet each granularity than would have"
+        )
+    objective = config.objective
+    if was != is_ and isinstance(objective, VisionObjectiveConfig) and objective.mixes:
+        yield (
+            f"training.micro_batch_size was {was} and is now {is_}: from here on images are mixed "
+            "with others than they would have been"
         )
 
 

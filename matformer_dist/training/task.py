@@ -18,8 +18,8 @@ from matformer_dist.parallel.topology import Topology
 class Task(ABC):
     """`outputs`: rows of the model's head, tokens or classes; `labels_sha256`: what they mean,
     and `label_files`: files by name that say it, for the run directory. `data_sha256`: of what
-    decides, beside the settings, which training sample comes when; `datasets` sets it, and
-    `data_in_words`.
+    decides, beside the settings, which training sample comes when (their number and labels, or the
+    lengths of token files; not what is in them); `datasets` sets it, and `data_in_words`.
     """
 
     outputs: int

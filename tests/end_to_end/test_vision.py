@@ -155,7 +155,9 @@ def test_fine_tuning_begins_with_the_weights_alone(trained: Path, tmp_path: Path
         data={"train": str(digits), "split": 0.2}, evaluation={"submodels": []},
     )  # fmt: skip
     initial = f"checkpoint.initial={trained}@8"
-    assert "from " in succeed(train(config, initial))
+    shown = succeed(train(config, initial))
+    assert "notice     the head begins anew: the 3 classes" in shown and "from " in shown
+    assert "notice     learned positions of 4 x 4 patches are interpolated for 6 x 6" in shown
     first, *_, last = lines(tmp_path / "run")
     assert first["step"] == 1 and last["val_accuracy"]["S"] > 0.34
     manifest = json.loads((tmp_path / "run/checkpoints/step-12/manifest.json").read_text())

@@ -34,6 +34,9 @@ class DigitsSource(ImageSource):
         super().__init__(DIGITS, labels[self.samples], [str(name) for name in digits.target_names])
         self._pixels = np.round(digits.images[self.samples] * (255 / _WHITE)).astype(np.uint8)
 
+    def file(self, sample: int) -> str:  # noqa: ARG002
+        return self.path
+
     def where(self, sample: int) -> str:
         return f"{self.path}, number {self.samples[sample]}"
 

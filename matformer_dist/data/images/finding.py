@@ -38,6 +38,17 @@ class Part:
     source: ImageSource
     samples: Indices
 
+    def is_of(self, other: Part) -> bool:
+        """Whether both are the same images, however their places are written."""
+        ours, theirs = self.source, other.source
+        if not np.array_equal(self.samples, other.samples):
+            return False
+        first, last = int(self.samples[0]), int(self.samples[-1])
+        return np.array_equal(ours.labels, theirs.labels) and all(
+            os.path.realpath(ours.file(one)) == os.path.realpath(theirs.file(one))
+            for one in (first, last)
+        )
+
 
 @dataclass(frozen=True)
 class FoundImages:
@@ -96,7 +107,13 @@ def _own_validation(config: ImageDataConfig, classes: ClassNames) -> Part:
 
 def _check_classes(source: ImageSource, classes: ClassNames) -> None:
     """Labels of validation must mean what those of training do."""
-    names = source.names
+    names, numbers = source.names, tuple(map(str, range(len(classes))))
+    if names is None and classes.names != numbers and sorted(classes.names) == sorted(numbers):
+        raise UserError(
+            f"the labels of {source.path} are bare numbers, and the classes of {classes.source} "
+            f"are named by numbers in another order ({', '.join(classes.names[:4])}, ...), so what "
+            "a number means is not clear; give both in one form, or name folders 000, 001, ..."
+        )
     if names is not None and names != classes.names:
         new, missing = set(names) - set(classes.names), set(classes.names) - set(names)
         problem = "the same classes in another order"

@@ -38,11 +38,13 @@ class FolderSource(EncodedSource):
         super().__init__(path, np.array(labels, np.int64), classes)
         self._files = PackedTexts(map(os.fsencode, files))
 
-    def where(self, sample: int) -> str:
+    def file(self, sample: int) -> str:
         return os.path.join(self.path, os.fsdecode(self._files[sample]))
 
+    where = file
+
     def encoded(self, sample: int) -> bytes:
-        file = Path(self.where(sample))
+        file = Path(self.file(sample))
         if not stat.S_ISREG(file.stat().st_mode):  # to open a pipe waits for a writer
             raise LocalError(f"{file} is named as an image, and is no file; take it out")
         return file.read_bytes()
@@ -73,16 +75,16 @@ def _class_folders(path: str) -> list[str]:
 
 def _files(path: str, name: str) -> Iterator[str]:
     """Paths, below `path`, of all images of the class folder `name`; UserError where a link leads
-    back to a folder that it lies in.
+    back to a folder on the way to it.
     """
     for folder, folders, files in os.walk(
         os.path.join(path, name), followlinks=True, onerror=_raise
     ):
         folders[:] = [below for below in folders if not below.startswith(".")]
         for link in (os.path.join(folder, below) for below in folders):
-            if os.path.islink(link) and _leads_back(link):
+            if os.path.islink(link) and _leads_back(link, below=os.path.join(path, name)):
                 raise UserError(
-                    f"{link} is a link to {os.path.realpath(link)}, which it lies in, so images "
+                    f"{link} is a link to {os.path.realpath(link)}, on the way to it, so images "
                     "there would be found without end; take the link out"
                 )
         below = os.path.relpath(folder, path)
@@ -91,9 +93,14 @@ def _files(path: str, name: str) -> Iterator[str]:
                 yield os.path.join(below, file)
 
 
-def _leads_back(link: str) -> bool:
-    target = os.path.realpath(link)
-    return os.path.commonpath([target, os.path.realpath(os.path.dirname(link))]) == target
+def _leads_back(link: str, below: str) -> bool:
+    """Whether a folder on the way from `below` to the link lies in what that links to."""
+    target, folder = os.path.realpath(link), link
+    while folder != below:
+        folder = os.path.dirname(folder)
+        if os.path.commonpath([target, os.path.realpath(folder)]) == target:
+            return True
+    return False
 
 
 def _is_image(file: str) -> bool:

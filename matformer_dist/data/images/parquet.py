@@ -44,9 +44,11 @@ class ParquetSource(EncodedSource):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": OrderedDict()}  # of a copy: its own
 
+    def file(self, sample: int) -> str:
+        return self._files[self._file_of[self._group_of(sample)]]
+
     def where(self, sample: int) -> str:
-        group = self._group_of(sample)
-        file = self._file_of[group]
+        file = self._file_of[self._group_of(sample)]
         row = sample - self._starts[self._first_group[file]]
         return f"row {row} of {self._files[file]}"
 

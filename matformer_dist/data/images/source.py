@@ -37,6 +37,10 @@ class ImageSource(ABC):
         return len(self.labels)
 
     @abstractmethod
+    def file(self, sample: int) -> str:
+        """That it lies in."""
+
+    @abstractmethod
     def where(self, sample: int) -> str:
         """For messages: its file, and what it is called there."""
 

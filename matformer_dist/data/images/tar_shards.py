@@ -48,9 +48,12 @@ class TarSource(EncodedSource):
         labels, names = numbered([one.label for one in found], self.where)
         super().__init__(path, labels, names)
 
+    def file(self, sample: int) -> str:
+        return self._files[self._file_of[sample]]
+
     def where(self, sample: int) -> str:
         """Looks its name up again, for messages only."""
-        file, offset = self._files[self._file_of[sample]], self._offsets[sample]
+        file, offset = self.file(sample), self._offsets[sample]
         try:
             with tarfile.open(file, "r:") as tar:
                 name = next((m.name for m in tar if m.offset_data == offset), None)
@@ -60,12 +63,12 @@ class TarSource(EncodedSource):
 
     def encoded(self, sample: int) -> bytes:
         size = int(self._sizes[sample])
-        with open(self._files[self._file_of[sample]], "rb") as file:
+        with open(self.file(sample), "rb") as file:
             file.seek(int(self._offsets[sample]))
             data = file.read(size)
         if len(data) != size:
             raise LocalError(
-                f"{self._files[self._file_of[sample]]} has become shorter since the run began; "
+                f"{self.file(sample)} has become shorter since the run began; "
                 "data must stay as they are while they are read"
             )
         return data
@@ -94,8 +97,8 @@ def _check_end(file: str, offset: int) -> None:
         mark = shard.read(tarfile.BLOCKSIZE)
     if mark != bytes(tarfile.BLOCKSIZE):
         raise UserError(
-            f"{file} is cut off at byte {offset}: the mark of a tar file's end is not there; copy "
-            "or make it again"
+            f"{file} is cut off, or damaged, at byte {offset}: there is neither a header nor the "
+            "mark of a tar file's end; copy or make it again"
         )
 
 

@@ -43,7 +43,8 @@ def test_weights_are_the_other_runs_dealt_anew(task: str, tmp_path: Path) -> Non
         before = random_vit(vision_config())
         write_vision_run(tmp_path, before, tensor=2)  # type: ignore[arg-type]
     found, now = beginning(tmp_path, "nesting.widths=[24,64]")
-    assert not found.fresh and not found.moments and found.optimizer_steps == 0
+    assert not found.fresh and not found.notices
+    assert not found.moments and found.optimizer_steps == 0
     weights, partitions = dict(before.named_parameters()), dict(now.named_parameters())
     assert weights.keys() == partitions.keys()
     for name, weight in weights.items():
@@ -57,6 +58,8 @@ def test_classes_of_other_names_get_a_fresh_head(tmp_path: Path) -> None:
     write_vision_run(tmp_path, random_vit(vision_config()))
     found, _ = beginning(tmp_path, labels_sha256="0" * 64, outputs=9)
     assert found.fresh == {"head.weight", "head.bias"}
+    (notice,) = found.notices
+    assert "begins anew: the 9 classes" in notice and "the 5 that the weights were" in notice
     assert found.whole["head.weight"].shape == (9, 32)
 
 
@@ -71,6 +74,10 @@ def test_positions_of_another_image_size_are_those_of_timm(
     found, _ = beginning(tmp_path, f"model.image_size={4 * grid}")
     positions = dict(vit.named_parameters())["embedding.positions"].detach()
     share = found.share("embedding.positions", "fp32", TensorParallel(0, 1))
+    before = f"{vit.model.grid} x {vit.model.grid}"
+    assert found.notices == (
+        f"learned positions of {before} patches are interpolated for {grid} x {grid}",
+    )
     expected = timm.layers.resample_abs_pos_embed(
         positions[None], [grid, grid], num_prefix_tokens=int(pooling == "token")
     )[0]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from matformer_dist.checkpoints.store import CheckpointStore, _check_files
 from matformer_dist.config import CheckpointConfig
@@ -20,7 +21,7 @@ from matformer_dist.run_directory import Layout, Manifest, find_checkpoint, seal
 from matformer_dist.training.loop import _in_order
 from matformer_dist.training.setup import check_checkpoint, check_run_directory
 from tests.unit.submodels.synthetic_run import model_config, random_model, write_run
-from tests.unit.submodels.synthetic_vision_run import vision_config
+from tests.unit.submodels.synthetic_vision_run import random_vit, vision_config, write_vision_run
 
 SETTINGS = as_language(
     validate_config(
@@ -207,6 +208,18 @@ def test_whoever_changes_a_runs_length_is_told_what_that_does(run: Path) -> None
     constant = (run / "config.yaml").read_text() + "schedule: {kind: constant}\n"
     (run / "config.yaml").write_text(constant)
     assert check_run_directory(load_config(run / "config.yaml", ["training.steps=9"])) == []
+
+
+@pytest.mark.parametrize(("mixup", "told"), [(0.2, 1), (0.0, 0)])
+def test_whoever_changes_what_is_mixed_is_told(mixup: float, told: int, tmp_path: Path) -> None:
+    write_vision_run(tmp_path, random_vit(vision_config()))
+    file = tmp_path / "config.yaml"
+    tree = yaml.safe_load(file.read_text())
+    tree["objective"] = {"kind": "joint", "mixup": mixup}
+    tree["training"] |= {"micro_batch_size": 2, "global_batch_size": 4}
+    file.write_text(yaml.safe_dump(tree))
+    notices = check_run_directory(load_config(file, ["training.micro_batch_size=4"]))
+    assert len(notices) == told and all("images are mixed with others" in n for n in notices)
 
 
 @pytest.mark.parametrize(

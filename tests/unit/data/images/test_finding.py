@@ -110,6 +110,39 @@ def test_classes_of_validation_must_be_those_of_training(tmp_path: Path) -> None
     )  # fmt: skip
 
 
+def test_bare_numbers_beside_names_that_are_other_numbers_are_refused(tmp_path: Path) -> None:
+    """Folders 0 to 10 are classes in the order of text: label 2 would be the folder 10."""
+    train = write_folder(tmp_path / "t", {str(number): 1 for number in range(11)})
+    numbers = write_shard(tmp_path / "n.tar", [2, 10])
+    failing(
+        r"n.tar are bare numbers, .*another order \(0, 1, 10, 2, ...\), so .* name folders 000",
+        train, validation=str(numbers),
+    )  # fmt: skip
+    ten = write_folder(tmp_path / "ten", {str(number): 1 for number in range(10)})
+    few = write_shard(tmp_path / "m.tar", [2, 9])
+    assert found(ten, validation=str(few)).validation.source.labels.tolist() == [2, 9]
+
+
+def test_parts_are_the_same_images_however_they_are_written(tmp_path: Path) -> None:
+    write_folder(tmp_path / "a", {"x": 2, "y": 1})
+    write_folder(tmp_path / "b", {"x": 2, "y": 1})
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    write_shard(tmp_path / "s.tar", LABELS)
+    write_parquet(tmp_path / "p.parquet", LABELS)
+    cases = [
+        ("a", "a/", True), ("a", "b/../a", True), ("a", "link", True), ("a", "b", False),
+        ("s.tar", "*.tar", True), ("p.parquet", "./p.parquet", True),
+        ("s.tar", "p.parquet", False),
+    ]  # fmt: skip
+    for one, other, same in cases:
+        images = found(f"{tmp_path}/{one}", validation=f"{tmp_path}/{other}")
+        assert images.train.is_of(images.validation) == same, (one, other)
+    digits = found("digits")
+    assert not digits.train.is_of(digits.validation) and digits.train.is_of(digits.train)
+    halves = found(tmp_path / "s.tar", split=0.5)
+    assert not halves.train.is_of(halves.validation)
+
+
 def test_labels_outside_of_the_names_are_named(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", [*LABELS, 3], names=NAMES)
     failing(r"label 3 of row 60 of .*a.parquet is none of the 3 classes, 0 to 2 \(1 such", path)

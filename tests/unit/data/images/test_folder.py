@@ -70,7 +70,16 @@ def test_links_that_lead_back_are_refused(target: str, tmp_path: Path) -> None:
     """They would be followed until the system gives up, and every image found forty times."""
     write_folder(tmp_path, {"a": 1, "b": 1})
     (tmp_path / "a" / "back").symlink_to(target)
-    with pytest.raises(UserError, match=r"/a/back is a link to .*, which it lies in"):
+    with pytest.raises(UserError, match=r"/a/back is a link to .*, on the way to it"):
+        FolderSource(str(tmp_path))
+
+
+def test_links_to_each_other_are_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"a": 1, "b": 1})
+    (tmp_path / "a" / "b").symlink_to("../b")
+    assert len(FolderSource(str(tmp_path))) == 3
+    (tmp_path / "b" / "a").symlink_to("../a")
+    with pytest.raises(UserError, match=r"/a/b/a is a link to .*/a, on the way to it"):
         FolderSource(str(tmp_path))
 
 
