@@ -17,6 +17,7 @@ from matformer_dist.inference.loading import load_vision_model
 from tests.end_to_end.conftest import matformer, refuse, succeed, train
 from tests.end_to_end.test_resume import lines
 
+DIGITS = Path("launch/configs/vision/digits.yaml")
 CLASSES = 10
 VALIDATION = 355
 
@@ -95,6 +96,13 @@ def test_a_resumed_run_writes_the_same_lines_bit_for_bit(tmp_path: Path) -> None
     shutil.rmtree(tmp_path / "b/checkpoints/step-8")
     succeed(train(parts))
     assert lines(tmp_path / "a") == lines(tmp_path / "b")
+
+
+def test_every_granularity_of_the_demo_knows_the_digits(tmp_path: Path) -> None:
+    """In half of its steps."""
+    succeed(train(DIGITS, f"run.dir={tmp_path}", "training.steps=200", "evaluation.every=0"))
+    accuracies = lines(tmp_path)[-1]["val_accuracy"]
+    assert list(accuracies) == ["XL", "L", "M", "S"] and min(accuracies.values()) > 0.95
 
 
 def test_evaluation_agrees_with_training(trained: Path) -> None:
