@@ -1,0 +1,80 @@
+"""Trains the study's models and keeps what is measured of each, one small file a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import device_name
+from benchmarks.quality.corpus import DATA
+from benchmarks.quality.study import Run, step_flops
+from matformer_dist.parallel.topology import cpu_environment
+
+_MATFORMER = Path(sys.executable).parent / "matformer"
+
+
+def train_all(runs: Iterable[Run], jobs: int) -> None:
+    """Those that have no result yet, `jobs` at a time; each goes on from its last checkpoint."""
+    waiting = [run for run in runs if not run.result.exists()]
+    with ThreadPoolExecutor(jobs) as pool:
+        for run, seconds in pool.map(lambda run: (run, train(run, jobs)), waiting):
+            print(f"{run.directory}: {seconds:.0f} s, {run.result}", flush=True)
+
+
+def train(run: Run, jobs: int) -> float:
+    """Train, evaluate, write the result; RuntimeError with what was said where a command fails."""
+    begun = time.monotonic()
+    configuration = f"benchmarks/quality/configs/{run.size}.yaml"
+    command = ["python", "launch/train.py", "--config", configuration, *run.settings()]
+    _call([sys.executable, *command[1:]], run, jobs)
+    _call([str(_MATFORMER), "evaluate", str(run.directory), "--heuristic"], run, jobs)
+    seconds = time.monotonic() - begun
+    _write(run, command, seconds)
+    return seconds
+
+
+def _call(command: list[str], run: Run, jobs: int) -> None:
+    run.directory.mkdir(parents=True, exist_ok=True)
+    log = run.directory / "log.txt"
+    with log.open("ab") as file:
+        code = subprocess.run(
+            command, stdout=file, stderr=file, env=cpu_environment(jobs), check=False
+        ).returncode
+    if code:
+        raise RuntimeError(f"{' '.join(command)} ended with {code}: see {log}")
+
+
+def _write(run: Run, command: list[str], seconds: float) -> None:
+    config = run.config()
+    evaluation = json.loads((run.directory / "evaluation.json").read_text())
+    training = config.training
+    result: dict[str, Any] = {
+        "run": run.name,
+        "size": run.size,
+        "seed": run.seed,
+        "command": " ".join(command),
+        "date": time.strftime("%Y-%m-%d"),
+        "device": device_name("cpu"),
+        "python": sys.version.split()[0],
+        "torch": version("torch"),
+        "data": json.loads((DATA / "train.json").read_text()),
+        "tokens": config.units(training.total_steps * training.global_batch_size),
+        "training_flops": 3 * step_flops(config) * training.total_steps,
+        "seconds": round(seconds),
+        "evaluation": evaluation,
+    }
+    part = run.result.with_suffix(f".{os.getpid()}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(run.result)
+    for folder in (run.directory / "index_cache", run.directory / "measurements"):
+        shutil.rmtree(folder, ignore_errors=True)
