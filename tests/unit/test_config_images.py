@@ -52,7 +52,6 @@ def test_digits_are_the_default() -> None:
 @pytest.mark.parametrize(
     ("tree", "says"),
     [
-        ({}, "Field required"),
         ({"train": ""}, "at least 1 character"),
         ({"train": "x", "trian": "x"}, "Extra inputs"),
         ({"train": "x", "split": 1.0}, "less than 1"),
