@@ -57,6 +57,7 @@ def _write(run: Run, command: list[str], seconds: float) -> None:
     config = run.config()
     evaluation = json.loads((run.directory / "evaluation.json").read_text())
     training = config.training
+    data = json.loads((DATA / "train.json").read_text())
     result: dict[str, Any] = {
         "run": run.name,
         "size": run.size,
@@ -66,7 +67,7 @@ def _write(run: Run, command: list[str], seconds: float) -> None:
         "device": device_name("cpu"),
         "python": sys.version.split()[0],
         "torch": version("torch"),
-        "data": json.loads((DATA / "train.json").read_text()),
+        "data": {key: data[key] for key in ("tokens", "documents", "tokenizer_sha256")},
         "tokens": config.units(training.total_steps * training.global_batch_size),
         "training_flops": 3 * step_flops(config) * training.total_steps,
         "seconds": round(seconds),
