@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from benchmarks.machine import RESULTS
@@ -85,16 +86,17 @@ def alone(name: str, width: int) -> tuple[str, ...]:
 
 def universal(size: str, name: str, seed: int, overrides: tuple[str, ...]) -> Run:
     """As many steps as spend the FLOPs of its granularities alone."""
-    base = read(size)
-    spent = sum(
-        step_flops(config) * config.training.total_steps
-        for config in (
-            read(size, alone(name, width))
-            for name, width in zip(base.granularities.names, base.granularities.widths, strict=True)
-        )
-    )
-    steps = round(spent / step_flops(read(size, overrides)))
+    steps = round(_flops_alone(size) / step_flops(read(size, overrides)))
     return Run(size, name, seed, (*overrides, "training.tokens=null", f"training.steps={steps}"))
+
+
+@cache
+def _flops_alone(size: str) -> float:
+    """Forward, of all steps of its granularities that are trained alone."""
+    nesting = read(size).granularities
+    widths = zip(nesting.names, nesting.widths, strict=True)
+    configs = [read(size, alone(name, width)) for name, width in widths]
+    return sum(step_flops(config) * config.training.total_steps for config in configs)
 
 
 def step_flops(config: LanguageConfig) -> float:

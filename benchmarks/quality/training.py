@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
-from benchmarks.machine import device_name
+from benchmarks.machine import write_result
 from benchmarks.quality.corpus import DATA
 from benchmarks.quality.study import Run, step_flops
+from matformer_dist.demo import SCRIPTS
 from matformer_dist.parallel.topology import cpu_environment
-
-_MATFORMER = Path(sys.executable).parent / "matformer"
 
 
 def train_all(runs: Iterable[Run], jobs: int) -> None:
@@ -36,7 +30,7 @@ def train(run: Run, jobs: int) -> float:
     configuration = f"benchmarks/quality/configs/{run.size}.yaml"
     command = ["python", "launch/train.py", "--config", configuration, *run.settings()]
     _call([sys.executable, *command[1:]], run, jobs)
-    _call([str(_MATFORMER), "evaluate", str(run.directory), "--heuristic"], run, jobs)
+    _call([str(SCRIPTS / "matformer"), "evaluate", str(run.directory), "--heuristic"], run, jobs)
     seconds = time.monotonic() - begun
     _write(run, command, seconds)
     return seconds
@@ -55,27 +49,21 @@ def _call(command: list[str], run: Run, jobs: int) -> None:
 
 def _write(run: Run, command: list[str], seconds: float) -> None:
     config = run.config()
-    evaluation = json.loads((run.directory / "evaluation.json").read_text())
     training = config.training
     data = json.loads((DATA / "train.json").read_text())
-    result: dict[str, Any] = {
-        "run": run.name,
-        "size": run.size,
-        "seed": run.seed,
-        "command": " ".join(command),
-        "date": time.strftime("%Y-%m-%d"),
-        "device": device_name("cpu"),
-        "python": sys.version.split()[0],
-        "torch": version("torch"),
-        "data": {key: data[key] for key in ("tokens", "documents", "tokenizer_sha256")},
-        "tokens": config.units(training.total_steps * training.global_batch_size),
-        "training_flops": 3 * step_flops(config) * training.total_steps,
-        "seconds": round(seconds),
-        "evaluation": evaluation,
-    }
-    part = run.result.with_suffix(f".{os.getpid()}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    part.replace(run.result)
-    for folder in (run.directory / "index_cache", run.directory / "measurements"):
-        shutil.rmtree(folder, ignore_errors=True)
+    write_result(
+        run.result,
+        "cpu",
+        ("torch",),
+        {
+            "command": " ".join(command),
+            "run": run.name,
+            "size": run.size,
+            "seed": run.seed,
+            "data": {key: data[key] for key in ("tokens", "documents", "tokenizer_sha256")},
+        },
+        tokens=config.units(training.total_steps * training.global_batch_size),
+        training_flops=3 * step_flops(config) * training.total_steps,
+        seconds=round(seconds),
+        evaluation=json.loads((run.directory / "evaluation.json").read_text()),
+    )
