@@ -9,7 +9,10 @@ from benchmarks.quality import __doc__ as told
 from benchmarks.quality import corpus, study
 from benchmarks.quality.training import train_all
 
-PARTS = {"independent": lambda: study.against_independent("1m")}
+PARTS = {
+    "independent": lambda: study.against_independent("1m"),
+    "learning-rate": lambda: study.learning_rates("1m"),
+}
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from zlib import crc32
 
 from benchmarks.machine import RESULTS
 from matformer_dist.config_file import load_config
@@ -35,13 +36,15 @@ _STEPS_AVERAGED = 4096  # of an objective that draws
 
 @dataclass(frozen=True)
 class Run:
-    """One model to train. `seed` decides the order of the data, and the first weights with `name`:
-    models that are trained apart must not begin with the same ones.
+    """One model to train. `seed` decides the order of the data, and with `family` the first
+    weights: universal models that differ in one setting begin alike, so that what differs is its
+    doing, and models that are trained apart never do.
     """
 
     size: str  # a file of configs/
     name: str
     seed: int
+    family: str
     overrides: tuple[str, ...] = ()
 
     @property
@@ -54,7 +57,7 @@ class Run:
 
     def settings(self) -> list[str]:
         """All overrides of the configuration of its size."""
-        first_weights = sum(self.name.encode()) * 1000 + self.seed
+        first_weights = crc32(f"{self.family}-{self.seed}".encode())
         return [
             f"run.dir={self.directory}",
             f"training.seed={first_weights}",
@@ -75,9 +78,27 @@ def against_independent(size: str, seeds: Sequence[int] = SEEDS) -> Iterator[Run
     nesting = read(size).granularities
     for seed in seeds:
         for name, width in zip(nesting.names, nesting.widths, strict=True):
-            yield Run(size, f"alone-{name}", seed, alone(name, width))
+            yield Run(size, f"alone-{name}", seed, name, alone(name, width))
         for name, overrides in OBJECTIVES.items():
             yield universal(size, name, seed, overrides)
+
+
+def learning_rates(size: str, seeds: Sequence[int] = SEEDS[:1]) -> Iterator[Run]:
+    """Half and double the rate of the configuration: of XL alone, and of the universal model."""
+    config = read(size)
+    name, width = config.granularities.names[-1], config.model.d_ff
+    for seed in seeds:
+        for factor in (0.5, 2.0):
+            rate, lowest = (
+                f"{key}={factor * value:g}"
+                for key, value in (
+                    ("optimizer.lr", config.optimizer.lr),
+                    ("schedule.min_lr", config.schedule.min_lr),
+                )
+            )
+            settings = (*alone(name, width), rate, lowest)
+            yield Run(size, f"alone-{name}-lr-{factor:g}", seed, name, settings)
+            yield universal(size, f"per_sequence-lr-{factor:g}", seed, (rate, lowest))
 
 
 def alone(name: str, width: int) -> tuple[str, ...]:
@@ -87,7 +108,8 @@ def alone(name: str, width: int) -> tuple[str, ...]:
 def universal(size: str, name: str, seed: int, overrides: tuple[str, ...]) -> Run:
     """As many steps as spend the FLOPs of its granularities alone."""
     steps = round(_flops_alone(size) / step_flops(read(size, overrides)))
-    return Run(size, name, seed, (*overrides, "training.tokens=null", f"training.steps={steps}"))
+    settings = (*overrides, "training.tokens=null", f"training.steps={steps}")
+    return Run(size, name, seed, "universal", settings)
 
 
 @cache

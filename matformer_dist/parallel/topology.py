@@ -233,7 +233,9 @@ def initialize(tensor: int, timeout: timedelta = timedelta(minutes=30)) -> Topol
             )
         except dist.DistNetworkError as error:
             raise _not_met(rank, str(error)) from error
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor, create_gloo_process_groups=False
+    )
     return Topology(
         tensor=TensorParallel(
             parallel_state.get_tensor_model_parallel_rank(),
@@ -279,15 +281,25 @@ def _device(local_rank: int) -> torch.device:
 
 
 def leave_groups() -> None:
-    """Forget the layout, so that `initialize` can form another one in this process."""
+    """End the layout and its groups, so that `initialize` can form another one in this process.
+
+    All ranks together: a group that lives on keeps three threads of gloo that wake up all the time.
+    """
     from megatron.core import parallel_state
 
+    groups = parallel_state._global_process_group_list or []
     parallel_state.destroy_model_parallel()
+    dist.barrier()  # what another rank still reads must not be cut off
+    for group in groups:
+        if group is not None:  # which stands for all ranks' own
+            dist.destroy_process_group(group)
 
 
 def shut_down() -> None:
     """Leave the job."""
-    leave_groups()
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 
