@@ -71,11 +71,11 @@ def main() -> None:
 
     found = search(str(run), options=Options(batches=args.batches), progress=progress)
     loaded = load_language_model(run)
-    unseen = _unseen(loaded, args.batches)
+    unseen = unseen_half(loaded, args.batches)
     uniform = loaded.submodel.nesting.names
     chosen = (name for one in found.slices for name in (one.submodel, one.heuristic))
     notations = dict.fromkeys([*uniform, *chosen])
-    judged = _measure(loaded, unseen, [loaded.parse(name) for name in notations])
+    judged = measure(loaded, unseen, [loaded.parse(name) for name in notations])
     unseen_losses = {name: judged[loaded.parse(name)].loss for name in uniform}
     rows = [_row(one, loaded, judged) for one in found.slices]
     print_slices(rows)
@@ -102,7 +102,7 @@ def main() -> None:
 _KEPT = {"submodel", "parameters", "loss", "agreement", "kl"}
 
 
-def _unseen(loaded: LoadedLanguageModel, batches: int) -> Tokens:
+def unseen_half(loaded: LoadedLanguageModel, batches: int) -> Tokens:
     """As many validation sequences as were chosen on, those behind them."""
     config = as_language(load_config(loaded.directory / "config.yaml"), "the benchmark")
     both = Tokens.of(config, loaded.tokenizer, 2 * batches)
@@ -111,7 +111,7 @@ def _unseen(loaded: LoadedLanguageModel, batches: int) -> Tokens:
 
 
 @torch.no_grad()
-def _measure(
+def measure(
     loaded: LoadedLanguageModel, validation: Validation, submodels: Sequence[Submodel]
 ) -> dict[Submodel, Measured]:
     found = measure_sequences(

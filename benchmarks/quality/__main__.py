@@ -4,18 +4,47 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 
 from benchmarks.quality import __doc__ as told
-from benchmarks.quality import corpus, study
+from benchmarks.quality import corpus
+from benchmarks.quality.baseline import train_baselines
+from benchmarks.quality.measures import measure_all
+from benchmarks.quality.study import MODELS, RUNS
 from benchmarks.quality.training import train_all
 
-PARTS = {
-    "independent": lambda: study.against_independent("1m"),
-    "learning-rate": lambda: study.learning_rates("1m"),
-}
+Part = Callable[[int], None]  # told how many processes to run at a time
+LOG = RUNS / "log.txt"
+
+
+def _parts() -> dict[str, Part]:
+    """In the order of what matters most."""
+
+    def trained(name: str) -> Part:
+        return lambda jobs: train_all(MODELS[name](), jobs)
+
+    def measured(name: str) -> Part:
+        return lambda jobs: measure_all(name, jobs)
+
+    def frontier(jobs: int) -> None:
+        trained("frontier")(jobs)
+        measured("frontier")(jobs)
+
+    return {
+        "independent": trained("independent"),
+        "baseline": train_baselines,
+        "consistency": measured("consistency"),
+        "frontier": frontier,
+        "continued": trained("continued"),
+        "sensitivity": trained("sensitivity"),
+        "scaling": trained("scaling"),
+    }
 
 
 def main() -> None:
+    parts = _parts()
     parser = argparse.ArgumentParser(
         prog="benchmarks.quality",
         description=told,
@@ -23,15 +52,40 @@ def main() -> None:
     )
     commands = parser.add_subparsers(required=True, dest="command")
     run = commands.add_parser("run")
-    run.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; else all")
+    run.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; else all")
     run.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at a time")
+    run.add_argument("--background", action="store_true", help=f"go on by itself; see {LOG}")
+    commands.add_parser("draw")
     arguments = parser.parse_args()
-    unknown = set(arguments.parts) - set(PARTS)
+    if arguments.command == "draw":
+        from benchmarks.quality.drawing import draw
+
+        draw()
+        return
+    unknown = set(arguments.parts) - set(parts)
     if unknown:
-        parser.error(f"there is no part {', '.join(sorted(unknown))}; choose of {', '.join(PARTS)}")
+        parser.error(f"there is no part {', '.join(sorted(unknown))}; choose of {', '.join(parts)}")
+    if arguments.background:
+        _go_on_alone(arguments.parts, arguments.jobs)
+        return
     corpus.prepare()
-    for part in arguments.parts or PARTS:
-        train_all(PARTS[part](), arguments.jobs)
+    for name in arguments.parts or parts:
+        print(f"== {name}", flush=True)
+        parts[name](arguments.jobs)
+
+
+def _go_on_alone(parts: list[str], jobs: int) -> None:
+    """The same in a process that outlives this one and its terminal."""
+    LOG.parent.mkdir(parents=True, exist_ok=True)
+    with LOG.open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.quality", "run", *parts, "--jobs", str(jobs)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    print(f"process {process.pid} runs; what it says is in {LOG}; kill -- -{process.pid} ends it")
 
 
 if __name__ == "__main__":

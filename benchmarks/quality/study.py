@@ -8,10 +8,12 @@ every token, and what lies between for sandwich.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 from zlib import crc32
 
 from benchmarks.machine import RESULTS
@@ -23,14 +25,31 @@ from matformer_dist.training.objective import Objective
 CONFIGS = Path(__file__).parent / "configs"
 RUNS = Path("runs/quality")
 SEEDS = (1, 2, 3)
+SMALL, MIDDLE, LARGE = "260k", "1m", "4m"
 OBJECTIVES: dict[str, tuple[str, ...]] = {
-    "per_sequence": (),
+    "per_sequence": ("objective.kind=per_sequence",),
     "sampled": ("objective.kind=sampled",),
     "joint": ("objective.kind=joint",),
     "joint-kd": ("objective.kind=joint", "objective.distillation=1.0"),
     "sandwich": ("objective.kind=sandwich",),
     "sandwich-kd": ("objective.kind=sandwich", "objective.distillation=1.0"),
 }
+# Part 1's best at SMALL, which the other parts ask about.
+BEST = "per_sequence"
+BETWEEN = (96, 192)  # neurons at SMALL, half-way between M and L, L and XL
+PAPER_PROBABILITIES = {  # its table T6
+    "to-XL": "{S: 0.20, M: 0.22, L: 0.24, XL: 0.34}",
+    "to-S": "{S: 0.44, M: 0.31, L: 0.15, XL: 0.10}",
+}
+FRACTIONS = {
+    "g2": ("nesting.fractions=[1/8,1]", "nesting.names=[S,XL]"),
+    "g8": (
+        "nesting.fractions=[1/8,1/4,3/8,1/2,5/8,3/4,7/8,1]",
+        "nesting.names=[S,M,ML,L,L5,L6,L7,XL]",
+    ),
+    "even": ("nesting.fractions=[1/4,1/2,3/4,1]",),
+}
+CONTINUED = 0.1  # of a universal model's tokens
 _STEPS_AVERAGED = 4096  # of an objective that draws
 
 
@@ -46,6 +65,9 @@ class Run:
     seed: int
     family: str
     overrides: tuple[str, ...] = ()
+    program: tuple[str, ...] = ("launch/train.py",)
+    # Begins as XL that was trained alone, imported with its neurons in this order.
+    imported: Literal["importance", "none"] | None = None
 
     @property
     def directory(self) -> Path:
@@ -70,55 +92,58 @@ class Run:
 
 
 def read(size: str, overrides: Sequence[str] = ()) -> LanguageConfig:
-    return as_language(load_config(CONFIGS / f"{size}.yaml", overrides), "the study")
-
-
-def against_independent(size: str, seeds: Sequence[int] = SEEDS) -> Iterator[Run]:
-    """Each granularity alone, and the universal model by every objective."""
-    nesting = read(size).granularities
-    for seed in seeds:
-        for name, width in zip(nesting.names, nesting.widths, strict=True):
-            yield Run(size, f"alone-{name}", seed, name, alone(name, width))
-        for name, overrides in OBJECTIVES.items():
-            yield universal(size, name, seed, overrides)
-
-
-def learning_rates(size: str, seeds: Sequence[int] = SEEDS[:1]) -> Iterator[Run]:
-    """Half and double the rate of the configuration: of XL alone, and of the universal model."""
-    config = read(size)
-    name, width = config.granularities.names[-1], config.model.d_ff
-    for seed in seeds:
-        for factor in (0.5, 2.0):
-            rate, lowest = (
-                f"{key}={factor * value:g}"
-                for key, value in (
-                    ("optimizer.lr", config.optimizer.lr),
-                    ("schedule.min_lr", config.schedule.min_lr),
-                )
-            )
-            settings = (*alone(name, width), rate, lowest)
-            yield Run(size, f"alone-{name}-lr-{factor:g}", seed, name, settings)
-            yield universal(size, f"per_sequence-lr-{factor:g}", seed, (rate, lowest))
-
-
-def alone(name: str, width: int) -> tuple[str, ...]:
-    return (f"model.d_ff={width}", "nesting.fractions=[1]", f"nesting.names=[{name}]")
-
-
-def universal(size: str, name: str, seed: int, overrides: tuple[str, ...]) -> Run:
-    """As many steps as spend the FLOPs of its granularities alone."""
-    steps = round(_flops_alone(size) / step_flops(read(size, overrides)))
-    settings = (*overrides, "training.tokens=null", f"training.steps={steps}")
-    return Run(size, name, seed, "universal", settings)
+    return _read(size, tuple(overrides))
 
 
 @cache
-def _flops_alone(size: str) -> float:
-    """Forward, of all steps of its granularities that are trained alone."""
+def _read(size: str, overrides: tuple[str, ...]) -> LanguageConfig:
+    return as_language(load_config(CONFIGS / f"{size}.yaml", overrides), "the study")
+
+
+# What is trained.
+
+
+def alone(size: str, seed: int, neurons: int, name: str = "", *more: str) -> Run:
+    """A model of one width, called as the granularity of that width, or by `name`."""
     nesting = read(size).granularities
-    widths = zip(nesting.names, nesting.widths, strict=True)
-    configs = [read(size, alone(name, width)) for name, width in widths]
-    return sum(step_flops(config) * config.training.total_steps for config in configs)
+    names = dict(zip(nesting.widths, nesting.names, strict=True))
+    width = names.get(neurons, f"W{neurons}")
+    settings = (f"model.d_ff={neurons}", "nesting.fractions=[1]", f"nesting.names=[{width}]")
+    return Run(size, f"alone-{name or width}", seed, width, (*settings, *more))
+
+
+def all_alone(size: str, seed: int, *more: str, suffix: str = "") -> list[Run]:
+    nesting = read(size).granularities
+    return [
+        alone(size, seed, width, name + suffix, *more)
+        for name, width in zip(nesting.names, nesting.widths, strict=True)
+    ]
+
+
+def universal(
+    size: str,
+    seed: int,
+    name: str,
+    overrides: tuple[str, ...] = (),
+    *,
+    share: float = 1.0,
+    **more: object,
+) -> Run:
+    """As many steps as spend `share` of the FLOPs of its granularities alone."""
+    steps = round(share * _steps_for_all(size, overrides))
+    settings = (*overrides, "training.tokens=null", f"training.steps={steps}")
+    return Run(size, name, seed, "universal", settings, **more)  # type: ignore[arg-type]
+
+
+@cache
+def _steps_for_all(size: str, overrides: tuple[str, ...]) -> float:
+    """Steps of a universal model that spend what the configuration's granularities alone do.
+
+    A nest of other granularities is given as much.
+    """
+    configs = [run.config() for run in all_alone(size, SEEDS[0])]
+    alone = sum(step_flops(config) * config.training.total_steps for config in configs)
+    return alone / step_flops(read(size, overrides))
 
 
 def step_flops(config: LanguageConfig) -> float:
@@ -127,14 +152,93 @@ def step_flops(config: LanguageConfig) -> float:
     objective = Objective(
         config.objective, config.granularities, config.model.n_layers, config.training.seed
     )
+    plans = [
+        objective.plan(step, 0, 1, config.training.global_batch_size)
+        for step in range(_STEPS_AVERAGED)
+    ]
     total = 0
-    for step in range(_STEPS_AVERAGED):
-        plan = objective.plan(step, 0, 1, config.training.global_batch_size)
-        total += forward_flops(
-            config.model,
-            config.model.vocab_size,
-            plan.segments,
-            config.sample,
-            shared_tokens=plan.shared_tokens,
-        ).total
+    for (segments, shared), count in Counter((p.segments, p.shared_tokens) for p in plans).items():
+        flops = forward_flops(
+            config.model, config.model.vocab_size, segments, config.sample, shared_tokens=shared
+        )
+        total += count * flops.total
     return total / _STEPS_AVERAGED
+
+
+def rate(size: str, factor: float) -> tuple[str, str]:
+    """Overrides for another learning rate than the configuration's."""
+    config = read(size)
+    lr, lowest = factor * config.optimizer.lr, factor * config.schedule.min_lr
+    return f"optimizer.lr={lr:g}", f"schedule.min_lr={lowest:g}"
+
+
+# The parts.
+
+
+def independent() -> Iterator[Run]:
+    """1. Each granularity alone, and the universal model by every objective."""
+    for seed in SEEDS:
+        yield from all_alone(SMALL, seed)
+        for name, overrides in OBJECTIVES.items():
+            yield universal(SMALL, seed, name, overrides)
+    for size, names in ((MIDDLE, ("per_sequence", "joint", "joint-kd")), (LARGE, (BEST,))):
+        yield from all_alone(size, SEEDS[0])
+        for name in names:
+            yield universal(size, SEEDS[0], name, OBJECTIVES[name])
+
+
+def frontier() -> Iterator[Run]:
+    """2. Models of sizes between the granularities'."""
+    for seed in SEEDS:
+        for neurons in BETWEEN:
+            yield alone(SMALL, seed, neurons)
+
+
+def sensitivity() -> Iterator[Run]:
+    """4. One setting of the universal model after the other."""
+    base = OBJECTIVES[BEST]
+    for seed in SEEDS:
+        for factor in (0.5, 2.0):
+            rates = rate(SMALL, factor)
+            neurons = read(SMALL).model.d_ff
+            yield alone(SMALL, seed, neurons, f"XL-lr-{factor:g}", *rates)
+            yield universal(SMALL, seed, f"{BEST}-lr-{factor:g}", (*base, *rates))
+        for name, fractions in FRACTIONS.items():
+            yield universal(SMALL, seed, f"{BEST}-{name}", (*base, *fractions))
+        for name, probabilities in PAPER_PROBABILITIES.items():
+            overrides = (*base, f"objective.probabilities={probabilities}")
+            yield universal(SMALL, seed, f"{BEST}-{name}", overrides)
+        yield universal(
+            SMALL,
+            seed,
+            "sampled-skipping",
+            OBJECTIVES["sampled"],
+            program=("-m", "benchmarks.quality.skipping"),
+        )
+
+
+def continued() -> Iterator[Run]:
+    """5. XL alone, imported, and nested for a tenth of the universal model's FLOPs."""
+    for seed in SEEDS:
+        for order in ("importance", "none"):
+            overrides = (*OBJECTIVES[BEST], *rate(SMALL, 0.5), f"data.seed={seed + 100}")
+            name = f"continued-{order}"
+            yield universal(SMALL, seed, name, overrides, share=CONTINUED, imported=order)
+
+
+def scaling() -> Iterator[Run]:
+    """6. Half the tokens; the rest is part 1's."""
+    tokens = read(SMALL).training.tokens
+    assert tokens is not None
+    for seed in SEEDS:
+        yield from all_alone(SMALL, seed, f"training.tokens={tokens // 2}", suffix="-half")
+        yield universal(SMALL, seed, f"{BEST}-half", OBJECTIVES[BEST], share=0.5)
+
+
+MODELS = {
+    "independent": independent,
+    "frontier": frontier,
+    "sensitivity": sensitivity,
+    "continued": continued,
+    "scaling": scaling,
+}

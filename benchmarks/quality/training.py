@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -10,10 +11,13 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from benchmarks.machine import write_result
-from benchmarks.quality.corpus import DATA
-from benchmarks.quality.study import Run, step_flops
+from benchmarks.quality.corpus import DATA, split
+from benchmarks.quality.study import Run, alone, step_flops
 from matformer_dist.demo import SCRIPTS
 from matformer_dist.parallel.topology import cpu_environment
+from matformer_dist.run_directory import MANIFEST
+
+_CALIBRATION_FILES = 8
 
 
 def train_all(runs: Iterable[Run], jobs: int) -> None:
@@ -24,21 +28,61 @@ def train_all(runs: Iterable[Run], jobs: int) -> None:
             print(f"{run.directory}: {seconds:.0f} s, {run.result}", flush=True)
 
 
+def have_weights(runs: Iterable[Run], jobs: int) -> None:
+    """Train those that are not there, whether they have a result or not."""
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda run: _train(run, jobs), runs))
+
+
 def train(run: Run, jobs: int) -> float:
     """Train, evaluate, write the result; RuntimeError with what was said where a command fails."""
     begun = time.monotonic()
-    configuration = f"benchmarks/quality/configs/{run.size}.yaml"
-    command = ["python", "launch/train.py", "--config", configuration, *run.settings()]
-    _call([sys.executable, *command[1:]], run, jobs)
+    command = _train(run, jobs)
     _call([str(SCRIPTS / "matformer"), "evaluate", str(run.directory), "--heuristic"], run, jobs)
     seconds = time.monotonic() - begun
     _write(run, command, seconds)
     return seconds
 
 
+def _train(run: Run, jobs: int) -> list[str]:
+    """To its last step, or nothing where it is there; the command."""
+    if run.imported and not run.directory.exists():
+        _import(run, jobs)
+    configuration = f"benchmarks/quality/configs/{run.size}.yaml"
+    words = [*run.program, "--config", configuration, *run.settings()]
+    if not _is_trained(run):
+        _call([sys.executable, *words], run, jobs)
+    return ["python", *words]
+
+
+def _is_trained(run: Run) -> bool:
+    last = f"step-{run.config().training.total_steps}"
+    return (run.directory / "checkpoints" / last / MANIFEST).exists()
+
+
+def _import(run: Run, jobs: int) -> None:
+    """Begin as XL that was trained alone: taken out, and imported as any checkpoint is."""
+    assert run.imported
+    of = run.config()
+    parent = alone(run.size, run.seed, of.model.d_ff)
+    _train(parent, jobs)
+    exported = parent.directory / "hf"
+    matformer = str(SCRIPTS / "matformer")
+    shutil.rmtree(exported, ignore_errors=True)
+    words = ["extract", str(parent.directory), "--submodel", "XL", "--format", "hf"]
+    _call([matformer, *words, "--output", str(exported)], run, jobs)
+    widths = ",".join(map(str, of.granularities.widths))
+    words = ["import", str(exported), "--output", str(run.directory), "--order", run.imported]
+    words += ["--widths", widths, "--names", ",".join(of.granularities.names)]
+    if run.imported == "importance":
+        for file in split()[0][:_CALIBRATION_FILES]:
+            words += ["--calibration", str(file)]
+    _call([matformer, *words], run, jobs)
+
+
 def _call(command: list[str], run: Run, jobs: int) -> None:
-    run.directory.mkdir(parents=True, exist_ok=True)
-    log = run.directory / "log.txt"
+    log = run.directory.with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         code = subprocess.run(
             command, stdout=file, stderr=file, env=cpu_environment(jobs), check=False

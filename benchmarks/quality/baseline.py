@@ -1,0 +1,133 @@
+"""Is our XL that is trained alone as good as it should be? transformers' own Llama of its size.
+
+A plain loop of torch over LlamaForCausalLM: its initialisation, its forward pass, torch's AdamW.
+It shares with the study's models the tokens in their order, the batch, the learning rates and the
+validation data, and no code that learns.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.machine import RESULTS, write_result
+from benchmarks.quality.study import SEEDS, SMALL, read
+from matformer_dist.config_language import LanguageConfig
+from matformer_dist.data.datasets import build_datasets
+from matformer_dist.data.tokenizer import Tokenizer
+from matformer_dist.data.tokenizer_files import load_tokenizer
+from matformer_dist.evaluation.validation import Tokens
+
+NAME = "transformers-XL"
+
+
+def train_baselines(jobs: int) -> None:
+    """Of every seed that has no result yet, `jobs` at a time."""
+    waiting = [seed for seed in SEEDS if not _result(seed).exists()]
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        list(pool.map(train_baseline, waiting))
+
+
+def _result(seed: int) -> Path:
+    return RESULTS / "quality" / SMALL / f"{NAME}-{seed}.json"
+
+
+def train_baseline(seed: int) -> None:
+    config = read(SMALL, [f"data.seed={seed}"])
+    begun = time.monotonic()
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    model = _llama(config)
+    optimizer = torch.optim.AdamW(
+        _groups(model, config.optimizer.weight_decay),
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+    )
+    steps = config.training.total_steps
+    for step, sequences in enumerate(_batches(config, tokenizer, steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = _learning_rate(config, step, steps)
+        model(input_ids=sequences, labels=sequences).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    write_result(
+        _result(seed),
+        "cpu",
+        ("torch", "transformers"),
+        {"run": NAME, "size": SMALL, "seed": seed},
+        tokens=config.units(steps * config.training.global_batch_size),
+        seconds=round(time.monotonic() - begun),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        evaluation={"submodels": [{"submodel": "XL", "loss": _loss(model, config, tokenizer)}]},
+    )
+
+
+def _llama(config: LanguageConfig) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    of = config.model
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=of.vocab_size,
+            hidden_size=of.d_model,
+            intermediate_size=of.d_ff,
+            num_hidden_layers=of.n_layers,
+            num_attention_heads=of.n_heads,
+            max_position_embeddings=of.max_seq_len,
+            rms_norm_eps=of.norm_eps,
+            rope_theta=of.rope_theta,
+            tie_word_embeddings=of.tied_embeddings,
+            initializer_range=of.init_std,
+        )
+    )
+
+
+def _groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    weights = list(model.parameters())
+    return [
+        {"params": [w for w in weights if w.dim() > 1], "weight_decay": weight_decay},
+        {"params": [w for w in weights if w.dim() == 1], "weight_decay": 0.0},
+    ]
+
+
+def _learning_rate(config: LanguageConfig, step: int, steps: int) -> float:
+    peak, lowest = config.optimizer.lr, config.schedule.min_lr
+    warmup = config.schedule.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    through = (step - warmup) / (steps - warmup)
+    return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * through))
+
+
+def _batches(config: LanguageConfig, tokenizer: Tokenizer, steps: int) -> list[Tensor]:
+    """[b, s + 1] each: transformers shifts labels itself."""
+    size = config.training.global_batch_size
+    data, _ = build_datasets(config, tokenizer, steps * size, 0)
+    whole = [
+        torch.cat([sample["tokens"], sample["labels"][-1:]])
+        for sample in (data[i] for i in range(steps * size))
+    ]
+    return list(torch.stack(whole).split(size))
+
+
+@torch.no_grad()
+def _loss(model: torch.nn.Module, config: LanguageConfig, tokenizer: Tokenizer) -> float:
+    """Nats a token, on the data that the study's models are evaluated on."""
+    model.eval()
+    validation = Tokens.of(config, tokenizer, None)
+    total = 0.0
+    for tokens, targets in validation.micro_batches(torch.device("cpu")):
+        logits = model(input_ids=tokens).logits
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), reduction="sum"
+        )
+        total += losses.item()
+    return total / validation.predictions

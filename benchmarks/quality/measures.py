@@ -1,0 +1,198 @@
+"""What is measured of several trained models together: parts 2 and 3 of the study."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.frontier import measure, unseen_half
+from benchmarks.machine import RESULTS, write_result
+from benchmarks.quality.study import (
+    BEST,
+    BETWEEN,
+    OBJECTIVES,
+    SEEDS,
+    SMALL,
+    Run,
+    alone,
+    read,
+    universal,
+)
+from benchmarks.quality.training import have_weights
+from matformer_dist.evaluation.validation import Tokens
+from matformer_dist.inference.generation import generate
+from matformer_dist.inference.language import LoadedLanguageModel
+from matformer_dist.inference.loading import load_language_model
+from matformer_dist.inference.sampling import Sampling
+from matformer_dist.nesting import Submodel
+from matformer_dist.search.search import Options, search
+from matformer_dist.submodels.slices import Slice
+
+DRAFTED = 4  # tokens a round
+_PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 64, 32, 128
+
+
+@dataclass(frozen=True)
+class Model:
+    """One of those that a model can be run as."""
+
+    of: LoadedLanguageModel
+    submodel: Submodel
+
+    @classmethod
+    def load(cls, run: Run, name: str) -> Model:
+        of = load_language_model(run.directory)
+        return cls(of, of.parse(name))
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        return self.of.model.logits(tokens, self.submodel)
+
+
+def nested(seed: int) -> Run:
+    return universal(SMALL, seed, BEST, OBJECTIVES[BEST])
+
+
+# 2. The frontier.
+
+
+def frontier_needs(seed: int) -> list[Run]:
+    return [nested(seed), *(alone(SMALL, seed, neurons) for neurons in BETWEEN)]
+
+
+def frontier(seed: int) -> dict[str, Any]:
+    """The search's submodels, chosen on half of the validation data, and the heuristic's of the
+    same budgets, both judged on the other half; with them models of sizes between, trained alone.
+    """
+    run, *others = frontier_needs(seed)
+    batches = read(SMALL).evaluation.batches // 2
+    found = search(str(run.directory), options=Options(batches=batches))
+    loaded = load_language_model(run.directory)
+    unseen = unseen_half(loaded, batches)
+    uniform = loaded.submodel.nesting.names
+    chosen = [name for one in found.slices for name in (one.submodel, one.heuristic)]
+    names = list(dict.fromkeys([*uniform, *chosen]))
+    judged = measure(loaded, unseen, [loaded.parse(name) for name in names])
+    losses = {name: judged[loaded.parse(name)].loss for name in names}
+    sizes = {one.submodel: one.parameters for one in found.all.measured}
+    return {
+        "chosen_on": found.all.units,
+        "judged_on": unseen.predictions,
+        "uniform": [_point(name, sizes[name], losses[name]) for name in uniform],
+        "slices": [_slice(one, sizes, losses) for one in found.slices],
+        "alone": [_judged_alone(other, unseen) for other in others],
+    }
+
+
+def _point(name: str, parameters: int, loss: float) -> dict[str, Any]:
+    return {"submodel": name, "parameters": parameters, "loss": loss}
+
+
+def _slice(one: Slice, sizes: dict[str, int], losses: dict[str, float]) -> dict[str, Any]:
+    searched, heuristic = (
+        _point(name, sizes[name], losses[name]) for name in (one.submodel, one.heuristic)
+    )
+    return {"budget": one.budget, "search": searched, "heuristic": heuristic}
+
+
+def _judged_alone(run: Run, unseen: Tokens) -> dict[str, Any]:
+    loaded = load_language_model(run.directory)
+    loss = measure(loaded, unseen, [loaded.submodel])[loaded.submodel].loss
+    parameters = sum(weight.numel() for weight in loaded.model.parameters())
+    return _point(run.name, parameters, loss)
+
+
+# 3. Consistency and drafting.
+
+
+def consistency_needs(seed: int) -> list[Run]:
+    config = read(SMALL)
+    widths = dict(zip(config.granularities.names, config.granularities.widths, strict=True))
+    return [nested(seed), *(alone(SMALL, seed, widths[name]) for name in ("S", "M", "XL"))]
+
+
+def consistency(seed: int) -> dict[str, Any]:
+    """S and M against XL: of one universal model, and models that were trained alone."""
+    together, *apart = consistency_needs(seed)
+    verifiers = [Model.load(together, "XL"), Model.load(apart[-1], "XL")]
+    drafts = [
+        [Model.load(together, name) for name in ("S", "M")],
+        [Model.load(run, name) for run, name in zip(apart, ("S", "M"), strict=False)],
+    ]
+    validation = Tokens.of(read(SMALL), verifiers[0].of.tokenizer, None)
+    return {
+        kind: {
+            name: _likeness(draft, verifier, validation) | _drafting(draft, verifier, validation)
+            for name, draft in zip(("S", "M"), smaller, strict=True)
+        }
+        for kind, verifier, smaller in zip(("nested", "alone"), verifiers, drafts, strict=True)
+    }
+
+
+@torch.no_grad()
+def _likeness(draft: Model, verifier: Model, validation: Tokens) -> dict[str, float]:
+    """Share of equal best tokens, and KL(verifier || draft) in nats a token."""
+    agreed = divergence = 0.0
+    for tokens, _ in validation.micro_batches(torch.device("cpu")):
+        p, q = (model.logits(tokens).log_softmax(dim=-1) for model in (verifier, draft))
+        agreed += float((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
+        divergence += float((p.exp() * (p - q)).sum())
+    count = validation.predictions
+    return {"agreement": agreed / count, "kl": divergence / count}
+
+
+@torch.no_grad()
+def _drafting(draft: Model, verifier: Model, validation: Tokens) -> dict[str, float]:
+    """Of greedy decoding behind the beginnings of validation sequences."""
+    prompts = validation.tokens[:_PROMPTS, :_PROMPT_TOKENS].tolist()
+    texts = generate(
+        verifier.of.model, verifier.submodel, prompts, max_new_tokens=_NEW_TOKENS,
+        sampling=Sampling(0.0),
+    )  # fmt: skip
+    whole = torch.tensor([[*p, *text] for p, text in zip(prompts, texts, strict=True)])
+    guesses = draft.logits(whole[:, :-1]).argmax(dim=-1)
+    right = (guesses == whole[:, 1:])[:, _PROMPT_TOKENS - 1 :]
+    drafted = accepted = verifies = verified = 0
+    for row in right.tolist():
+        for asked, taken in rounds(row, DRAFTED):
+            drafted, accepted = drafted + asked, accepted + taken
+            verifies, verified = verifies + 1, verified + taken + 1
+    return {"acceptance": accepted / drafted, "tokens_per_verify": verified / verifies}
+
+
+def rounds(right: Sequence[bool], most: int) -> Iterator[tuple[int, int]]:
+    """(drafted, accepted) of each round of greedy speculative decoding, `most` drafted in one.
+
+    right: whether the draft, behind what the verifier writes, goes on with the same token. Whatever
+    is accepted is what the verifier writes, so this is all there is to know: the rounds are those
+    that decoding would go through, with a cache of the draft's own, whichever model drafts.
+    """
+    done = 1  # the prompt's pass gives the first
+    while done < len(right):
+        asked = min(most, len(right) - done - 1)  # the last is the verifier's
+        drafted = right[done : done + asked]
+        taken = drafted.index(False) if False in drafted else asked
+        yield asked, taken
+        done += taken + 1
+
+
+MEASURES = {
+    "frontier": (frontier, frontier_needs),
+    "consistency": (consistency, consistency_needs),
+}
+
+
+def measure_all(name: str, jobs: int) -> None:
+    """Of every seed that has no result yet; models that are not there any more are trained anew."""
+    measured, needs = MEASURES[name]
+    for seed in SEEDS:
+        path = RESULTS / "quality" / SMALL / f"{name}-{seed}.json"
+        if path.exists():
+            continue
+        have_weights(needs(seed), jobs)
+        settings = {"measured": name, "size": SMALL, "seed": seed}
+        models = [run.name for run in needs(seed)]
+        write_result(path, "cpu", ("torch",), settings, models=models, **measured(seed))
