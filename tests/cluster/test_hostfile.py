@@ -15,7 +15,7 @@ import pytest
 from tests.cluster.conftest import config_of
 from tests.cluster.hosts import Hosts, wait_for, why_not
 from tests.end_to_end.conftest import ROOT, SCRIPTS
-from tests.end_to_end.forked import Job
+from tests.end_to_end.jobs import Job
 from tests.end_to_end.test_resume import lines, processes_of
 
 EXAMPLES = ROOT / "launch"

@@ -12,7 +12,7 @@ import pytest
 from tests.cluster.conftest import config_of
 from tests.cluster.hosts import wait_for
 from tests.cluster.slurm import Slurm
-from tests.end_to_end.forked import Job
+from tests.end_to_end.jobs import Job
 from tests.end_to_end.test_resume import lines
 
 STEPS = 200

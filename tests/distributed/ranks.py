@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import queue
 import time
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from matformer_dist.parallel.topology import quiet_libraries
+from tests.forked import FORKED
 from tests.ports import free_port
 
 quiet_libraries()  # before a test module imports DeepSpeed, and for the ranks' processes too
@@ -25,10 +25,9 @@ def run_ranks(
     launcher would set. The first rank to fail ends all, and its traceback is raised here.
     """
     port = free_port()
-    context = multiprocessing.get_context("spawn")
-    results: Any = context.Queue()
+    results: Any = FORKED.Queue()
     processes = [
-        context.Process(
+        FORKED.Process(
             target=_rank_main, args=(rank, world_size, port, results, function, arguments)
         )
         for rank in range(world_size)

@@ -18,7 +18,7 @@ from matformer_dist.checkpoints.universal import load_universal
 from matformer_dist.run_directory import find_checkpoint, read_checkpoints
 from matformer_dist.training.preemption import SAME_SECONDS
 from tests.end_to_end.conftest import ROOT, launch, write_config
-from tests.end_to_end.forked import Job
+from tests.end_to_end.jobs import Job
 from tests.end_to_end.test_resume import lines, processes_of
 
 PREEMPTED = 75

@@ -12,7 +12,7 @@ import pytest
 
 from matformer_dist.run_directory import read_checkpoints
 from tests.end_to_end.conftest import write_config
-from tests.end_to_end.forked import Job
+from tests.end_to_end.jobs import Job
 from tests.end_to_end.test_resume import lines
 
 STEPS = 60

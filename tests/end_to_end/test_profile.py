@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matformer_dist.training.timing import PARTS
 from tests.end_to_end.conftest import refuse, train, write_config
-from tests.end_to_end.forked import Job
+from tests.end_to_end.jobs import Job
 
 
 def labels(path: Path) -> dict[str, int]:

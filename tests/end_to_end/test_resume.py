@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.end_to_end.conftest import matformer, refuse, succeed, train, write_config
-from tests.end_to_end.forked import Job
+from tests.end_to_end.jobs import Job
 
 CLOCKED = (
     "tokens_per_second", "tokens_per_second_per_device", "images_per_second",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import runpy
 import signal
@@ -11,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.end_to_end.conftest import ROOT
+from tests.forked import FORKED
 from tests.ports import free_port
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.end_to_end.preloaded"])
 
 
 class Job:
@@ -25,7 +22,7 @@ class Job:
         self.log.write_text("")
         port = free_port()
         self.ranks: list[Any] = [
-            _context.Process(target=_train, args=(config, overrides, self.log, rank, ranks, port))
+            FORKED.Process(target=_train, args=(config, overrides, self.log, rank, ranks, port))
             for rank in range(ranks)
         ]
         for process in self.ranks:
