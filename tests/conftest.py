@@ -16,7 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--long",
         action="store_true",
-        help="all layouts of four ranks, and ten times as many kills of a run",
+        help="all layouts of four ranks, more steps, and ten times as many kills of a run",
     )
 
 

@@ -70,6 +70,9 @@ def test_checkpointing_matches_keeping_everything(ranks: int, tensor: int, objec
 
 
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("tensor", [2, 4])
-def test_compiled_layers_match_plain_ones(tensor: int) -> None:
-    check(tensor, tensor, COMPILING, "joint")
+@pytest.mark.parametrize(
+    ("tensor", "names"),
+    [(2, tuple(COMPILING)), (4, ("compiled, selective", "compiled, cut, full"))],
+)
+def test_compiled_layers_match_plain_ones(tensor: int, names: tuple[str, ...]) -> None:
+    check(tensor, tensor, {name: COMPILING[name] for name in names}, "joint")

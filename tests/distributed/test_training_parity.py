@@ -28,7 +28,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def layouts(
-    tensors: tuple[int, ...], stages: tuple[int, ...], operators: str = "auto", cover: bool = False
+    steps: int,
+    tensors: tuple[int, ...],
+    stages: tuple[int, ...],
+    operators: str = "auto",
+    cover: bool = False,
 ) -> dict[str, Config]:
     """Every objective and model variant, "name TP ZeRO".
 
@@ -43,7 +47,7 @@ def layouts(
         f"{name}|TP{tensor} ZeRO{stage}": tiny_config(
             parallel={"tensor": tensor},
             deepspeed={"zero_optimization": {"stage": stage}},
-            training={**training, "operators": operators},
+            training={**training, "operators": operators, "steps": steps},
             **sections,
         )
         for name, sections in cases.items()
@@ -61,9 +65,14 @@ def _is_run(name: str, tensor: int, stage: int, cover: bool) -> bool:
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, list[dict[str, float]]]:
+def steps(pytestconfig: pytest.Config) -> int:
+    return 20 if pytestconfig.getoption("--long") else 8
+
+
+@pytest.fixture(scope="module")
+def alone(steps: int) -> dict[str, list[dict[str, float]]]:
     """One process, ZeRO 0, operators in plain torch: what every layout must match, compiled."""
-    configs = layouts((1,), (0,), operators="reference")
+    configs = layouts(steps, (1,), (0,), operators="reference")
     history: dict[str, list[dict[str, float]]] = run_ranks(1, train_each, configs)[0]
     return history
 
@@ -73,19 +82,20 @@ def alone() -> dict[str, list[dict[str, float]]]:
 def test_losses_and_gradient_norms_match_one_process(
     ranks: int,
     tensors: tuple[int, ...],
+    steps: int,
     alone: dict[str, list[dict[str, float]]],
     pytestconfig: pytest.Config,
 ) -> None:
     """TP 1, 2, 4 x ZeRO 0 to 3 x every objective, over data-parallel ranks where there are more.
 
-    On four ranks, which take minutes, only a cover of these; all with --long.
+    On four ranks, which take minutes, only a cover of these; all with --long, for more steps.
     """
     cover = ranks == 4 and not pytestconfig.getoption("--long")
-    configs = layouts(tensors, (0, 1, 2, 3), cover=cover)
+    configs = layouts(steps, tensors, (0, 1, 2, 3), cover=cover)
     by_rank = run_ranks(ranks, train_each, configs, timeout_s=1500)
     for histories in by_rank:
         for name, history in histories.items():
             expected = alone[f"{name.split('|')[0]}|TP1 ZeRO0"]
-            assert len(history) == 20
+            assert len(history) == steps
             for step, (found, wanted) in enumerate(zip(history, expected, strict=True)):
                 assert found == pytest.approx(wanted, rel=1e-5), (name, step)
