@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.quality import study
+from benchmarks.quality import results, study
 from benchmarks.quality.measures import DRAFTED, rounds
+from benchmarks.quality.scaling import Point, fit
 from matformer_dist.inference.generation import Drafting, Sampling, generate
 from matformer_dist.inference.speculative import Statistics
 from tests.unit.submodels.synthetic_run import NESTING, model_config, random_model
@@ -70,3 +71,31 @@ def test_rounds_are_those_of_speculative_decoding(draft: str) -> None:
     assert sum(taken for _, taken in counted) == seen.accepted > 0
     assert len(counted) == seen.verifies
     assert sum(taken + 1 for _, taken in counted) == seen.verified
+
+
+def test_a_fit_finds_the_numbers_that_made_the_points() -> None:
+    a, b, c = 40.0, -0.16, 1.5
+    points = [
+        Point("any", "any", n, d, (a * float(n * d) ** b + c,))
+        for n in (80_000, 260_000, 1_000_000, 4_000_000)
+        for d in (1_000_000, 2_000_000)
+    ]
+    found = fit(points)
+    assert found.values == pytest.approx((a, b, c), rel=0.02)
+    assert found.largest_error < 1e-4
+    for value, (low, high) in zip((a, b, c), found.intervals, strict=True):
+        assert min(low, high) - 0.1 * abs(value) <= value <= max(low, high) + 0.1 * abs(value)
+
+
+def test_seeds_are_paired_where_models_are_compared() -> None:
+    """What the data of a seed adds to both is in neither's difference."""
+    ours = {1: {"S": 3.0}, 2: {"S": 3.4}, 3: {"S": 3.8}, 4: {"S": 9.0}}
+    other = {1: {"S": 3.1}, 2: {"S": 3.5}, 3: {"S": 3.9}}
+    found = results.difference(ours, other, "S")
+    assert found is not None and found.seeds == 3
+    assert found.value == pytest.approx(-0.1) and found.half_width == pytest.approx(0, abs=1e-9)
+    apart = results.mean(other, "S")
+    assert apart is not None
+    # 4.303 is Student's t at 97.5% with two degrees of freedom.
+    assert apart.half_width == pytest.approx(4.303 * 0.4 / 3**0.5, rel=1e-3)
+    assert results.difference(ours, {}, "S") is None
