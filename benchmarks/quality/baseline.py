@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import RESULTS, write_result
+from benchmarks.quality.corpus import prepare
 from benchmarks.quality.study import SEEDS, SMALL, read
 from matformer_dist.config_language import LanguageConfig
 from matformer_dist.data.datasets import build_datasets
@@ -30,6 +31,7 @@ NAME = "transformers-XL"
 def train_baselines(jobs: int) -> None:
     """Of every seed that has no result yet, `jobs` at a time."""
     waiting = [seed for seed in SEEDS if not _result(seed).exists()]
+    prepare(SMALL)
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         list(pool.map(train_baseline, waiting))
 

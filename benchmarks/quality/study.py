@@ -26,6 +26,7 @@ CONFIGS = Path(__file__).parent / "configs"
 RUNS = Path("runs/quality")
 SEEDS = (1, 2, 3)
 SMALL, MIDDLE, LARGE = "260k", "1m", "4m"
+ON_GPU = ("78m", "180m")
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     "per_sequence": ("objective.kind=per_sequence",),
     "sampled": ("objective.kind=sampled",),
@@ -120,6 +121,15 @@ def all_alone(size: str, seed: int, *more: str, suffix: str = "") -> list[Run]:
     ]
 
 
+def all_in_one(size: str, seed: int) -> Run:
+    """XL alone with the FLOPs of all: what is given up for the others."""
+    neurons = read(size).model.d_ff
+    of_xl = alone(size, seed, neurons).overrides
+    steps = round(_steps_for_all(size, of_xl))
+    settings = ("training.tokens=null", f"training.steps={steps}")
+    return alone(size, seed, neurons, "XL-all", *settings)
+
+
 def universal(
     size: str,
     seed: int,
@@ -181,10 +191,19 @@ def independent() -> Iterator[Run]:
         yield from all_alone(SMALL, seed)
         for name, overrides in OBJECTIVES.items():
             yield universal(SMALL, seed, name, overrides)
+        yield all_in_one(SMALL, seed)
     for size, names in ((MIDDLE, ("per_sequence", "joint", "joint-kd")), (LARGE, (BEST,))):
         yield from all_alone(size, SEEDS[0])
         for name in names:
             yield universal(size, SEEDS[0], name, OBJECTIVES[name])
+
+
+def on_gpu() -> Iterator[Run]:
+    """1. The same at the paper's smallest sizes."""
+    for size in ON_GPU:
+        yield from all_alone(size, SEEDS[0])
+        for name, overrides in OBJECTIVES.items():
+            yield universal(size, SEEDS[0], name, overrides)
 
 
 def frontier() -> Iterator[Run]:
@@ -237,6 +256,7 @@ def scaling() -> Iterator[Run]:
 
 MODELS = {
     "independent": independent,
+    "gpu": on_gpu,
     "frontier": frontier,
     "sensitivity": sensitivity,
     "continued": continued,

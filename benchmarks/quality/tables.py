@@ -13,6 +13,7 @@ from benchmarks.quality.study import (
     LARGE,
     MIDDLE,
     OBJECTIVES,
+    ON_GPU,
     PAPER_PROBABILITIES,
     SEEDS,
     SMALL,
@@ -24,7 +25,7 @@ NOTHING = "–"
 
 def tables() -> Iterator[str]:
     """Those that have results, each a heading and a table in Markdown."""
-    for size in (SMALL, MIDDLE, LARGE):
+    for size in (SMALL, MIDDLE, LARGE, *ON_GPU):
         yield from against_independent(size)
     yield from baseline()
     yield from consistency()
@@ -45,7 +46,7 @@ def against_independent(size: str) -> Iterator[str]:
     names = read(size).granularities.names
     alone = results.alone(size, names)
     rows = []
-    for objective in OBJECTIVES:
+    for objective in (*OBJECTIVES, "alone-XL-all"):
         ours = results.losses(size, objective)
         if ours:
             rows.append([objective, *(_against(ours, alone, name) for name in names)])

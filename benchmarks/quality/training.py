@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from benchmarks.machine import write_result
-from benchmarks.quality.corpus import DATA, split
-from benchmarks.quality.study import Run, alone, step_flops
+from benchmarks.quality.corpus import corpus, prefix, prepare
+from benchmarks.quality.study import ON_GPU, Run, alone, step_flops
 from matformer_dist.demo import SCRIPTS
 from matformer_dist.parallel.topology import cpu_environment
 from matformer_dist.run_directory import MANIFEST
@@ -23,6 +23,8 @@ _CALIBRATION_FILES = 8
 def train_all(runs: Iterable[Run], jobs: int) -> None:
     """Those that have no result yet, `jobs` at a time; each goes on from its last checkpoint."""
     waiting = [run for run in runs if not run.result.exists()]
+    for size in dict.fromkeys(run.size for run in waiting):
+        prepare(size)
     with ThreadPoolExecutor(jobs) as pool:
         for run, seconds in pool.map(lambda run: (run, train(run, jobs)), waiting):
             print(f"{run.directory}: {seconds:.0f} s, {run.result}", flush=True)
@@ -30,6 +32,9 @@ def train_all(runs: Iterable[Run], jobs: int) -> None:
 
 def have_weights(runs: Iterable[Run], jobs: int) -> None:
     """Train those that are not there, whether they have a result or not."""
+    runs = list(runs)
+    for size in dict.fromkeys(run.size for run in runs):
+        prepare(size)
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda run: _train(run, jobs), runs))
 
@@ -75,7 +80,7 @@ def _import(run: Run, jobs: int) -> None:
     words = ["import", str(exported), "--output", str(run.directory), "--order", run.imported]
     words += ["--widths", widths, "--names", ",".join(of.granularities.names)]
     if run.imported == "importance":
-        for file in split()[0][:_CALIBRATION_FILES]:
+        for file in corpus(of).split()[0][:_CALIBRATION_FILES]:
             words += ["--calibration", str(file)]
     _call([matformer, *words], run, jobs)
 
@@ -83,9 +88,10 @@ def _import(run: Run, jobs: int) -> None:
 def _call(command: list[str], run: Run, jobs: int) -> None:
     log = run.directory.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
+    environment = None if run.size in ON_GPU else cpu_environment(jobs)
     with log.open("ab") as file:
         code = subprocess.run(
-            command, stdout=file, stderr=file, env=cpu_environment(jobs), check=False
+            command, stdout=file, stderr=file, env=environment, check=False
         ).returncode
     if code:
         raise RuntimeError(f"{' '.join(command)} ended with {code}: see {log}")
@@ -94,10 +100,10 @@ def _call(command: list[str], run: Run, jobs: int) -> None:
 def _write(run: Run, command: list[str], seconds: float) -> None:
     config = run.config()
     training = config.training
-    data = json.loads((DATA / "train.json").read_text())
+    data = json.loads(prefix(config).with_suffix(".json").read_text())
     write_result(
         run.result,
-        "cpu",
+        "cuda" if run.size in ON_GPU else "cpu",
         ("torch",),
         {
             "command": " ".join(command),
