@@ -6,8 +6,9 @@
 #     benchmarks/gpu.sh [PART ...]
 #     OUT=/tmp/results PYTHON=.venv/bin/python benchmarks/gpu.sh model operators
 #
-# Parts are check, model and operators, in this order; without any, all of them. The build is always
-# there, and quick where it was done before.
+# Parts are check, model, operators and quality, in this order; without any, all but quality, which
+# trains the models of benchmarks/quality that a GPU is for, for as long as there is time, and goes on
+# where it was when it is called again. The build is always there, and quick where it was done before.
 #
 # It wants an NVIDIA GPU, a CUDA build of torch (2.11 or later), nvcc and compute-sanitizer of the
 # CUDA toolkit, and a C++ compiler. What it runs goes on after a step that failed; at the end stands
@@ -31,9 +32,9 @@ cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 parts=${*:-check model operators}
 for part in $parts; do
     case $part in
-    check | model | operators) ;;
+    check | model | operators | quality) ;;
     *)
-        echo "gpu.sh: error: there is no part '$part'; parts are check, model and operators" >&2
+        echo "gpu.sh: error: there is no part '$part'; parts are check, model, operators and quality" >&2
         exit 2
         ;;
     esac
@@ -153,6 +154,15 @@ if has operators; then
         --sizes 2048:32768 --tokens 2048 --kl both --seconds 4
     measure nested_ffn 50 nested_ffn nested_ffn --device cuda --dtype bfloat16 \
         --sizes 1024:4096 2048:8192 --rows 1024 4096 --seconds 2
+fi
+if has quality; then
+    step quality 560 "$python" -m benchmarks.quality run gpu --jobs 1
+    for size in 78m 180m; do
+        if [ -d "benchmarks/results/quality/$size" ]; then
+            mkdir -p "$out/quality"
+            cp -r "benchmarks/results/quality/$size" "$out/quality/"
+        fi
+    done
 fi
 
 status=0

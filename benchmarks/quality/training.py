@@ -86,7 +86,7 @@ def _import(run: Run, jobs: int) -> None:
 
 
 def _call(command: list[str], run: Run, jobs: int) -> None:
-    log = run.directory.with_suffix(".log")
+    log = run.directory.with_name(f"{run.directory.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = None if run.size in ON_GPU else cpu_environment(jobs)
     with log.open("ab") as file:
