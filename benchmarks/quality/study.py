@@ -222,6 +222,14 @@ def sensitivity() -> Iterator[Run]:
             neurons = read(SMALL).model.d_ff
             yield alone(SMALL, seed, neurons, f"XL-lr-{factor:g}", *rates)
             yield universal(SMALL, seed, f"{BEST}-lr-{factor:g}", (*base, *rates))
+        # Is it only that a universal model takes more steps of the same batch?
+        for sequences in (4, 2):
+            smaller = (
+                f"training.global_batch_size={sequences}",
+                f"training.micro_batch_size={sequences}",
+                *rate(SMALL, (sequences / read(SMALL).training.global_batch_size) ** 0.5),
+            )
+            yield alone(SMALL, seed, read(SMALL).model.d_ff, f"XL-batch-{sequences}", *smaller)
         for name, fractions in FRACTIONS.items():
             yield universal(SMALL, seed, f"{BEST}-{name}", (*base, *fractions))
         for name, probabilities in PAPER_PROBABILITIES.items():

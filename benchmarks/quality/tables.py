@@ -135,10 +135,10 @@ def variants() -> Iterator[str]:
     alone = results.losses(SMALL, "alone-XL")
     rows = [
         [label, _mean(results.difference(ours, alone, "XL"))]
-        for label in labels
+        for label in (*labels, "batch-4", "batch-2")
         if (ours := results.losses(SMALL, f"alone-XL-{label}"))
     ]
-    yield from table(f"{SMALL}: XL alone at another learning rate, less XL alone", ["", "XL"], rows)
+    yield from table(f"{SMALL}: XL alone with another setting, less XL alone", ["", "XL"], rows)
     skipping, sampled = (results.losses(SMALL, n) for n in ("sampled-skipping", "sampled"))
     if skipping:
         cells = [_mean_difference(skipping, sampled, name) for name in names]
