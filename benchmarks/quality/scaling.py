@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.optimize import curve_fit
 
 from benchmarks.quality import results
-from benchmarks.quality.study import BEST, LARGE, MIDDLE, SMALL, read
+from benchmarks.quality.study import BEST, LARGE, MIDDLE, SMALL, TOKENS, read
 from matformer_dist.counting import count_parameters
 
 _RESAMPLES = 500
@@ -44,12 +44,10 @@ class Fit:
 
 
 def points(kind: str) -> list[Point]:
-    """kind: alone, or nested. Every size, and half the tokens at the smallest."""
-    return [
-        point
-        for size, suffix in ((SMALL, ""), (SMALL, "-half"), (MIDDLE, ""), (LARGE, ""))
-        for point in _points(kind, size, suffix)
-    ]
+    """kind: alone, or nested. Every size, and other tokens at the smallest."""
+    places = [(size, "") for size in (SMALL, MIDDLE, LARGE)]
+    places += [(SMALL, suffix) for suffix in TOKENS]
+    return [point for size, suffix in places for point in _points(kind, size, suffix)]
 
 
 def _points(kind: str, size: str, suffix: str) -> Iterator[Point]:
@@ -66,7 +64,7 @@ def _points(kind: str, size: str, suffix: str) -> Iterator[Point]:
         losses = tuple(of[name] for of in found.values() if name in of)
         if losses:
             n = count_parameters(config.model, outputs, submodel).non_embedding
-            yield Point(size, name, n, tokens // 2 if suffix else tokens, losses)
+            yield Point(size, name, n, round(TOKENS.get(suffix, 1) * tokens), losses)
 
 
 def fit(found: Sequence[Point]) -> Fit:

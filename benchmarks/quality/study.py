@@ -50,6 +50,7 @@ FRACTIONS = {
     ),
     "even": ("nesting.fractions=[1/4,1/2,3/4,1]",),
 }
+TOKENS = {"-half": 0.5, "-x2": 2.0, "-x4": 4.0}  # in X
 CONTINUED = 0.1  # of a universal model's tokens
 _STEPS_AVERAGED = 4096  # of an objective that draws
 
@@ -254,12 +255,17 @@ def continued() -> Iterator[Run]:
 
 
 def scaling() -> Iterator[Run]:
-    """6. Half the tokens; the rest is part 1's."""
+    """6. More and fewer tokens; the rest is part 1's.
+
+    At four times the tokens each model alone has seen as many as the universal one: what is between
+    them then is what nesting costs.
+    """
     tokens = read(SMALL).training.tokens
     assert tokens is not None
-    for seed in SEEDS:
-        yield from all_alone(SMALL, seed, f"training.tokens={tokens // 2}", suffix="-half")
-        yield universal(SMALL, seed, f"{BEST}-half", OBJECTIVES[BEST], share=0.5)
+    for suffix, factor in TOKENS.items():
+        settings = f"training.tokens={round(factor * tokens)}"
+        yield from all_alone(SMALL, SEEDS[0], settings, suffix=suffix)
+    yield universal(SMALL, SEEDS[0], f"{BEST}-half", OBJECTIVES[BEST], share=TOKENS["-half"])
 
 
 MODELS = {

@@ -17,6 +17,7 @@ from benchmarks.quality.study import (
     PAPER_PROBABILITIES,
     SEEDS,
     SMALL,
+    TOKENS,
     read,
 )
 
@@ -52,6 +53,11 @@ def against_independent(size: str) -> Iterator[str]:
             rows.append([objective, *(_against(ours, alone, name) for name in names)])
     if rows:
         rows.insert(0, ["alone", *(_mean(results.mean(alone, name)) for name in names)])
+    for suffix in TOKENS if size == SMALL else ():
+        more = results.alone(size, names, suffix)
+        if more:
+            label = f"alone, {TOKENS[suffix]:g} X tokens"
+            rows.append([label, *(_against(more, alone, name) for name in names)])
     title = f"{size}: loss of models trained alone, and by how much the universal model's is below"
     yield from table(title, ["", *names], rows)
 
