@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
 from zlib import crc32
 
 from benchmarks.machine import RESULTS
@@ -52,6 +52,8 @@ FRACTIONS = {
 }
 TOKENS = {"-half": 0.5, "-x2": 2.0, "-x4": 4.0}  # in X
 CONTINUED = 0.1  # of a universal model's tokens
+TRAIN = ("launch/train.py",)
+Order: TypeAlias = Literal["importance", "none"]
 _STEPS_AVERAGED = 4096  # of an objective that draws
 
 
@@ -67,9 +69,9 @@ class Run:
     seed: int
     family: str
     overrides: tuple[str, ...] = ()
-    program: tuple[str, ...] = ("launch/train.py",)
+    program: tuple[str, ...] = TRAIN
     # Begins as XL that was trained alone, imported with its neurons in this order.
-    imported: Literal["importance", "none"] | None = None
+    imported: Order | None = None
 
     @property
     def directory(self) -> Path:
@@ -138,12 +140,13 @@ def universal(
     overrides: tuple[str, ...] = (),
     *,
     share: float = 1.0,
-    **more: object,
+    program: tuple[str, ...] = TRAIN,
+    imported: Order | None = None,
 ) -> Run:
     """As many steps as spend `share` of the FLOPs of its granularities alone."""
     steps = round(share * _steps_for_all(size, overrides))
     settings = (*overrides, "training.tokens=null", f"training.steps={steps}")
-    return Run(size, name, seed, "universal", settings, **more)  # type: ignore[arg-type]
+    return Run(size, name, seed, "universal", settings, program, imported)
 
 
 @cache
@@ -248,7 +251,7 @@ def sensitivity() -> Iterator[Run]:
 def continued() -> Iterator[Run]:
     """5. XL alone, imported, and nested for a tenth of the universal model's FLOPs."""
     for seed in SEEDS:
-        for order in ("importance", "none"):
+        for order in get_args(Order):
             overrides = (*OBJECTIVES[BEST], *rate(SMALL, 0.5), f"data.seed={seed + 100}")
             name = f"continued-{order}"
             yield universal(SMALL, seed, name, overrides, share=CONTINUED, imported=order)
