@@ -54,8 +54,10 @@ def write_result(
     path: Path, device: str, packages: tuple[str, ...], settings: Mapping[str, Any], **rows: Any
 ) -> None:
     """Write one JSON file: how it was measured, then what."""
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.stem == "__main__" else program.stem
     record = {
-        "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "device": device_name(device),
         "python": platform.python_version(),

@@ -6,15 +6,15 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from benchmarks.quality import __doc__ as told
 from benchmarks.quality.baseline import train_baselines
 from benchmarks.quality.measures import measure_all
-from benchmarks.quality.study import MODELS, RUNS
+from benchmarks.quality.study import MODELS, RUNS, SEEDS
 from benchmarks.quality.training import train_all
 
-Part = Callable[[int], None]  # told how many processes to run at a time
+Part = Callable[[Sequence[int], int], None]  # told the seeds, and processes at a time
 LOG = RUNS / "log.txt"
 
 
@@ -22,14 +22,16 @@ def _parts() -> dict[str, Part]:
     """In the order of what matters most."""
 
     def trained(name: str) -> Part:
-        return lambda jobs: train_all(MODELS[name](), jobs)
+        return lambda seeds, jobs: train_all(
+            (run for run in MODELS[name]() if run.seed in seeds), jobs
+        )
 
     def measured(name: str) -> Part:
-        return lambda jobs: measure_all(name, jobs)
+        return lambda seeds, jobs: measure_all(name, seeds, jobs)
 
-    def frontier(jobs: int) -> None:
-        trained("frontier")(jobs)
-        measured("frontier")(jobs)
+    def frontier(seeds: Sequence[int], jobs: int) -> None:
+        trained("frontier")(seeds, jobs)
+        measured("frontier")(seeds, jobs)
 
     return {
         "independent": trained("independent"),
@@ -55,6 +57,7 @@ def main() -> None:
     run.add_argument(
         "parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; else all but gpu"
     )
+    run.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS, metavar="SEED")
     run.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at a time")
     run.add_argument("--background", action="store_true", help=f"go on by itself; see {LOG}")
     commands.add_parser("draw")
@@ -68,19 +71,21 @@ def main() -> None:
     if unknown:
         parser.error(f"there is no part {', '.join(sorted(unknown))}; choose of {', '.join(parts)}")
     if arguments.background:
-        _go_on_alone(arguments.parts, arguments.jobs)
+        _go_on_alone(arguments)
         return
     for name in arguments.parts or [name for name in parts if name != "gpu"]:
         print(f"== {name}", flush=True)
-        parts[name](arguments.jobs)
+        parts[name](arguments.seeds, arguments.jobs)
 
 
-def _go_on_alone(parts: list[str], jobs: int) -> None:
+def _go_on_alone(arguments: argparse.Namespace) -> None:
     """The same in a process that outlives this one and its terminal."""
+    seeds = [str(seed) for seed in arguments.seeds]
+    options = ["--seeds", *seeds, "--jobs", str(arguments.jobs)]
     LOG.parent.mkdir(parents=True, exist_ok=True)
     with LOG.open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.quality", "run", *parts, "--jobs", str(jobs)],
+            [sys.executable, "-m", "benchmarks.quality", "run", *arguments.parts, *options],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

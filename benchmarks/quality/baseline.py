@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.machine import RESULTS, write_result
 from benchmarks.quality.corpus import prepare
-from benchmarks.quality.study import SEEDS, SMALL, read
+from benchmarks.quality.study import SMALL, read
 from matformer_dist.config_language import LanguageConfig
 from matformer_dist.data.datasets import build_datasets
 from matformer_dist.data.tokenizer import Tokenizer
@@ -28,9 +29,9 @@ from matformer_dist.evaluation.validation import Tokens
 NAME = "transformers-XL"
 
 
-def train_baselines(jobs: int) -> None:
+def train_baselines(seeds: Sequence[int], jobs: int) -> None:
     """Of every seed that has no result yet, `jobs` at a time."""
-    waiting = [seed for seed in SEEDS if not _result(seed).exists()]
+    waiting = [seed for seed in seeds if not _result(seed).exists()]
     prepare(SMALL)
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         list(pool.map(train_baseline, waiting))

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from benchmarks.machine import RESULTS
 from benchmarks.quality import results
 from benchmarks.quality.scaling import Fit, Point, fit, points
-from benchmarks.quality.study import BEST, SEEDS, SMALL, read
+from benchmarks.quality.study import BEST, SEEDS, SMALL, tokens_alone
 from benchmarks.quality.tables import table, tables
 
 TABLES = RESULTS / "quality" / "tables.md"
@@ -65,7 +65,7 @@ def _draw_sizes(axes: Axes) -> None:
             if one["kind"] == "uniform":
                 place = (one["non_embedding_parameters"], loss)
                 axes.annotate(one["submodel"], place, xytext=(4, 6), textcoords="offset points")
-    tokens = read(SMALL).training.tokens
+    tokens = tokens_alone(SMALL)
     alone = [one for one in points("alone") if (one.size, one.tokens) == (SMALL, tokens)]
     for point in alone:
         sizes = [point.parameters] * len(point.losses)

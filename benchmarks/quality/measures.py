@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from benchmarks.frontier import measure, unseen_half
 from benchmarks.machine import RESULTS, write_result
+from benchmarks.quality.results import Chosen, Frontier, Point
 from benchmarks.quality.study import (
     BEST,
     BETWEEN,
     OBJECTIVES,
-    SEEDS,
     SMALL,
     Run,
     alone,
@@ -29,8 +29,8 @@ from matformer_dist.inference.language import LoadedLanguageModel
 from matformer_dist.inference.loading import load_language_model
 from matformer_dist.inference.sampling import Sampling
 from matformer_dist.nesting import Submodel
+from matformer_dist.search.budget import Budget
 from matformer_dist.search.search import Options, search
-from matformer_dist.submodels.slices import Slice
 
 DRAFTED = 4  # tokens a round
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 64, 32, 128
@@ -63,46 +63,41 @@ def frontier_needs(seed: int) -> list[Run]:
     return [nested(seed), *(alone(SMALL, seed, neurons) for neurons in BETWEEN)]
 
 
-def frontier(seed: int) -> dict[str, Any]:
+def frontier(seed: int) -> Frontier:
     """The search's submodels, chosen on half of the validation data, and the heuristic's of the
-    same budgets, both judged on the other half; with them models of sizes between, trained alone.
+    same budgets, both judged on the other half; with them models of sizes between, trained alone,
+    whose sizes are among the budgets.
     """
     run, *others = frontier_needs(seed)
     batches = read(SMALL).evaluation.batches // 2
-    found = search(str(run.directory), options=Options(batches=batches))
+    options = Options(batches=batches)
+    others_loaded = [load_language_model(other.directory) for other in others]
+    sizes = [sum(weight.numel() for weight in of.model.parameters()) for of in others_loaded]
+    search(str(run.directory), options=options)
+    found = search(str(run.directory), [Budget("params", size) for size in sizes], options=options)
     loaded = load_language_model(run.directory)
     unseen = unseen_half(loaded, batches)
     uniform = loaded.submodel.nesting.names
-    chosen = [name for one in found.slices for name in (one.submodel, one.heuristic)]
+    chosen = [name for one in found.all.slices for name in (one.submodel, one.heuristic)]
     names = list(dict.fromkeys([*uniform, *chosen]))
     judged = measure(loaded, unseen, [loaded.parse(name) for name in names])
-    losses = {name: judged[loaded.parse(name)].loss for name in names}
-    sizes = {one.submodel: one.parameters for one in found.all.measured}
-    return {
-        "chosen_on": found.all.units,
-        "judged_on": unseen.predictions,
-        "uniform": [_point(name, sizes[name], losses[name]) for name in uniform],
-        "slices": [_slice(one, sizes, losses) for one in found.slices],
-        "alone": [_judged_alone(other, unseen) for other in others],
+    parameters = {one.submodel: one.parameters for one in found.all.measured}
+    points = {
+        name: Point(name, parameters[name], judged[loaded.parse(name)].loss) for name in names
     }
-
-
-def _point(name: str, parameters: int, loss: float) -> dict[str, Any]:
-    return {"submodel": name, "parameters": parameters, "loss": loss}
-
-
-def _slice(one: Slice, sizes: dict[str, int], losses: dict[str, float]) -> dict[str, Any]:
-    searched, heuristic = (
-        _point(name, sizes[name], losses[name]) for name in (one.submodel, one.heuristic)
+    return Frontier(
+        chosen_on=found.all.units,
+        judged_on=unseen.predictions,
+        uniform=[points[name] for name in uniform],
+        chosen=[
+            Chosen(round(one.budget), points[one.submodel], points[one.heuristic])
+            for one in found.all.slices
+        ],
+        alone=[
+            Point(other.name, size, measure(of, unseen, [of.submodel])[of.submodel].loss)
+            for other, of, size in zip(others, others_loaded, sizes, strict=True)
+        ],
     )
-    return {"budget": one.budget, "search": searched, "heuristic": heuristic}
-
-
-def _judged_alone(run: Run, unseen: Tokens) -> dict[str, Any]:
-    loaded = load_language_model(run.directory)
-    loss = measure(loaded, unseen, [loaded.submodel])[loaded.submodel].loss
-    parameters = sum(weight.numel() for weight in loaded.model.parameters())
-    return _point(run.name, parameters, loss)
 
 
 # 3. Consistency and drafting.
@@ -180,15 +175,15 @@ def rounds(right: Sequence[bool], most: int) -> Iterator[tuple[int, int]]:
 
 
 MEASURES = {
-    "frontier": (frontier, frontier_needs),
+    "frontier": (lambda seed: asdict(frontier(seed)), frontier_needs),
     "consistency": (consistency, consistency_needs),
 }
 
 
-def measure_all(name: str, jobs: int) -> None:
+def measure_all(name: str, seeds: Sequence[int], jobs: int) -> None:
     """Of every seed that has no result yet; models that are not there any more are trained anew."""
     measured, needs = MEASURES[name]
-    for seed in SEEDS:
+    for seed in seeds:
         path = RESULTS / "quality" / SMALL / f"{name}-{seed}.json"
         if path.exists():
             continue

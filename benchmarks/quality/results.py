@@ -1,4 +1,4 @@
-"""The results that are there, and what several seeds say together."""
+"""The results that are there, their forms, and what several seeds say together."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 from scipy.stats import t
 
 from benchmarks.machine import RESULTS
@@ -35,6 +36,59 @@ class Mean:
     def text(self, form: str = ".4f") -> str:
         around = "" if self.half_width is None else f" ± {self.half_width:{form.lstrip('+')}}"
         return f"{self.value:{form}}{around}"
+
+
+@dataclass(frozen=True)
+class Point:
+    submodel: str
+    parameters: int
+    loss: float  # nats a token
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """For one budget, of parameters."""
+
+    budget: int
+    search: Point
+    heuristic: Point
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Mix'n'Match submodels of one universal model beside models that were trained alone.
+
+    Chosen on so many tokens, all judged on so many others.
+    """
+
+    chosen_on: int
+    judged_on: int
+    uniform: list[Point]
+    chosen: list[Chosen]
+    alone: list[Point]
+
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> Frontier:
+        """As `dataclasses.asdict` wrote it."""
+        points = {key: [Point(**one) for one in found[key]] for key in ("uniform", "alone")}
+        chosen = [
+            Chosen(one["budget"], Point(**one["search"]), Point(**one["heuristic"]))
+            for one in found["chosen"]
+        ]
+        return cls(found["chosen_on"], found["judged_on"], chosen=chosen, **points)
+
+    def line(self, parameters: int) -> float:
+        """The loss of that size between the uniform submodels on both sides of it."""
+        sizes, losses = zip(
+            *sorted((point.parameters, point.loss) for point in self.uniform), strict=True
+        )
+        return float(np.interp(parameters, sizes, losses))
+
+    def best(self, kind: Literal["search", "heuristic"], parameters: int) -> Point:
+        """The largest of those chosen that is not above that size."""
+        points = [one.search if kind == "search" else one.heuristic for one in self.chosen]
+        fitting = [point for point in points if point.parameters <= parameters]
+        return max(fitting, key=lambda point: point.parameters)
 
 
 @cache

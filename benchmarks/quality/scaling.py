@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.optimize import curve_fit
 
 from benchmarks.quality import results
-from benchmarks.quality.study import BEST, LARGE, MIDDLE, SMALL, TOKENS, read
+from benchmarks.quality.study import BEST, LARGE, MIDDLE, SMALL, TOKENS, read, tokens_alone
 from matformer_dist.counting import count_parameters
 
 _RESAMPLES = 500
@@ -52,8 +52,9 @@ def points(kind: str) -> list[Point]:
 
 def _points(kind: str, size: str, suffix: str) -> Iterator[Point]:
     config = read(size)
-    tokens, outputs = config.training.tokens, config.model.vocab_size
-    assert tokens is not None and outputs is not None
+    outputs = config.model.vocab_size
+    assert outputs is not None
+    tokens = round(TOKENS.get(suffix, 1) * tokens_alone(size))
     nesting = config.granularities
     if kind == "alone":
         found = results.alone(size, nesting.names, suffix)
@@ -64,7 +65,7 @@ def _points(kind: str, size: str, suffix: str) -> Iterator[Point]:
         losses = tuple(of[name] for of in found.values() if name in of)
         if losses:
             n = count_parameters(config.model, outputs, submodel).non_embedding
-            yield Point(size, name, n, round(TOKENS.get(suffix, 1) * tokens), losses)
+            yield Point(size, name, n, tokens, losses)
 
 
 def fit(found: Sequence[Point]) -> Fit:

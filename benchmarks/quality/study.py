@@ -104,6 +104,13 @@ def _read(size: str, overrides: tuple[str, ...]) -> LanguageConfig:
     return as_language(load_config(CONFIGS / f"{size}.yaml", overrides), "the study")
 
 
+def tokens_alone(size: str) -> int:
+    """X."""
+    tokens = read(size).training.tokens
+    assert tokens is not None
+    return tokens
+
+
 # What is trained.
 
 
@@ -263,12 +270,12 @@ def scaling() -> Iterator[Run]:
     At four times the tokens each model alone has seen as many as the universal one: what is between
     them then is what nesting costs.
     """
-    tokens = read(SMALL).training.tokens
-    assert tokens is not None
     for suffix, factor in TOKENS.items():
-        settings = f"training.tokens={round(factor * tokens)}"
+        settings = f"training.tokens={round(factor * tokens_alone(SMALL))}"
         yield from all_alone(SMALL, SEEDS[0], settings, suffix=suffix)
-    yield universal(SMALL, SEEDS[0], f"{BEST}-half", OBJECTIVES[BEST], share=TOKENS["-half"])
+        yield universal(SMALL, SEEDS[0], BEST + suffix, OBJECTIVES[BEST], share=factor)
+    most = max(TOKENS, key=lambda suffix: TOKENS[suffix])
+    yield universal(SMALL, SEEDS[0], f"joint{most}", OBJECTIVES["joint"], share=TOKENS[most])
 
 
 MODELS = {

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.quality import results
 from benchmarks.quality.baseline import NAME as BASELINE
-from benchmarks.quality.results import Losses, Mean
+from benchmarks.quality.results import Frontier, Losses, Mean
 from benchmarks.quality.study import (
     BEST,
     FRACTIONS,
@@ -19,6 +19,7 @@ from benchmarks.quality.study import (
     SMALL,
     TOKENS,
     read,
+    tokens_alone,
 )
 
 NOTHING = "–"
@@ -28,6 +29,8 @@ def tables() -> Iterator[str]:
     """Those that have results, each a heading and a table in Markdown."""
     for size in (SMALL, MIDDLE, LARGE, *ON_GPU):
         yield from against_independent(size)
+    for suffix in TOKENS:
+        yield from against_independent(SMALL, suffix)
     yield from baseline()
     yield from consistency()
     yield from frontier()
@@ -43,22 +46,24 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Ite
     yield f"### {title}\n\n" + "\n".join(lines)
 
 
-def against_independent(size: str) -> Iterator[str]:
+def against_independent(size: str, suffix: str = "") -> Iterator[str]:
+    """Where X is what `suffix` says of the configuration's."""
     names = read(size).granularities.names
-    alone = results.alone(size, names)
+    alone = results.alone(size, names, suffix)
     rows = []
     for objective in (*OBJECTIVES, "alone-XL-all"):
-        ours = results.losses(size, objective)
+        ours = results.losses(size, objective + suffix)
         if ours:
             rows.append([objective, *(_against(ours, alone, name) for name in names)])
     if rows:
         rows.insert(0, ["alone", *(_mean(results.mean(alone, name)) for name in names)])
-    for suffix in TOKENS if size == SMALL else ():
-        more = results.alone(size, names, suffix)
+    for other, factor in TOKENS.items() if (size, suffix) == (SMALL, "") else ():
+        more = results.alone(size, names, other)
         if more:
-            label = f"alone, {TOKENS[suffix]:g} X tokens"
+            label = f"alone, {factor:g} X tokens"
             rows.append([label, *(_against(more, alone, name) for name in names)])
-    title = f"{size}: loss of models trained alone, and by how much the universal model's is below"
+    tokens = TOKENS.get(suffix, 1) * tokens_alone(size) / 1e6
+    title = f"{size}, X = {tokens:g} M tokens: loss of models trained alone; others' less that"
     yield from table(title, ["", *names], rows)
 
 
@@ -102,30 +107,19 @@ def consistency() -> Iterator[str]:
 
 def frontier() -> Iterator[str]:
     """At the sizes of models trained alone: the widest that fits of the search, and others."""
-    found = [of for seed in SEEDS if (of := results.result(SMALL, "frontier", seed))]
+    found = [Frontier.of(of) for seed in SEEDS if (of := results.result(SMALL, "frontier", seed))]
     rows = []
-    for place in range(len(found[0]["alone"]) if found else 0):
-        cells = [_at_size(of, of["alone"][place]["parameters"]) for of in found]
-        means = [Mean.of([cell[key] for cell in cells]).text() for key in cells[0]]
-        alone = Mean.of([of["alone"][place]["loss"] for of in found]).text()
-        rows.append([f"{found[0]['alone'][place]['parameters']:,}", alone, *means])
+    for places in zip(*(of.alone for of in found), strict=True):
+        parameters = places[0].parameters
+        kinds = {
+            "alone": [place.loss for place in places],
+            "line": [of.line(parameters) for of in found],
+            "heuristic": [of.best("heuristic", parameters).loss for of in found],
+            "search": [of.best("search", parameters).loss for of in found],
+        }
+        rows.append([f"{parameters:,}", *(Mean.of(losses).text() for losses in kinds.values())])
     head = ["parameters", "alone", "line between uniform", "heuristic", "search"]
     yield from table(f"{SMALL}, {BEST}: Mix'n'Match", head, rows)
-
-
-def _at_size(found: dict[str, list[dict[str, object]]], parameters: int) -> dict[str, float]:
-    """Losses of the largest submodels that are not above that size."""
-    uniform = sorted((int(p["parameters"]), float(p["loss"])) for p in found["uniform"])  # type: ignore[call-overload, arg-type]
-    below = max(point for point in uniform if point[0] <= parameters)
-    above = min(point for point in uniform if point[0] > parameters)
-    share = (parameters - below[0]) / (above[0] - below[0])
-    chosen = {"line": below[1] + share * (above[1] - below[1])}
-    for kind in ("heuristic", "search"):
-        fitting = [
-            of[kind] for of in found["slices"] if of[kind]["parameters"] <= parameters  # type: ignore[index]
-        ]  # fmt: skip
-        chosen[kind] = max(fitting, key=lambda point: point["parameters"])["loss"]  # type: ignore[index]
-    return chosen
 
 
 def variants() -> Iterator[str]:

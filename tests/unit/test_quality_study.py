@@ -27,7 +27,7 @@ def test_every_model_has_a_valid_configuration_and_a_place_of_its_own(
 
 
 def test_universal_models_spend_what_their_granularities_alone_do(runs: list[study.Run]) -> None:
-    """All but those that are for less."""
+    """Or the share of it that their name tells."""
 
     def flops(run: study.Run) -> float:
         config = run.config()
@@ -37,10 +37,11 @@ def test_universal_models_spend_what_their_granularities_alone_do(runs: list[stu
     sizes = {run.size for run in runs}
     alone = {size: sum(flops(run) for run in study.all_alone(size, seed)) for size in sizes}
     for run in runs:
-        less = run.imported or run.name.endswith("-half")
-        if run.family == "universal" and run.seed == seed and not less:
+        if run.family == "universal" and run.seed == seed:
+            suffix = run.name[run.name.rfind("-") :]
+            share = study.CONTINUED if run.imported else study.TOKENS.get(suffix, 1.0)
             # What is drawn differs by the seed.
-            assert flops(run) == pytest.approx(alone[run.size], rel=0.005), run
+            assert flops(run) == pytest.approx(share * alone[run.size], rel=0.005), run
 
 
 def test_models_that_are_trained_apart_begin_apart_and_universal_ones_alike(
