@@ -162,9 +162,14 @@ def _steps_for_all(size: str, overrides: tuple[str, ...]) -> float:
 
     A nest of other granularities is given as much.
     """
+    return _flops_alone(size) / step_flops(read(size, overrides))
+
+
+@cache
+def _flops_alone(size: str) -> float:
+    """Of all granularities of the configuration, together."""
     configs = [run.config() for run in all_alone(size, SEEDS[0])]
-    alone = sum(step_flops(config) * config.training.total_steps for config in configs)
-    return alone / step_flops(read(size, overrides))
+    return sum(step_flops(config) * config.training.total_steps for config in configs)
 
 
 def step_flops(config: LanguageConfig) -> float:
