@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import time
 import traceback
@@ -10,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from matformer_dist.parallel.topology import quiet_libraries
-from tests.forked import FORKED
+from tests.forked import FORKED, become_rank
 from tests.ports import free_port
 
 quiet_libraries()  # before a test module imports DeepSpeed, and for the ranks' processes too
@@ -69,14 +68,7 @@ def _rank_main(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_RANK=str(rank),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-    )
+    become_rank(rank, world_size, port)
     import torch
 
     torch.set_num_threads(1)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.end_to_end.conftest import ROOT
-from tests.forked import FORKED
+from tests.forked import FORKED, become_rank
 from tests.ports import free_port
 
 
@@ -61,13 +61,7 @@ def _train(
     os.dup2(out, 1)
     os.dup2(out, 2)
     if ranks > 1:
-        os.environ.update(
-            RANK=str(rank),
-            WORLD_SIZE=str(ranks),
-            LOCAL_RANK=str(rank),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
+        become_rank(rank, ranks, port)
     os.chdir(ROOT)
     sys.argv = ["launch/train.py", "--config", str(config), *overrides]
     runpy.run_path("launch/train.py", run_name="__main__")
