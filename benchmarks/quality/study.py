@@ -50,7 +50,9 @@ FRACTIONS = {
     ),
     "even": ("nesting.fractions=[1/4,1/2,3/4,1]",),
 }
-TOKENS = {"-half": 0.5, "-x2": 2.0, "-x4": 4.0}  # in X
+HALF = "-half"
+TOKENS = {HALF: 0.5, "-x2": 2.0, "-x4": 4.0}  # in X
+INACTIVE = "inactive.json"  # what inactive.py measures, in a run
 CONTINUED = 0.1  # of a universal model's tokens
 TRAIN = ("launch/train.py",)
 Order: TypeAlias = Literal["importance", "none"]
@@ -251,12 +253,11 @@ def sensitivity() -> Iterator[Run]:
         for name, probabilities in PAPER_PROBABILITIES.items():
             overrides = (*base, f"objective.probabilities={probabilities}")
             yield universal(SMALL, seed, f"{BEST}-{name}", overrides)
+        sampled = OBJECTIVES["sampled"]
+        skip, drift = (("-m", "benchmarks.quality.inactive", mode) for mode in ("skip", "drift"))
+        yield universal(SMALL, seed, "sampled-skipping", sampled, program=skip)
         yield universal(
-            SMALL,
-            seed,
-            "sampled-skipping",
-            OBJECTIVES["sampled"],
-            program=("-m", "benchmarks.quality.skipping"),
+            SMALL, seed, f"sampled-drift{HALF}", sampled, share=TOKENS[HALF], program=drift
         )
 
 

@@ -10,6 +10,7 @@ from benchmarks.quality.results import Frontier, Losses, Mean
 from benchmarks.quality.study import (
     BEST,
     FRACTIONS,
+    HALF,
     LARGE,
     MIDDLE,
     OBJECTIVES,
@@ -35,6 +36,7 @@ def tables() -> Iterator[str]:
     yield from consistency()
     yield from frontier()
     yield from variants()
+    yield from drift()
     yield from continued()
 
 
@@ -144,6 +146,19 @@ def variants() -> Iterator[str]:
         cells = [_mean_difference(skipping, sampled, name) for name in names]
         title = f"{SMALL}: sampled, neurons that a step does not run left alone, less sampled"
         yield from table(title, ["", *names], [["sampled-skipping", *cells]])
+
+
+def drift() -> Iterator[str]:
+    name = f"sampled-drift{HALF}"
+    found = [of["inactive"] for seed in SEEDS if (of := results.result(SMALL, name, seed))]
+    rows = []
+    if found:
+        run, not_run = (Mean.of([of[key] for of in found]) for key in ("run", "not_run"))
+        share = Mean.of([of["not_run"] / of["run"] for of in found])
+        rows.append([run.text(".2e"), not_run.text(".2e"), share.text(".3f")])
+    head = ["steps that run them", "steps that do not", "share"]
+    title = f"{SMALL}, sampled: how far a step moves XL's own neurons, root mean square of weights"
+    yield from table(title, head, rows)
 
 
 def _mean_difference(ours: dict[int, Losses], other: dict[int, Losses], name: str) -> str:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from benchmarks.machine import write_result
 from benchmarks.quality.corpus import corpus, prefix, prepare
-from benchmarks.quality.study import BEST, ON_GPU, Run, alone, step_flops
+from benchmarks.quality.study import BEST, INACTIVE, ON_GPU, Run, alone, step_flops
 from matformer_dist.demo import SCRIPTS
 from matformer_dist.parallel.topology import cpu_environment
 from matformer_dist.run_directory import MANIFEST
@@ -101,6 +101,7 @@ def _call(command: list[str], run: Run, jobs: int) -> None:
 def _write(run: Run, command: list[str], seconds: float) -> None:
     config = run.config()
     training = config.training
+    moved = run.directory / INACTIVE
     data = json.loads(prefix(config).with_suffix(".json").read_text())
     write_result(
         run.result,
@@ -117,4 +118,5 @@ def _write(run: Run, command: list[str], seconds: float) -> None:
         training_flops=3 * step_flops(config) * training.total_steps,
         seconds=round(seconds),
         evaluation=json.loads((run.directory / "evaluation.json").read_text()),
+        **({"inactive": json.loads(moved.read_text())} if moved.exists() else {}),
     )

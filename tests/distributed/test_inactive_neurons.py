@@ -1,34 +1,43 @@
-"""benchmarks.quality.skipping: a step changes the neurons that it ran, and no others."""
+"""benchmarks.quality.inactive: what moves of neurons that a step does not run, and what stays."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.quality import skipping
+from benchmarks.quality import inactive
+from matformer_dist.config_language import LanguageConfig
 from matformer_dist.parallel.topology import initialize
 from matformer_dist.training.engine import Engine, build_model
 from matformer_dist.training.objective import Objective
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_cases import VOCAB, synthetic_batches, tiny_config
 
+STEPS = 12
+
+
+def sampled(**sections: Any) -> LanguageConfig:
+    return tiny_config(
+        objective={"kind": "sampled"},
+        deepspeed={"zero_optimization": {"stage": 0}},
+        training={"global_batch_size": 2, "steps": STEPS},
+        **sections,
+    )
+
 
 def moved_rows(is_skipping: bool) -> list[tuple[int, list[int]]]:
     """Of each step, its width, and how many rows of weights and moments changed."""
-    config = tiny_config(
-        objective={"kind": "sampled"},
-        deepspeed={"zero_optimization": {"stage": 0}},
-        training={"global_batch_size": 2, "steps": 12},
-    )
+    config = sampled()
     topology = initialize(1)
     engine = Engine(config, build_model(config, VOCAB, topology), topology)
     objective = Objective(config.objective, config.granularities, config.model.n_layers, 5)
     batches = synthetic_batches(config, topology)
-    step: Callable[..., object] = skipping.train_step if is_skipping else Engine.train_step
+    step: Callable[..., object] = inactive.skipping_step if is_skipping else Engine.train_step
     found = []
-    for number in range(12):
+    for number in range(STEPS):
         plans = [objective.plan(number, i, 2, 1) for i in range(2)]
         before = [tensor.clone() for tensor in _rows(engine)]
         step(engine, batches, iter(plans), 1e-2)
@@ -55,3 +64,25 @@ def test_only_the_prefix_that_was_run_moves() -> None:
         assert changed == [width] * len(changed)
     without = run_ranks(1, moved_rows, False)[0]
     assert any(max(changed) > width for width, changed in without)
+
+
+def moved_far(optimizer: dict[str, object]) -> inactive.Moved:
+    """How far XL's own neurons move in steps that run them, and in steps that do not."""
+    config = sampled(optimizer=optimizer)
+    topology = initialize(1)
+    engine = Engine(config, build_model(config, VOCAB, topology), topology)
+    objective = Objective(config.objective, config.granularities, config.model.n_layers, 5)
+    batches = synthetic_batches(config, topology)
+    moved: inactive.Moved = {True: [], False: []}
+    for number in range(STEPS):
+        plans = [objective.plan(number, i, 2, 1) for i in range(2)]
+        inactive.watched_step(engine, moved, batches, iter(plans), 1e-2)
+    return moved
+
+
+def test_neurons_that_are_not_run_drift_by_momentum_and_decay_alone() -> None:
+    moved = run_ranks(1, moved_far, {"lr": 1e-2})[0]
+    assert len(moved[True]) + len(moved[False]) == STEPS
+    assert min(moved[True]) > 0 and max(moved[False]) > 0
+    still = run_ranks(1, moved_far, {"lr": 1e-2, "betas": [0.0, 0.95], "weight_decay": 0.0})[0]
+    assert min(still[True]) > 0 and max(still[False]) == 0
