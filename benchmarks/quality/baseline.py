@@ -8,7 +8,6 @@ validation data, and no code that learns.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -43,7 +42,6 @@ def _result(seed: int) -> Path:
 
 def train_baseline(seed: int) -> None:
     config = read(SMALL, [f"data.seed={seed}"])
-    begun = time.monotonic()
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -67,7 +65,6 @@ def train_baseline(seed: int) -> None:
         ("torch", "transformers"),
         {"run": NAME, "size": SMALL, "seed": seed},
         tokens=config.units(steps * config.training.global_batch_size),
-        seconds=round(time.monotonic() - begun),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         evaluation={"submodels": [{"submodel": "XL", "loss": _loss(model, config, tokenizer)}]},
     )

@@ -45,9 +45,8 @@ def train(run: Run, jobs: int) -> float:
     command = _train(run, jobs)
     words = ["evaluate", str(run.directory), *(["--heuristic"] if run.name == BEST else [])]
     _call([str(SCRIPTS / "matformer"), *words], run, jobs)
-    seconds = time.monotonic() - begun
-    _write(run, command, seconds)
-    return seconds
+    _write(run, command)
+    return time.monotonic() - begun
 
 
 def _train(run: Run, jobs: int) -> list[str]:
@@ -98,7 +97,7 @@ def _call(command: list[str], run: Run, jobs: int) -> None:
         raise RuntimeError(f"{' '.join(command)} ended with {code}: see {log}")
 
 
-def _write(run: Run, command: list[str], seconds: float) -> None:
+def _write(run: Run, command: list[str]) -> None:
     config = run.config()
     training = config.training
     moved = run.directory / INACTIVE
@@ -116,7 +115,6 @@ def _write(run: Run, command: list[str], seconds: float) -> None:
         },
         tokens=config.units(training.total_steps * training.global_batch_size),
         training_flops=3 * step_flops(config) * training.total_steps,
-        seconds=round(seconds),
         evaluation=json.loads((run.directory / "evaluation.json").read_text()),
         **({"inactive": json.loads(moved.read_text())} if moved.exists() else {}),
     )
