@@ -65,15 +65,21 @@ def _draw_sizes(axes: Axes) -> None:
             if one["kind"] == "uniform":
                 place = (one["non_embedding_parameters"], loss)
                 axes.annotate(one["submodel"], place, xytext=(4, 6), textcoords="offset points")
-    tokens = tokens_alone(SMALL)
-    alone = [one for one in points("alone") if (one.size, one.tokens) == (SMALL, tokens)]
-    for point in alone:
-        sizes = [point.parameters] * len(point.losses)
-        label = "each trained alone" if point is alone[0] else None
-        axes.plot(sizes, point.losses, "x", color="tab:red", label=label)
+    x = tokens_alone(SMALL)
+    for tokens, marker, label in (
+        (x, "x", f"each alone on {x / 1e6:g} M tokens"),
+        (4 * x, "+", f"each alone on {4 * x / 1e6:g} M tokens, as the universal model"),
+    ):
+        places = [
+            (point.parameters, loss)
+            for point in points("alone")
+            if (point.size, point.tokens) == (SMALL, tokens)
+            for loss in point.losses
+        ]
+        if places:
+            axes.plot(*zip(*places, strict=True), marker, color="tab:red", label=label)
     axes.set_xlabel("parameters without the embedding")
     axes.set_ylabel("validation loss, nats a token")
-    axes.set_title("at equal total training FLOPs, 3 seeds", fontsize=10)
     axes.legend()
     axes.grid(alpha=0.2)
 

@@ -42,14 +42,17 @@ PAPER_PROBABILITIES = {  # its table T6
     "to-XL": "{S: 0.20, M: 0.22, L: 0.24, XL: 0.34}",
     "to-S": "{S: 0.44, M: 0.31, L: 0.15, XL: 0.10}",
 }
-FRACTIONS = {
+FRACTIONS = {  # granularities of the same name have the same width
     "g2": ("nesting.fractions=[1/8,1]", "nesting.names=[S,XL]"),
     "g8": (
         "nesting.fractions=[1/8,1/4,3/8,1/2,5/8,3/4,7/8,1]",
-        "nesting.names=[S,M,ML,L,L5,L6,L7,XL]",
+        "nesting.names=[S,M,M3,L,L5,L6,L7,XL]",
     ),
-    "even": ("nesting.fractions=[1/4,1/2,3/4,1]",),
+    "even": ("nesting.fractions=[1/4,1/2,3/4,1]", "nesting.names=[M,L,L6,XL]"),
 }
+RATES = {"-lr-0.5": 0.5, "-lr-2": 2.0}  # of the configuration's learning rate
+BATCHES = {"-batch-4": 4, "-batch-2": 2}  # sequences, with sqrt of that of the learning rate
+ENDS = ("S", "XL")
 HALF = "-half"
 TOKENS = {HALF: 0.5, "-x2": 2.0, "-x4": 4.0}  # in X
 INACTIVE = "inactive.json"  # what inactive.py measures, in a run
@@ -125,11 +128,15 @@ def alone(size: str, seed: int, neurons: int, name: str = "", *more: str) -> Run
     return Run(size, f"alone-{name or width}", seed, width, (*settings, *more))
 
 
-def all_alone(size: str, seed: int, *more: str, suffix: str = "") -> list[Run]:
+def all_alone(
+    size: str, seed: int, *more: str, suffix: str = "", names: Sequence[str] = ()
+) -> list[Run]:
+    """Every granularity, or those of these names."""
     nesting = read(size).granularities
     return [
         alone(size, seed, width, name + suffix, *more)
         for name, width in zip(nesting.names, nesting.widths, strict=True)
+        if not names or name in names
     ]
 
 
@@ -232,33 +239,33 @@ def frontier() -> Iterator[Run]:
 
 
 def sensitivity() -> Iterator[Run]:
-    """4. One setting of the universal model after the other."""
-    base = OBJECTIVES[BEST]
-    for seed in SEEDS:
-        for factor in (0.5, 2.0):
-            rates = rate(SMALL, factor)
-            neurons = read(SMALL).model.d_ff
-            yield alone(SMALL, seed, neurons, f"XL-lr-{factor:g}", *rates)
-            yield universal(SMALL, seed, f"{BEST}-lr-{factor:g}", (*base, *rates))
-        # Is it only that a universal model takes more steps of the same batch?
-        for sequences in (4, 2):
-            smaller = (
-                f"training.global_batch_size={sequences}",
-                f"training.micro_batch_size={sequences}",
-                *rate(SMALL, (sequences / read(SMALL).training.global_batch_size) ** 0.5),
-            )
-            yield alone(SMALL, seed, read(SMALL).model.d_ff, f"XL-batch-{sequences}", *smaller)
-        for name, fractions in FRACTIONS.items():
-            yield universal(SMALL, seed, f"{BEST}-{name}", (*base, *fractions))
-        for name, probabilities in PAPER_PROBABILITIES.items():
-            overrides = (*base, f"objective.probabilities={probabilities}")
-            yield universal(SMALL, seed, f"{BEST}-{name}", overrides)
-        sampled = OBJECTIVES["sampled"]
-        skip, drift = (("-m", "benchmarks.quality.inactive", mode) for mode in ("skip", "drift"))
-        yield universal(SMALL, seed, "sampled-skipping", sampled, program=skip)
-        yield universal(
-            SMALL, seed, f"sampled-drift{HALF}", sampled, share=TOKENS[HALF], program=drift
+    """4. One setting after the other, of the universal model and of its ends alone; one seed."""
+    seed = SEEDS[0]
+    base, sampled = OBJECTIVES[BEST], OBJECTIVES["sampled"]
+    for suffix, factor in RATES.items():
+        rates = rate(SMALL, factor)
+        yield from all_alone(SMALL, seed, *rates, suffix=suffix, names=ENDS)
+        yield universal(SMALL, seed, BEST + suffix, (*base, *rates))
+    # Is it only that a universal model takes more steps of the same batch?
+    whole = read(SMALL).training.global_batch_size
+    for suffix, sequences in BATCHES.items():
+        smaller = (
+            f"training.global_batch_size={sequences}",
+            f"training.micro_batch_size={sequences}",
+            *rate(SMALL, (sequences / whole) ** 0.5),
         )
+        yield from all_alone(SMALL, seed, *smaller, suffix=suffix, names=ENDS)
+    for name, fractions in FRACTIONS.items():
+        yield universal(SMALL, seed, f"{BEST}-{name}", (*base, *fractions))
+    for name, probabilities in PAPER_PROBABILITIES.items():
+        overrides = (*base, f"objective.probabilities={probabilities}")
+        yield universal(SMALL, seed, f"{BEST}-{name}", overrides)
+    # Where distillation costs more than it gives, does less of it?
+    weaker = (*OBJECTIVES["joint"], "objective.distillation=0.3")
+    yield universal(SMALL, seed, "joint-kd-0.3", weaker)
+    skip, drift = (("-m", "benchmarks.quality.inactive", mode) for mode in ("skip", "drift"))
+    yield universal(SMALL, seed, "sampled-skipping", sampled, program=skip)
+    yield universal(SMALL, seed, f"sampled-drift{HALF}", sampled, share=TOKENS[HALF], program=drift)
 
 
 def continued() -> Iterator[Run]:

@@ -8,7 +8,9 @@ from benchmarks.quality import results
 from benchmarks.quality.baseline import NAME as BASELINE
 from benchmarks.quality.results import Frontier, Losses, Mean
 from benchmarks.quality.study import (
+    BATCHES,
     BEST,
+    ENDS,
     FRACTIONS,
     HALF,
     LARGE,
@@ -16,6 +18,7 @@ from benchmarks.quality.study import (
     OBJECTIVES,
     ON_GPU,
     PAPER_PROBABILITIES,
+    RATES,
     SEEDS,
     SMALL,
     TOKENS,
@@ -53,7 +56,7 @@ def against_independent(size: str, suffix: str = "") -> Iterator[str]:
     names = read(size).granularities.names
     alone = results.alone(size, names, suffix)
     rows = []
-    for objective in (*OBJECTIVES, "alone-XL-all"):
+    for objective in (*OBJECTIVES, "joint-kd-0.3", "alone-XL-all"):
         ours = results.losses(size, objective + suffix)
         if ours:
             rows.append([objective, *(_against(ours, alone, name) for name in names)])
@@ -128,19 +131,18 @@ def variants() -> Iterator[str]:
     names = read(SMALL).granularities.names
     base = results.losses(SMALL, BEST)
     rows = []
-    labels = [f"lr-{factor:g}" for factor in (0.5, 2.0)]
-    for label in (*labels, *FRACTIONS, *PAPER_PROBABILITIES):
-        ours = results.losses(SMALL, f"{BEST}-{label}")
+    for suffix in (*RATES, *(f"-{label}" for label in (*FRACTIONS, *PAPER_PROBABILITIES))):
+        ours = results.losses(SMALL, BEST + suffix)
         if ours:
-            rows.append([label, *(_mean_difference(ours, base, name) for name in names)])
+            rows.append([BEST + suffix, *(_mean_difference(ours, base, name) for name in names)])
     yield from table(f"{SMALL}: {BEST} with another setting, less {BEST}", ["", *names], rows)
-    alone = results.losses(SMALL, "alone-XL")
+    alone = results.alone(SMALL, ENDS)
     rows = [
-        [label, _mean(results.difference(ours, alone, "XL"))]
-        for label in (*labels, "batch-4", "batch-2")
-        if (ours := results.losses(SMALL, f"alone-XL-{label}"))
+        [f"alone{suffix}", *(_mean_difference(ours, alone, name) for name in ENDS)]
+        for suffix in (*RATES, *BATCHES)
+        if (ours := results.alone(SMALL, ENDS, suffix))
     ]
-    yield from table(f"{SMALL}: XL alone with another setting, less XL alone", ["", "XL"], rows)
+    yield from table(f"{SMALL}: alone with another setting, less alone", ["", *ENDS], rows)
     skipping, sampled = (results.losses(SMALL, n) for n in ("sampled-skipping", "sampled"))
     if skipping:
         cells = [_mean_difference(skipping, sampled, name) for name in names]
