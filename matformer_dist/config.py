@@ -69,6 +69,13 @@ class ModelConfig(Section):
     def head_dim(self) -> int:
         return self.kv_channels or self.d_model // self.n_heads
 
+    def shape(self) -> dict[str, Any]:
+        """All keys, those written out that None leaves to others."""
+        return self.model_dump(mode="json") | {
+            "n_kv_heads": self.kv_heads,
+            "kv_channels": self.head_dim,
+        }
+
     @property
     def attention_width(self) -> int:
         """Of all heads' queries together."""

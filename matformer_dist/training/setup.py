@@ -57,10 +57,11 @@ def check_run_directory(config: Config) -> list[str]:
         f"nesting (was {saved.granularities}, now {config.granularities})"
         for _ in range(saved.granularities != config.granularities)
     ]
+    changed += changes_of_model(saved.model, config.model)
     changed += [
         change
         for section in now
-        if section not in _FREE_SECTIONS
+        if section not in (*_FREE_SECTIONS, "model")
         for change in _changes(before[section], now[section], _FREE_KEYS.get(section, ()), section)
     ]
     if changed:
@@ -104,12 +105,7 @@ def changes_of_model(
     before: ModelConfig, now: ModelConfig, free: tuple[str, ...] = ()
 ) -> Iterator[str]:
     """Keys of the section `model` that decide weights, and differ; but for those in `free`."""
-    yield from _changes(
-        before.model_dump(mode="json"),
-        now.model_dump(mode="json"),
-        (*_FREE_KEYS["model"], *free),
-        "model",
-    )
+    yield from _changes(before.shape(), now.shape(), (*_FREE_KEYS["model"], *free), "model")
 
 
 def check_monitors(config: Config) -> None:

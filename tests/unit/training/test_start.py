@@ -143,6 +143,7 @@ def test_another_runs_checkpoint_can_be_gone_on_from(run: Path, tmp_path: Path) 
     [
         ({"model": model_config(d_model=64)}, r"model.d_model \(was 32, now 64\)"),
         ({"model": model_config(rope_theta=5.0)}, "model.rope_theta"),
+        ({"model": model_config(n_kv_heads=2)}, r"model.n_kv_heads \(was 4, now 2\)"),
         ({"nesting": {"widths": [8, 24, 40, 64], "names": list("ABCD")}}, "nesting.widths .*names"),
         ({"outputs": 9}, "tokens or classes"),
         ({"labels_sha256": "0" * 64}, "SHA-256 of the tokenizer"),
@@ -167,7 +168,8 @@ def test_a_checkpoint_of_another_task_is_refused_as_such(run: Path) -> None:
 
 def test_what_trained_weights_do_not_depend_on_may_change(run: Path) -> None:
     checkpoint = find_checkpoint(run)
-    longer = model_config(max_seq_len=4096, init_std=1.0)
+    # The last two say what is meant without them: an imported checkpoint's say so.
+    longer = model_config(max_seq_len=4096, init_std=1.0, n_kv_heads=4, kv_channels=8)
     check_checkpoint(checkpoint, checkpoint.manifest.model_copy(update={"model": longer}), SETTINGS)
 
 
@@ -189,6 +191,8 @@ def test_another_batch_is_refused_because_steps_count_data(run: Path, key: str, 
         "training.compile=true",
         "training.activation_checkpointing=full",
         "training.activation_checkpointing=selective",
+        "model.n_kv_heads=4",
+        "model.kv_channels=8",
         "data.prefetch=0",
         "data.tokenizer=elsewhere.model",
         "data.workers=2",
