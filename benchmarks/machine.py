@@ -66,5 +66,7 @@ def write_result(
         **rows,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text(json.dumps(record, indent=1) + "\n")
+    unfinished.replace(path)
     print(f"written to {path}")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
 
 from benchmarks.quality import __doc__ as told
 from benchmarks.quality.baseline import train_baselines
 from benchmarks.quality.measures import measure_all
 from benchmarks.quality.study import MODELS, RUNS, SEEDS
-from benchmarks.quality.training import train_all
+from benchmarks.quality.training import FailedError, train_all
 
 Part = Callable[[Sequence[int], int], None]  # told the seeds, and processes at a time
 LOG = RUNS / "log.txt"
@@ -35,10 +38,12 @@ def _parts() -> dict[str, Part]:
 
     return {
         "independent": trained("independent"),
+        "longer": trained("longer"),
         "baseline": train_baselines,
         "consistency": measured("consistency"),
         "frontier": frontier,
         "continued": trained("continued"),
+        "larger": trained("larger"),
         "sensitivity": trained("sensitivity"),
         "scaling": trained("scaling"),
         "gpu": trained("gpu"),  # where it is named
@@ -70,12 +75,35 @@ def main() -> None:
     unknown = set(arguments.parts) - set(parts)
     if unknown:
         parser.error(f"there is no part {', '.join(sorted(unknown))}; choose of {', '.join(parts)}")
+    if arguments.jobs < 1:
+        parser.error(f"--jobs {arguments.jobs} must be 1 or more")
+    if "gpu" in arguments.parts and not torch.cuda.is_available():
+        parser.error("the part gpu needs a GPU that torch finds")
     if arguments.background:
         _go_on_alone(arguments)
-        return
-    for name in arguments.parts or [name for name in parts if name != "gpu"]:
-        print(f"== {name}", flush=True)
-        parts[name](arguments.seeds, arguments.jobs)
+    else:
+        sys.exit(_run(arguments, parts))
+
+
+def _run(arguments: argparse.Namespace, parts: Mapping[str, Part]) -> int:
+    """Every part, whether those before it failed or not; 1 where one did."""
+    seeds = sorted(set(arguments.seeds))
+    failed = False
+    RUNS.mkdir(parents=True, exist_ok=True)
+    with (RUNS / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another study is at work in {RUNS}; wait for it, or end it", file=sys.stderr)
+            return 1
+        for name in arguments.parts or [name for name in parts if name != "gpu"]:
+            print(f"== {name}", flush=True)
+            try:
+                parts[name](seeds, arguments.jobs)
+            except FailedError as error:
+                failed = True
+                print(f"{name} failed: {error}", file=sys.stderr, flush=True)
+    return int(failed)
 
 
 def _go_on_alone(arguments: argparse.Namespace) -> None:

@@ -2,7 +2,8 @@
 
 A plain loop of torch over LlamaForCausalLM: its initialisation, its forward pass, torch's AdamW.
 It shares with the study's models the tokens in their order, the batch, the learning rates and the
-validation data, and no code that learns.
+validation data, and no code that learns. Its first weights are drawn as transformers draws them:
+all alike, where ours are smaller for what is added to the residual stream.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import RESULTS, write_result
-from benchmarks.quality.corpus import prepare
+from benchmarks.quality.corpus import described, prepare, validation_batches
 from benchmarks.quality.study import SMALL, read
 from matformer_dist.config_language import LanguageConfig
 from matformer_dist.data.datasets import build_datasets
@@ -63,7 +64,7 @@ def train_baseline(seed: int) -> None:
         _result(seed),
         "cpu",
         ("torch", "transformers"),
-        {"run": NAME, "size": SMALL, "seed": seed},
+        {"run": NAME, "size": SMALL, "seed": seed, "data": described(config)},
         tokens=config.units(steps * config.training.global_batch_size),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         evaluation={"submodels": [{"submodel": "XL", "loss": _loss(model, config, tokenizer)}]},
@@ -122,7 +123,7 @@ def _batches(config: LanguageConfig, tokenizer: Tokenizer, steps: int) -> list[T
 def _loss(model: torch.nn.Module, config: LanguageConfig, tokenizer: Tokenizer) -> float:
     """Nats a token, on the data that the study's models are evaluated on."""
     model.eval()
-    validation = Tokens.of(config, tokenizer, None)
+    validation = Tokens.of(config, tokenizer, validation_batches(config))
     total = 0.0
     for tokens, targets in validation.micro_batches(torch.device("cpu")):
         logits = model(input_ids=tokens).logits

@@ -6,6 +6,7 @@ installed here with it: some thirty times as much.
 
 from __future__ import annotations
 
+import json
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,25 +16,49 @@ from matformer_dist.config_language import LanguageConfig
 from matformer_dist.data.prepare import prepare_data
 
 _PACKAGES = "site-packages"
+_LINE = 25  # characters
+_MOST_KNOWN = 0.5
+_MOST_BYTES = 200_000
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Files of folders; every so many of them, in alphabetical order, are held out."""
+    """Files of folders; every so many of them, in alphabetical order, are not trained on."""
 
     folders: tuple[Path, ...]
     held_out: int
 
     def split(self) -> tuple[list[Path], list[Path]]:
-        """The files that are trained on, and those that are not."""
+        """The files that are trained on, and of the others those that tell something: none that is
+        for the most part in the former too, as tables of encodings are, and none so large that it
+        would be much of the whole.
+        """
         files = sorted(
             path
             for folder in self.folders
             for path in folder.rglob("*.py")
             if _PACKAGES not in path.relative_to(folder).parts and _is_utf8(path)
         )
-        held_out = files[:: self.held_out]
-        return sorted({*files} - {*held_out}), held_out
+        others = files[:: self.held_out]
+        trained_on = sorted({*files} - {*others})
+        known = {line for file in trained_on for line in _lines(file)}
+        return trained_on, [
+            file
+            for file in others
+            if file.stat().st_size <= _MOST_BYTES and _share_of(_lines(file), known) < _MOST_KNOWN
+        ]
+
+
+def _lines(file: Path) -> list[str]:
+    """Those long enough to say something."""
+    lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if len(line) >= _LINE]
+
+
+def _share_of(lines: list[str], known: set[str]) -> float:
+    """In characters."""
+    whole = sum(map(len, lines))
+    return sum(len(line) for line in lines if line in known) / whole if whole else 0.0
 
 
 _LIBRARY = Path(sysconfig.get_paths()["stdlib"])
@@ -44,7 +69,7 @@ CORPORA = {  # by the folder of their token files
 
 
 def prefix(config: LanguageConfig) -> Path:
-    """Of the token files that it trains on; those of its validation lie beside them."""
+    """Of the token files that it trains on; those of its validation are beside them."""
     return Path(config.data.train[0][1])
 
 
@@ -52,11 +77,28 @@ def corpus(config: LanguageConfig) -> Corpus:
     return CORPORA[prefix(config).parent.name]
 
 
+def described(config: LanguageConfig) -> dict[str, object]:
+    """What it trains on."""
+    data = json.loads(prefix(config).with_suffix(".json").read_text())
+    return {key: data[key] for key in ("tokens", "documents", "tokenizer_sha256")}
+
+
+def validation_batches(config: LanguageConfig) -> int:
+    """As many whole ones as there are."""
+    held_out = json.loads(_validation(config).with_suffix(".json").read_text())
+    sequences = (int(held_out["tokens"]) - 1) // config.training.seq_len
+    return sequences // config.training.global_batch_size
+
+
+def _validation(config: LanguageConfig) -> Path:
+    return prefix(config).with_name("validation")
+
+
 def prepare(size: str) -> None:
     """Token files for training and validation, where they are not there yet."""
     config = read(size)
     train = prefix(config)
-    validation = train.with_name("validation")
+    validation = _validation(config)
     if validation.with_suffix(".idx").exists():
         return
     trained_on, held_out = corpus(config).split()

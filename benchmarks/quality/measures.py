@@ -11,14 +11,17 @@ from torch import Tensor
 
 from benchmarks.frontier import measure, unseen_half
 from benchmarks.machine import RESULTS, write_result
+from benchmarks.quality.corpus import described, validation_batches
 from benchmarks.quality.results import Chosen, Frontier, Point
 from benchmarks.quality.study import (
     BEST,
     BETWEEN,
+    LONG,
     OBJECTIVES,
     SMALL,
     Run,
     alone,
+    more_tokens,
     read,
     universal,
 )
@@ -32,6 +35,7 @@ from matformer_dist.nesting import Submodel
 from matformer_dist.search.budget import Budget
 from matformer_dist.search.search import Options, search
 
+DRAFTS = ("S", "M")
 DRAFTED = 4  # tokens a round
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 64, 32, 128
 
@@ -69,16 +73,17 @@ def frontier(seed: int) -> Frontier:
     whose sizes are among the budgets.
     """
     run, *others = frontier_needs(seed)
-    batches = read(SMALL).evaluation.batches // 2
+    batches = validation_batches(read(SMALL)) // 2
     options = Options(batches=batches)
     others_loaded = [load_language_model(other.directory) for other in others]
     sizes = [sum(weight.numel() for weight in of.model.parameters()) for of in others_loaded]
-    search(str(run.directory), options=options)
+    whole = search(str(run.directory), options=options)
     found = search(str(run.directory), [Budget("params", size) for size in sizes], options=options)
+    slices = [*whole.slices, *found.slices]
     loaded = load_language_model(run.directory)
     unseen = unseen_half(loaded, batches)
     uniform = loaded.submodel.nesting.names
-    chosen = [name for one in found.all.slices for name in (one.submodel, one.heuristic)]
+    chosen = [name for one in slices for name in (one.submodel, one.heuristic)]
     names = list(dict.fromkeys([*uniform, *chosen]))
     judged = measure(loaded, unseen, [loaded.parse(name) for name in names])
     parameters = {one.submodel: one.parameters for one in found.all.measured}
@@ -90,8 +95,7 @@ def frontier(seed: int) -> Frontier:
         judged_on=unseen.predictions,
         uniform=[points[name] for name in uniform],
         chosen=[
-            Chosen(round(one.budget), points[one.submodel], points[one.heuristic])
-            for one in found.all.slices
+            Chosen(round(one.budget), points[one.submodel], points[one.heuristic]) for one in slices
         ],
         alone=[
             Point(other.name, size, measure(of, unseen, [of.submodel])[of.submodel].loss)
@@ -104,39 +108,43 @@ def frontier(seed: int) -> Frontier:
 
 
 def consistency_needs(seed: int) -> list[Run]:
-    config = read(SMALL)
-    widths = dict(zip(config.granularities.names, config.granularities.widths, strict=True))
-    return [nested(seed), *(alone(SMALL, seed, widths[name]) for name in ("S", "M", "XL"))]
+    return [nested(seed), *more_tokens(SMALL, seed, LONG, (*DRAFTS, "XL"))]
 
 
 def consistency(seed: int) -> dict[str, Any]:
-    """S and M against XL: of one universal model, and models that were trained alone."""
+    """S and M against XL: of one universal model, and of models that were trained alone on as many
+    tokens as it.
+    """
     together, *apart = consistency_needs(seed)
-    verifiers = [Model.load(together, "XL"), Model.load(apart[-1], "XL")]
-    drafts = [
-        [Model.load(together, name) for name in ("S", "M")],
-        [Model.load(run, name) for run, name in zip(apart, ("S", "M"), strict=False)],
-    ]
-    validation = Tokens.of(read(SMALL), verifiers[0].of.tokenizer, None)
+    names = (*DRAFTS, "XL")
+    models = {
+        "nested": [Model.load(together, name) for name in names],
+        "alone": [Model.load(run, name) for run, name in zip(apart, names, strict=True)],
+    }
+    tokenizer = models["nested"][0].of.tokenizer
+    validation = Tokens.of(read(SMALL), tokenizer, validation_batches(read(SMALL)))
     return {
         kind: {
             name: _likeness(draft, verifier, validation) | _drafting(draft, verifier, validation)
-            for name, draft in zip(("S", "M"), smaller, strict=True)
+            for name, draft in zip(DRAFTS, drafts, strict=True)
         }
-        for kind, verifier, smaller in zip(("nested", "alone"), verifiers, drafts, strict=True)
+        for kind, (*drafts, verifier) in models.items()
     }
 
 
 @torch.no_grad()
 def _likeness(draft: Model, verifier: Model, validation: Tokens) -> dict[str, float]:
-    """Share of equal best tokens, and KL(verifier || draft) in nats a token."""
-    agreed = divergence = 0.0
+    """A token: share of equal best ones, KL(verifier || draft) in nats, and what share of the
+    draft's samples at temperature 1 the verifier would accept (the mass that both have).
+    """
+    agreed = divergence = common = 0.0
     for tokens, _ in validation.micro_batches(torch.device("cpu")):
         p, q = (model.logits(tokens).log_softmax(dim=-1) for model in (verifier, draft))
         agreed += float((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
         divergence += float((p.exp() * (p - q)).sum())
+        common += float(torch.minimum(p, q).exp().sum())
     count = validation.predictions
-    return {"agreement": agreed / count, "kl": divergence / count}
+    return {"agreement": agreed / count, "kl": divergence / count, "overlap": common / count}
 
 
 @torch.no_grad()
@@ -188,6 +196,11 @@ def measure_all(name: str, seeds: Sequence[int], jobs: int) -> None:
         if path.exists():
             continue
         have_weights(needs(seed), jobs)
-        settings = {"measured": name, "size": SMALL, "seed": seed}
-        models = [run.name for run in needs(seed)]
-        write_result(path, "cpu", ("torch",), settings, models=models, **measured(seed))
+        settings = {
+            "measured": name,
+            "size": SMALL,
+            "seed": seed,
+            "data": described(read(SMALL)),
+            "models": [run.name for run in needs(seed)],
+        }
+        write_result(path, "cpu", ("torch",), settings, **measured(seed))

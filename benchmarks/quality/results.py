@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import fmean, stdev
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from scipy.stats import t
@@ -84,11 +84,9 @@ class Frontier:
         )
         return float(np.interp(parameters, sizes, losses))
 
-    def best(self, kind: Literal["search", "heuristic"], parameters: int) -> Point:
-        """The largest of those chosen that is not above that size."""
-        points = [one.search if kind == "search" else one.heuristic for one in self.chosen]
-        fitting = [point for point in points if point.parameters <= parameters]
-        return max(fitting, key=lambda point: point.parameters)
+    def within(self, parameters: int) -> Chosen:
+        """For the budget of that size."""
+        return next(one for one in self.chosen if one.budget == parameters)
 
 
 @cache

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 from zlib import crc32
 
 from benchmarks.machine import RESULTS
@@ -50,11 +50,17 @@ FRACTIONS = {  # granularities of the same name have the same width
     ),
     "even": ("nesting.fractions=[1/4,1/2,3/4,1]", "nesting.names=[M,L,L6,XL]"),
 }
-RATES = {"-lr-0.5": 0.5, "-lr-2": 2.0}  # of the configuration's learning rate
+RATES = {"-lr-0.5": 0.5, "-lr-2": 2.0, "-lr-4": 4.0}  # of the configuration's learning rate
+FEWER_STEPS = (("joint", "-lr-2"), ("sandwich", "-lr-2"))  # for which it may be too low
 BATCHES = {"-batch-4": 4, "-batch-2": 2}  # sequences, with sqrt of that of the learning rate
 ENDS = ("S", "XL")
 HALF = "-half"
-TOKENS = {HALF: 0.5, "-x2": 2.0, "-x4": 4.0}  # in X
+LONG = "-x4"
+TOKENS = {HALF: 0.5, "-x2": 2.0, LONG: 4.0}  # in X
+REMEDIES = {  # where distillation costs XL more than it gives the others
+    "joint-kd-0.3": ("objective.distillation=0.3",),
+    "joint-kd-XL": ("objective.distillation=1.0", "objective.weights={S: 1, M: 1, L: 1, XL: 2}"),
+}
 INACTIVE = "inactive.json"  # what inactive.py measures, in a run
 CONTINUED = 0.1  # of a universal model's tokens
 TRAIN = ("launch/train.py",)
@@ -217,18 +223,37 @@ def independent() -> Iterator[Run]:
         for name, overrides in OBJECTIVES.items():
             yield universal(SMALL, seed, name, overrides)
         yield all_in_one(SMALL, seed)
+
+
+def larger() -> Iterator[Run]:
+    """1. The same for models of more parameters."""
     for size, names in ((MIDDLE, ("per_sequence", "joint", "joint-kd")), (LARGE, (BEST,))):
         yield from all_alone(size, SEEDS[0])
         for name in names:
             yield universal(size, SEEDS[0], name, OBJECTIVES[name])
 
 
+def longer() -> Iterator[Run]:
+    """1. The same with more tokens for everyone, where models alone lack them less."""
+    share = TOKENS[LONG]
+    for seed in SEEDS:
+        yield from more_tokens(SMALL, seed, LONG)
+        yield universal(SMALL, seed, BEST + LONG, OBJECTIVES[BEST], share=share)
+    for name in ("sampled", "sandwich", "joint"):
+        yield universal(SMALL, SEEDS[0], name + LONG, OBJECTIVES[name], share=share)
+
+
+def more_tokens(size: str, seed: int, suffix: str, names: Sequence[str] = ()) -> list[Run]:
+    settings = f"training.tokens={round(TOKENS[suffix] * tokens_alone(size))}"
+    return all_alone(size, seed, settings, suffix=suffix, names=names)
+
+
 def on_gpu() -> Iterator[Run]:
-    """1. The same at the paper's smallest sizes."""
+    """1. At the paper's smallest sizes."""
     for size in ON_GPU:
         yield from all_alone(size, SEEDS[0])
-        for name, overrides in OBJECTIVES.items():
-            yield universal(size, SEEDS[0], name, overrides)
+        for name in (BEST, "joint"):
+            yield universal(size, SEEDS[0], name, OBJECTIVES[name])
 
 
 def frontier() -> Iterator[Run]:
@@ -239,13 +264,15 @@ def frontier() -> Iterator[Run]:
 
 
 def sensitivity() -> Iterator[Run]:
-    """4. One setting after the other, of the universal model and of its ends alone; one seed."""
+    """4. One setting after the other, of universal models and of their ends alone; one seed."""
     seed = SEEDS[0]
-    base, sampled = OBJECTIVES[BEST], OBJECTIVES["sampled"]
+    base, sampled, joint = (OBJECTIVES[name] for name in (BEST, "sampled", "joint"))
     for suffix, factor in RATES.items():
         rates = rate(SMALL, factor)
         yield from all_alone(SMALL, seed, *rates, suffix=suffix, names=ENDS)
-        yield universal(SMALL, seed, BEST + suffix, (*base, *rates))
+    for name, suffix in (*((BEST, suffix) for suffix in ("-lr-0.5", "-lr-2")), *FEWER_STEPS):
+        rates = rate(SMALL, RATES[suffix])
+        yield universal(SMALL, seed, name + suffix, (*OBJECTIVES[name], *rates))
     # Is it only that a universal model takes more steps of the same batch?
     whole = read(SMALL).training.global_batch_size
     for suffix, sequences in BATCHES.items():
@@ -260,39 +287,53 @@ def sensitivity() -> Iterator[Run]:
     for name, probabilities in PAPER_PROBABILITIES.items():
         overrides = (*base, f"objective.probabilities={probabilities}")
         yield universal(SMALL, seed, f"{BEST}-{name}", overrides)
-    # Where distillation costs more than it gives, does less of it?
-    weaker = (*OBJECTIVES["joint"], "objective.distillation=0.3")
-    yield universal(SMALL, seed, "joint-kd-0.3", weaker)
+    for name, remedy in REMEDIES.items():
+        yield universal(SMALL, seed, name, (*joint, *remedy))
     skip, drift = (("-m", "benchmarks.quality.inactive", mode) for mode in ("skip", "drift"))
     yield universal(SMALL, seed, "sampled-skipping", sampled, program=skip)
-    yield universal(SMALL, seed, f"sampled-drift{HALF}", sampled, share=TOKENS[HALF], program=drift)
+    share = TOKENS[HALF]
+    yield universal(SMALL, seed, f"sampled-drift{HALF}", sampled, share=share, program=drift)
 
 
 def continued() -> Iterator[Run]:
-    """5. XL alone, imported, and nested for a tenth of the universal model's FLOPs."""
+    """5. XL alone, imported, and nested for a tenth of the universal model's FLOPs; and, for as
+    many, XL gone on with alone.
+    """
+    share = CONTINUED * TOKENS[LONG]
+    nested, alone_still = OBJECTIVES[BEST], "objective.probabilities={S: 0, M: 0, L: 0, XL: 1}"
+    ways: dict[str, tuple[Order, tuple[str, ...]]] = {
+        "importance": ("importance", nested),
+        "none": ("none", nested),
+        "XL": ("none", (*nested, alone_still)),
+    }
     for seed in SEEDS:
-        for order in get_args(Order):
-            overrides = (*OBJECTIVES[BEST], *rate(SMALL, 0.5), f"data.seed={seed + 100}")
-            name = f"continued-{order}"
-            yield universal(SMALL, seed, name, overrides, share=CONTINUED, imported=order)
+        for name, (order, objective) in ways.items():
+            # Other data than it has seen last, and a rate to go on with.
+            overrides = (*objective, *rate(SMALL, 0.5), f"data.seed={seed + 100}")
+            yield universal(
+                SMALL, seed, f"continued-{name}", overrides, share=share, imported=order
+            )
+
+
+def parent(run: Run) -> Run:
+    """What an imported one was."""
+    (xl,) = more_tokens(run.size, run.seed, LONG, ENDS[-1:])
+    return xl
 
 
 def scaling() -> Iterator[Run]:
-    """6. More and fewer tokens; the rest is part 1's.
-
-    At four times the tokens each model alone has seen as many as the universal one: what is between
-    them then is what nesting costs.
-    """
-    for suffix, factor in TOKENS.items():
-        settings = f"training.tokens={round(factor * tokens_alone(SMALL))}"
-        yield from all_alone(SMALL, SEEDS[0], settings, suffix=suffix)
-        yield universal(SMALL, SEEDS[0], BEST + suffix, OBJECTIVES[BEST], share=factor)
-    most = max(TOKENS, key=lambda suffix: TOKENS[suffix])
-    yield universal(SMALL, SEEDS[0], f"joint{most}", OBJECTIVES["joint"], share=TOKENS[most])
+    """6. More and fewer tokens; the rest is part 1's."""
+    seed = SEEDS[0]
+    for suffix in (HALF, "-x2"):
+        yield from more_tokens(SMALL, seed, suffix)
+        yield universal(SMALL, seed, BEST + suffix, OBJECTIVES[BEST], share=TOKENS[suffix])
+    yield from more_tokens(MIDDLE, seed, LONG, ENDS)
 
 
 MODELS = {
     "independent": independent,
+    "longer": longer,
+    "larger": larger,
     "gpu": on_gpu,
     "frontier": frontier,
     "sensitivity": sensitivity,

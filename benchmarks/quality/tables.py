@@ -19,6 +19,7 @@ from benchmarks.quality.study import (
     ON_GPU,
     PAPER_PROBABILITIES,
     RATES,
+    REMEDIES,
     SEEDS,
     SMALL,
     TOKENS,
@@ -56,7 +57,7 @@ def against_independent(size: str, suffix: str = "") -> Iterator[str]:
     names = read(size).granularities.names
     alone = results.alone(size, names, suffix)
     rows = []
-    for objective in (*OBJECTIVES, "joint-kd-0.3", "alone-XL-all"):
+    for objective in (*OBJECTIVES, *REMEDIES, "alone-XL-all"):
         ours = results.losses(size, objective + suffix)
         if ours:
             rows.append([objective, *(_against(ours, alone, name) for name in names)])
@@ -119,8 +120,8 @@ def frontier() -> Iterator[str]:
         kinds = {
             "alone": [place.loss for place in places],
             "line": [of.line(parameters) for of in found],
-            "heuristic": [of.best("heuristic", parameters).loss for of in found],
-            "search": [of.best("search", parameters).loss for of in found],
+            "heuristic": [of.within(parameters).heuristic.loss for of in found],
+            "search": [of.within(parameters).search.loss for of in found],
         }
         rows.append([f"{parameters:,}", *(Mean.of(losses).text() for losses in kinds.values())])
     head = ["parameters", "alone", "line between uniform", "heuristic", "search"]
