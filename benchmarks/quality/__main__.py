@@ -44,6 +44,7 @@ def _parts() -> dict[str, Part]:
         "frontier": frontier,
         "continued": trained("continued"),
         "larger": trained("larger"),
+        "longer-others": trained("longer-others"),
         "sensitivity": trained("sensitivity"),
         "scaling": trained("scaling"),
         "gpu": trained("gpu"),  # where it is named
