@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,49 +11,57 @@ from matplotlib.figure import Figure
 
 from benchmarks.machine import RESULTS
 from benchmarks.quality import results
-from benchmarks.quality.scaling import Fit, Point, fit, points
+from benchmarks.quality.scaling import APART, PAPER, Fit, Point, fit, points
 from benchmarks.quality.study import BEST, SEEDS, SMALL, tokens_alone
 from benchmarks.quality.tables import table, tables
 
 TABLES = RESULTS / "quality" / "tables.md"
 PICTURE = Path("docs/quality.png")
-_ENOUGH = 6  # points for a fit of three numbers
-_COLOURS = {"alone": "tab:gray", "nested": "tab:blue"}
+_COLOURS = {"alone": "tab:red", "nested": "tab:blue"}
 
 
 def draw() -> None:
-    found = {kind: points(kind) for kind in ("alone", "nested")}
-    fits = {kind: fit(of) for kind, of in found.items() if len(of) >= _ENOUGH}
+    results.check_data()
+    found = {kind: points(kind) for kind in _COLOURS}
+    fits = {
+        (kind, form.text): fit(of, form)
+        for kind, of in found.items()
+        for form in (PAPER, APART)
+        if len({point.size for point in of}) >= 3
+    }
     text = "\n\n".join([*tables(), *_fits(fits, found)])
     TABLES.write_text(text + "\n")
     print(text)
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _draw_sizes(left)
-    _draw_scaling(right, found, fits)
+    _draw_sizes(left, found["alone"])
+    papers = {kind: of for (kind, form), of in fits.items() if form == PAPER.text}
+    _draw_scaling(right, found, papers)
     PICTURE.parent.mkdir(exist_ok=True)
     figure.savefig(PICTURE, dpi=150)
     print(f"\nwritten to {TABLES} and {PICTURE}")
 
 
-def _fits(fits: dict[str, Fit], found: dict[str, list[Point]]) -> Sequence[str]:
+def _fits(fits: dict[tuple[str, str], Fit], found: dict[str, list[Point]]) -> Iterator[str]:
     rows = [
         [
             kind,
-            str(len(found[kind])),
-            *(
-                f"{value:.3g} ({low:.3g} to {high:.3g})"
-                for value, (low, high) in zip(of.values, of.intervals, strict=True)
+            f"{len({point.run for point in found[kind]})}, {len(found[kind])}",
+            form,
+            ", ".join(
+                f"{name} {value:.3g} ({low:.3g} to {high:.3g})"
+                for name, (value, low, high) in zip(of.form.names, of.intervals(), strict=True)
             ),
+            f"{of.rms_error:.3f}",
             f"{of.largest_error:.3f}",
         ]
-        for kind, of in fits.items()
+        for (kind, form), of in fits.items()
     ]
-    head = ["", "points", "a", "b", "c", "largest error"]
-    return list(table("loss = a (N D)^b + c, with 95% intervals", head, rows))
+    head = ["", "runs, points", "loss", "values, 95% intervals", "rms error", "largest error"]
+    yield from table("Loss against parameters N and tokens D, c from 0 up", head, rows)
 
 
-def _draw_sizes(axes: Axes) -> None:
+def _draw_sizes(axes: Axes, alone: list[Point]) -> None:
     """SMALL: every submodel of the universal model against models trained alone."""
     nested = [of for seed in SEEDS if (of := results.result(SMALL, BEST, seed))]
     if nested:
@@ -71,10 +79,9 @@ def _draw_sizes(axes: Axes) -> None:
         (4 * x, "+", f"each alone on {4 * x / 1e6:g} M tokens, as the universal model"),
     ):
         places = [
-            (point.parameters, loss)
-            for point in points("alone")
-            if (point.size, point.tokens) == (SMALL, tokens)
-            for loss in point.losses
+            (point.parameters, point.loss)
+            for point in alone
+            if point.size == SMALL and abs(point.tokens / tokens - 1) < 0.01
         ]
         if places:
             axes.plot(*zip(*places, strict=True), marker, color="tab:red", label=label)
@@ -86,15 +93,16 @@ def _draw_sizes(axes: Axes) -> None:
 
 def _draw_scaling(axes: Axes, found: dict[str, list[Point]], fits: dict[str, Fit]) -> None:
     for kind, of in found.items():
-        nd = [point.parameters * point.tokens for point in of]
-        losses = [float(np.mean(point.losses)) for point in of]
-        axes.plot(nd, losses, "o" if kind == "nested" else "x", ms=4, color=_COLOURS[kind])
+        nd = np.array([float(point.parameters * point.tokens) for point in of])
+        axes.plot(nd, [point.loss for point in of], "x", ms=4, color=_COLOURS[kind])
         if kind in fits:
-            line = np.geomspace(min(nd), max(nd), 100)
-            label = "{}: {:.3g} (ND)^{:.3f} + {:.2f}".format(kind, *fits[kind].values)
+            line = np.geomspace(nd.min(), nd.max(), 100)
+            a, b, c = fits[kind].form.shown(fits[kind].values)
+            label = f"{kind}: {a:.3g} (ND)^{b:.3f} + {c:.2f}"
             axes.plot(line, fits[kind].loss(line), color=_COLOURS[kind], lw=1, label=label)
+            axes.fill_between(line, *fits[kind].band(line), color=_COLOURS[kind], alpha=0.15)
     axes.set_xscale("log")
-    axes.set_xlabel("N D, parameters without the embedding x tokens of a model alone")
+    axes.set_xlabel("parameters without the embedding x tokens of the training run")
     axes.set_ylabel("validation loss, nats a token")
     if fits:
         axes.legend()

@@ -16,6 +16,7 @@ from benchmarks.quality.results import Chosen, Frontier, Point
 from benchmarks.quality.study import (
     BEST,
     BETWEEN,
+    DRAFTS,
     LONG,
     OBJECTIVES,
     SMALL,
@@ -35,7 +36,6 @@ from matformer_dist.nesting import Submodel
 from matformer_dist.search.budget import Budget
 from matformer_dist.search.search import Options, search
 
-DRAFTS = ("S", "M")
 DRAFTED = 4  # tokens a round
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 64, 32, 128
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
@@ -13,7 +15,8 @@ import numpy as np
 from scipy.stats import t
 
 from benchmarks.machine import RESULTS
-from benchmarks.quality.study import SEEDS
+from benchmarks.quality.corpus import prefix
+from benchmarks.quality.study import SEEDS, read
 
 Losses = dict[str, float]  # by submodel, nats a token
 
@@ -32,6 +35,12 @@ class Mean:
         if n < 2:
             return cls(fmean(values), None, n)
         return cls(fmean(values), float(t.ppf(0.975, n - 1)) * stdev(values) / n**0.5, n)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Of the interval; of one seed, the value."""
+        around = self.half_width or 0.0
+        return self.value - around, self.value + around
 
     def text(self, form: str = ".4f") -> str:
         around = "" if self.half_width is None else f" ± {self.half_width:{form.lstrip('+')}}"
@@ -98,11 +107,11 @@ def result(size: str, name: str, seed: int) -> dict[str, Any] | None:
     return found
 
 
-def losses(size: str, name: str) -> dict[int, Losses]:
-    """Of each seed that has a result."""
+def losses(size: str, name: str, when: str = "evaluation") -> dict[int, Losses]:
+    """Of each seed that has a result; `when`: or `before`, of an imported model."""
     found = {seed: result(size, name, seed) for seed in SEEDS}
     return {
-        seed: {one["submodel"]: one["loss"] for one in of["evaluation"]["submodels"]}
+        seed: {one["submodel"]: one["loss"] for one in of[when]["submodels"]}
         for seed, of in found.items()
         if of
     }
@@ -122,11 +131,28 @@ def mean(of: dict[int, Losses], submodel: str) -> Mean | None:
     return Mean.of(values) if values else None
 
 
-def difference(ours: dict[int, Losses], other: dict[int, Losses], submodel: str) -> Mean | None:
-    """Ours less the other's, paired by seed: below zero is better."""
-    values = [
-        of[submodel] - other[seed][submodel]
+def difference(
+    ours: dict[int, Losses], other: dict[int, Losses], submodel: str, *, in_percent: bool = False
+) -> Mean | None:
+    """Ours less the other's, paired by seed: below zero is better. In nats, or percent of it."""
+    pairs = [
+        (of[submodel], other[seed][submodel])
         for seed, of in ours.items()
         if submodel in of and submodel in other.get(seed, {})
     ]
+    values = [(a - b) * (100 / b if in_percent else 1) for a, b in pairs]
     return Mean.of(values) if values else None
+
+
+def check_data() -> None:
+    """SystemExit where results are of different text: another Python's library, or packages."""
+    first: dict[str, tuple[Path, object]] = {}
+    for path in sorted((RESULTS / "quality").glob("*/*.json")):
+        found = json.loads(path.read_text())
+        corpus = str(prefix(read(found["size"])))
+        other, data = first.setdefault(corpus, (path, found["data"]))
+        if data != found["data"]:
+            sys.exit(
+                f"{path} was measured on {found['data']}, {other} on {data}: these cannot be "
+                "compared; move away the results of either, and run the study again"
+            )

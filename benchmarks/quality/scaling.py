@@ -1,13 +1,14 @@
 """Part 6: loss against N and D, of models trained alone and of granularities, fitted.
 
-The paper's form (table T3): loss = a (N D)^b + c. N counts parameters without the embedding, D the
-tokens that a model of that size is trained on alone; a granularity of a universal model stands at
-the same D, since it has the same share of the FLOPs.
+N counts parameters without the embedding, D the tokens of the training run that a model is of: a
+granularity's is its universal model's, four times what its counterpart saw alone. The paper's form
+(its table T3) makes N and D exchangeable; Hoffmann et al.'s (2203.15556, equation 2), beside it,
+does not, and tells by its smaller errors where that is wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,92 +16,150 @@ from numpy.typing import NDArray
 from scipy.optimize import curve_fit
 
 from benchmarks.quality import results
-from benchmarks.quality.study import BEST, LARGE, MIDDLE, SMALL, TOKENS, read, tokens_alone
+from benchmarks.quality.study import BEST, LARGE, MIDDLE, SMALL, TOKENS, read
 from matformer_dist.counting import count_parameters
 
-_RESAMPLES = 500
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Point:
+    """Of one run: a universal model's granularities are points of the same."""
+
+    run: str
     size: str
     submodel: str
     parameters: int  # N
     tokens: int  # D
-    losses: tuple[float, ...]  # of the seeds
+    loss: float  # nats a token
+
+
+@dataclass(frozen=True)
+class Form:
+    """A loss by log N and log D; coefficients are fitted by their logarithm, as those span decades
+    where exponents change a little.
+    """
+
+    text: str
+    names: tuple[str, ...]
+    of: Callable[..., Array]  # (log N, log D), then the values, coefficients as logarithms
+    first: tuple[float, ...]
+    lowest: tuple[float, ...]
+    highest: tuple[float, ...]
+
+    def shown(self, values: Array) -> Array:
+        """Coefficients as they are, for their logarithms: those whose name is said by `_LOGS`."""
+        logs = np.array([name in _LOGS for name in self.names])
+        result: Array = np.where(logs, np.exp(np.where(logs, values, 0.0)), values)
+        return result
+
+
+_LOGS = ("a", "A", "B")
+
+
+def _exchangeable(at: tuple[Array, Array], log_a: float, b: float, c: float) -> Array:
+    result: Array = np.exp(log_a + b * (at[0] + at[1])) + c
+    return result
+
+
+def _apart(
+    at: tuple[Array, Array], log_a: float, p: float, log_b: float, q: float, c: float
+) -> Array:
+    result: Array = np.exp(log_a - p * at[0]) + np.exp(log_b - q * at[1]) + c
+    return result
+
+
+PAPER = Form(
+    "a (N D)^b + c", ("a", "b", "c"), _exchangeable,
+    (3.0, -0.1, 1.0), (-5.0, -2.0, 0.0), (40.0, -1e-3, 10.0),
+)  # fmt: skip
+APART = Form(
+    "A / N^p + B / D^q + c", ("A", "p", "B", "q", "c"), _apart,
+    (3.0, 0.3, 6.0, 0.4, 1.0), (-10.0, 1e-3, -10.0, 1e-3, 0.0), (30.0, 2.0, 40.0, 2.0, 10.0),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Fit:
-    """a, b, c and the 95% interval of each, by resampling the points with their seeds."""
+    """By least squares in nats, points weighing the same. Intervals are 95%'s, by drawing runs
+    anew: all points of a run come, or none.
+    """
 
-    values: tuple[float, float, float]
-    intervals: tuple[tuple[float, float], ...]
-    largest_error: float  # nats, over the points
+    form: Form
+    values: Array
+    resampled: Array  # [resamples, values]
+    rms_error: float  # nats, over the points
+    largest_error: float
 
     def loss(self, nd: Array) -> Array:
-        return _form(np.log(nd), *_inner(self.values))
+        """Of the paper's form."""
+        return self.form.of((np.log(nd), np.zeros(len(nd))), *self.values)
+
+    def band(self, nd: Array) -> tuple[Array, Array]:
+        """Lowest and highest of its 95% interval."""
+        at = (np.log(nd), np.zeros(len(nd)))
+        low, high = np.quantile(
+            [self.form.of(at, *values) for values in self.resampled], (0.025, 0.975), axis=0
+        )
+        return low, high
+
+    def intervals(self) -> Iterator[tuple[float, float, float]]:
+        """Of each value: itself, and the ends of its interval."""
+        low, high = np.quantile(
+            [self.form.shown(values) for values in self.resampled], (0.025, 0.975), axis=0
+        )
+        yield from zip(self.form.shown(self.values), low, high, strict=True)
 
 
 def points(kind: str) -> list[Point]:
-    """kind: alone, or nested. Every size, and other tokens at the smallest."""
-    places = [(size, "") for size in (SMALL, MIDDLE, LARGE)]
-    places += [(SMALL, suffix) for suffix in TOKENS]
-    return [point for size, suffix in places for point in _points(kind, size, suffix)]
+    """kind: alone, or nested. Every size, seed and number of tokens that has results."""
+    return [
+        point
+        for size in (SMALL, MIDDLE, LARGE)
+        for suffix in ("", *TOKENS)
+        for point in _points(kind, size, suffix)
+    ]
 
 
 def _points(kind: str, size: str, suffix: str) -> Iterator[Point]:
     config = read(size)
-    outputs = config.model.vocab_size
+    outputs, nesting = config.model.vocab_size, config.granularities
     assert outputs is not None
-    tokens = round(TOKENS.get(suffix, 1) * tokens_alone(size))
-    nesting = config.granularities
-    if kind == "alone":
-        found = results.alone(size, nesting.names, suffix)
-    else:
-        found = results.losses(size, BEST + suffix)
     for submodel in nesting.uniforms(config.model.n_layers):
         name = str(submodel)
-        losses = tuple(of[name] for of in found.values() if name in of)
-        if losses:
-            n = count_parameters(config.model, outputs, submodel).non_embedding
-            yield Point(size, name, n, tokens, losses)
+        n = count_parameters(config.model, outputs, submodel).non_embedding
+        run = (f"alone-{name}" if kind == "alone" else BEST) + suffix
+        for seed, loss in results.losses(size, run).items():
+            found = results.result(size, run, seed)
+            assert found
+            label = f"{size} {run} {seed}"
+            yield Point(label, size, name, n, int(found["tokens"]), loss[name])
 
 
-def fit(found: Sequence[Point]) -> Fit:
-    """By least squares in nats, points weighing the same."""
-    best = _fit(found, [float(np.mean(point.losses)) for point in found])
+def fit(found: Sequence[Point], form: Form, resamples: int = 500) -> Fit:
+    best = _fit(found, form, form.first)
     random = np.random.default_rng(0)
+    runs = list(dict.fromkeys(point.run for point in found))
+    by_run = {run: [point for point in found if point.run == run] for run in runs}
     resampled = []
-    for _ in range(_RESAMPLES):
-        chosen = [found[i] for i in sorted(random.integers(len(found), size=len(found)))]
-        if len({point.parameters * point.tokens for point in chosen}) < 4:
-            continue
-        losses = [float(random.choice(point.losses)) for point in chosen]
-        resampled.append(_fit(chosen, losses, best.tolist()))
-    low, high = np.quantile(np.array(resampled), (0.025, 0.975), axis=0)
-    values = (float(best[0]), float(best[1]), float(best[2]))
-    fitted = Fit(values, tuple(zip(map(float, low), map(float, high), strict=True)), 0.0)
-    nd = np.array([point.parameters * point.tokens for point in found], dtype=float)
-    wanted = np.array([np.mean(point.losses) for point in found])
-    return Fit(values, fitted.intervals, float(np.abs(fitted.loss(nd) - wanted).max()))
+    for _ in range(resamples):
+        drawn = random.integers(len(runs), size=len(runs))
+        chosen = [point for i in drawn for point in by_run[runs[i]]]
+        if len({(point.parameters, point.tokens) for point in chosen}) > len(form.names):
+            resampled.append(_fit(chosen, form, best))
+    errors = form.of(_at(found), *best) - np.array([point.loss for point in found])
+    rms, largest = float(np.sqrt((errors**2).mean())), float(np.abs(errors).max())
+    return Fit(form, best, np.array(resampled), rms, largest)
 
 
-def _form(log_nd: Array, log_a: float, b: float, c: float) -> Array:
-    """In the logarithm of a: a itself spans decades as b changes."""
-    result: Array = np.exp(log_a + b * log_nd) + c
-    return result
+def _at(found: Sequence[Point]) -> tuple[Array, Array]:
+    n, d = ([float(getattr(p, key)) for p in found] for key in ("parameters", "tokens"))
+    return np.log(n), np.log(d)
 
 
-def _inner(values: Sequence[float]) -> tuple[float, float, float]:
-    return float(np.log(values[0])), values[1], values[2]
-
-
-def _fit(found: Sequence[Point], losses: Sequence[float], start: Sequence[float] = ()) -> Array:
-    log_nd = np.log([float(point.parameters * point.tokens) for point in found])
-    first = _inner(start) if len(start) else (3.0, -0.1, 1.0)
-    limits = ([-5.0, -2.0, 0.0], [40.0, -1e-3, min(losses)])
-    first = (first[0], first[1], min(first[2], min(losses) * 0.99))
-    (log_a, b, c), _ = curve_fit(_form, log_nd, losses, p0=first, bounds=limits, maxfev=20_000)
-    return np.array([np.exp(log_a), b, c])
+def _fit(found: Sequence[Point], form: Form, first: Sequence[float] | Array) -> Array:
+    losses = [point.loss for point in found]
+    limits = (np.array(form.lowest), np.array(form.highest))
+    inside = np.clip(first, limits[0] + 1e-6, limits[1] - 1e-6)
+    values, _ = curve_fit(form.of, _at(found), losses, p0=inside, bounds=limits, max_nfev=20_000)
+    return np.asarray(values)

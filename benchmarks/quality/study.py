@@ -54,12 +54,16 @@ RATES = {"-lr-0.5": 0.5, "-lr-2": 2.0, "-lr-4": 4.0}  # of the configuration's l
 FEWER_STEPS = (("joint", "-lr-2"), ("sandwich", "-lr-2"))  # for which it may be too low
 BATCHES = {"-batch-4": 4, "-batch-2": 2}  # sequences, with sqrt of that of the learning rate
 ENDS = ("S", "XL")
+DRAFTS = ("S", "M")
 HALF = "-half"
 LONG = "-x4"
 TOKENS = {HALF: 0.5, "-x2": 2.0, LONG: 4.0}  # in X
 REMEDIES = {  # where distillation costs XL more than it gives the others
     "joint-kd-0.3": ("objective.distillation=0.3",),
-    "joint-kd-XL": ("objective.distillation=1.0", "objective.weights={S: 1, M: 1, L: 1, XL: 2}"),
+    "joint-kd-XL": (
+        "objective.distillation=1.0",
+        "objective.weights={S: 0.2, M: 0.2, L: 0.2, XL: 0.4}",
+    ),
 }
 INACTIVE = "inactive.json"  # what inactive.py measures, in a run
 CONTINUED = 0.1  # of a universal model's tokens

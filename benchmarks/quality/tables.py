@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from benchmarks.quality import results
 from benchmarks.quality.baseline import NAME as BASELINE
@@ -10,10 +11,14 @@ from benchmarks.quality.results import Frontier, Losses, Mean
 from benchmarks.quality.study import (
     BATCHES,
     BEST,
+    CONTINUED,
+    DRAFTS,
     ENDS,
+    FEWER_STEPS,
     FRACTIONS,
     HALF,
     LARGE,
+    LONG,
     MIDDLE,
     OBJECTIVES,
     ON_GPU,
@@ -26,8 +31,12 @@ from benchmarks.quality.study import (
     read,
     tokens_alone,
 )
+from matformer_dist.counting import count_parameters
 
 NOTHING = "–"
+# What we want of a universal model against models alone, at equal FLOPs.
+MOST_PERCENT = 0.5
+MOST_NATS = {"S": -0.02, "M": -0.02}
 
 
 def tables() -> Iterator[str]:
@@ -57,32 +66,61 @@ def against_independent(size: str, suffix: str = "") -> Iterator[str]:
     names = read(size).granularities.names
     alone = results.alone(size, names, suffix)
     rows = []
-    for objective in (*OBJECTIVES, *REMEDIES, "alone-XL-all"):
-        ours = results.losses(size, objective + suffix)
+    for label in (*OBJECTIVES, *REMEDIES):
+        ours = results.losses(size, label + suffix)
+        if ours and alone:
+            cells = (_against(ours, alone, name, asks=True) for name in names)
+            rows.append([label, _seeds(ours), *cells])
+    controls = {"XL alone, all FLOPs": results.losses(size, f"alone-XL-all{suffix}")}
+    if not suffix:
+        more = {other: results.alone(size, names, other) for other in TOKENS}
+        controls |= {f"alone, {TOKENS[other]:g} X tokens": of for other, of in more.items()}
+    for label, ours in controls.items():
         if ours:
-            rows.append([objective, *(_against(ours, alone, name) for name in names)])
+            rows.append([label, _seeds(ours), *(_against(ours, alone, name) for name in names)])
     if rows:
-        rows.insert(0, ["alone", *(_mean(results.mean(alone, name)) for name in names)])
-    for other, factor in TOKENS.items() if (size, suffix) == (SMALL, "") else ():
-        more = results.alone(size, names, other)
-        if more:
-            label = f"alone, {factor:g} X tokens"
-            rows.append([label, *(_against(more, alone, name) for name in names)])
-    tokens = TOKENS.get(suffix, 1) * tokens_alone(size) / 1e6
-    title = f"{size}, X = {tokens:g} M tokens: loss of models trained alone; others' less that"
-    yield from table(title, ["", *names], rows)
+        means = (_mean(results.mean(alone, name)) for name in names)
+        rows.insert(0, ["alone", _seeds(alone), *means])
+    tokens = TOKENS.get(suffix, 1) * tokens_alone(size)
+    config = read(size)
+    assert config.model.vocab_size is not None
+    *_, widest = config.granularities.uniforms(config.model.n_layers)
+    n = count_parameters(config.model, config.model.vocab_size, widest).non_embedding
+    title = (
+        f"{size}, X = {tokens / 1e6:g} M tokens ({tokens / n:.1f} a parameter of XL): loss of "
+        "models trained alone; others' less that"
+    )
+    yield from table(title, ["", "seeds", *names], rows)
+
+
+def _seeds(of: Mapping[int, object]) -> str:
+    return str(len(of))
 
 
 def _mean(found: Mean | None) -> str:
     return found.text() if found else NOTHING
 
 
-def _against(ours: dict[int, Losses], other: dict[int, Losses], name: str) -> str:
-    """The difference in nats and in percent of the other's loss."""
-    found, whole = results.difference(ours, other, name), results.mean(other, name)
-    if found is None or whole is None:
+def _against(
+    ours: dict[int, Losses], other: dict[int, Losses], name: str, *, asks: bool = False
+) -> str:
+    """The difference in nats and in percent; `asks`: and whether that is what we want."""
+    found = results.difference(ours, other, name)
+    percent = results.difference(ours, other, name, in_percent=True)
+    if found is None or percent is None:
         return NOTHING
-    return f"{found.text('+.4f')} ({100 * found.value / whole.value:+.2f}%)"
+    text = f"{found.text('+.4f')} ({percent.value:+.2f}%)"
+    return f"{text} {_verdict(name, found, percent)}" if asks else text
+
+
+def _verdict(name: str, nats: Mean, percent: Mean) -> str:
+    """By the ends of the intervals."""
+    wanted = [(percent, MOST_PERCENT)]
+    if name in MOST_NATS:
+        wanted.append((nats, MOST_NATS[name]))
+    if all(found.ends[1] <= most for found, most in wanted):
+        return "held"
+    return "lost" if any(found.ends[0] > most for found, most in wanted) else "open"
 
 
 def baseline() -> Iterator[str]:
@@ -92,63 +130,92 @@ def baseline() -> Iterator[str]:
         for name, of in (("alone-XL", ours), (BASELINE, theirs))
         if (mean := results.mean(of, "XL"))
     ]
-    title = f"{SMALL}: XL alone, and transformers' Llama by a plain loop"
-    yield from table(title, ["", *(f"seed {seed}" for seed in SEEDS), "mean"], rows)
+    between = results.difference(theirs, ours, "XL")
+    if between:
+        rows.append(["theirs less ours", *[""] * len(SEEDS), between.text("+.4f")])
+        title = f"{SMALL}: XL alone, and transformers' Llama by a plain loop"
+        yield from table(title, ["", *(f"seed {seed}" for seed in SEEDS), "mean"], rows)
 
 
 def consistency() -> Iterator[str]:
-    found = [of for seed in SEEDS if (of := results.result(SMALL, "consistency", seed))]
-    rows = []
-    if found:
-        for kind in ("nested", "alone"):
-            for name in ("S", "M"):
-                means = [
-                    Mean.of([of[kind][name][key] for of in found]).text(".3f")
-                    for key in ("agreement", "kl", "acceptance", "tokens_per_verify")
-                ]
-                rows.append([f"{name}, {kind}", *means])
-    head = ["", "agreement", "KL", "acceptance", "tokens a verify"]
-    yield from table(f"{SMALL}, {BEST}: drafts against XL", head, rows)
+    found = _of_seeds("consistency")
+    keys = {
+        "agreement": "agreement",
+        "kl": "KL",
+        "overlap": "accepted at temperature 1",
+        "acceptance": "accepted, greedy",
+        "tokens_per_verify": "tokens a verify",
+    }
+    rows = [
+        [f"{name}, {kind}", *(_mean_text([of[kind][name][key] for of in found]) for key in keys)]
+        for kind in ("nested", "alone")
+        for name in DRAFTS
+        if found
+    ]
+    title = f"{SMALL}: drafts against XL, {BEST} and models alone of as many tokens"
+    yield from table(f"{title} ({len(found)} seeds)", ["", *keys.values()], rows)
+
+
+def _mean_text(values: Sequence[float]) -> str:
+    return Mean.of(values).text(".3f")
 
 
 def frontier() -> Iterator[str]:
-    """At the sizes of models trained alone: the widest that fits of the search, and others."""
-    found = [Frontier.of(of) for seed in SEEDS if (of := results.result(SMALL, "frontier", seed))]
+    """At the sizes of models trained alone, which are budgets of the search."""
+    found = [Frontier.of(of) for of in _of_seeds("frontier")]
     rows = []
     for places in zip(*(of.alone for of in found), strict=True):
         parameters = places[0].parameters
-        kinds = {
-            "alone": [place.loss for place in places],
-            "line": [of.line(parameters) for of in found],
-            "heuristic": [of.within(parameters).heuristic.loss for of in found],
-            "search": [of.within(parameters).search.loss for of in found],
-        }
-        rows.append([f"{parameters:,}", *(Mean.of(losses).text() for losses in kinds.values())])
-    head = ["parameters", "alone", "line between uniform", "heuristic", "search"]
-    yield from table(f"{SMALL}, {BEST}: Mix'n'Match", head, rows)
+        within = [of.within(parameters) for of in found]
+        line = Mean.of([of.line(parameters) for of in found])
+        less_line = Mean.of(
+            [
+                one.heuristic.loss - of.line(parameters)
+                for one, of in zip(within, found, strict=True)
+            ]
+        )
+        gain = Mean.of([one.search.loss - one.heuristic.loss for one in within])
+        less_alone = Mean.of(
+            [one.search.loss - place.loss for one, place in zip(within, places, strict=True)]
+        )
+        differences = (one.text("+.4f") for one in (less_line, gain, less_alone))
+        rows.append([f"{parameters:,}", line.text(), *differences])
+    head = ["parameters", "line", "heuristic - line", "search - heuristic", "search - alone"]
+    title = f"{SMALL}, {BEST}: Mix'n'Match against the line between uniform submodels"
+    yield from table(f"{title} ({len(found)} seeds)", head, rows)
+
+
+def _of_seeds(measured: str) -> list[dict[str, Any]]:
+    return [of for seed in SEEDS if (of := results.result(SMALL, measured, seed))]
 
 
 def variants() -> Iterator[str]:
     names = read(SMALL).granularities.names
-    base = results.losses(SMALL, BEST)
-    rows = []
-    for suffix in (*RATES, *(f"-{label}" for label in (*FRACTIONS, *PAPER_PROBABILITIES))):
-        ours = results.losses(SMALL, BEST + suffix)
-        if ours:
-            rows.append([BEST + suffix, *(_mean_difference(ours, base, name) for name in names)])
-    yield from table(f"{SMALL}: {BEST} with another setting, less {BEST}", ["", *names], rows)
+    changes = [(BEST, suffix) for suffix in RATES]
+    changes += [(BEST, f"-{label}") for label in (*FRACTIONS, *PAPER_PROBABILITIES)]
+    changes += [*FEWER_STEPS, ("sampled", "-skipping")]
+    rows = [
+        [name + suffix, _seeds(ours), *_differences(ours, results.losses(SMALL, name), names)]
+        for name, suffix in changes
+        if (ours := results.losses(SMALL, name + suffix))
+    ]
+    title = f"{SMALL}: a universal model with another setting, of as many FLOPs, less that without"
+    yield from table(title, ["", "seeds", *names], rows)
     alone = results.alone(SMALL, ENDS)
     rows = [
-        [f"alone{suffix}", *(_mean_difference(ours, alone, name) for name in ENDS)]
+        [f"alone{suffix}", _seeds(ours), *_differences(ours, alone, ENDS)]
         for suffix in (*RATES, *BATCHES)
         if (ours := results.alone(SMALL, ENDS, suffix))
     ]
-    yield from table(f"{SMALL}: alone with another setting, less alone", ["", *ENDS], rows)
-    skipping, sampled = (results.losses(SMALL, n) for n in ("sampled-skipping", "sampled"))
-    if skipping:
-        cells = [_mean_difference(skipping, sampled, name) for name in names]
-        title = f"{SMALL}: sampled, neurons that a step does not run left alone, less sampled"
-        yield from table(title, ["", *names], [["sampled-skipping", *cells]])
+    title = f"{SMALL}: alone with another setting, less alone"
+    yield from table(title, ["", "seeds", *ENDS], rows)
+
+
+def _differences(
+    ours: dict[int, Losses], other: dict[int, Losses], names: Sequence[str]
+) -> list[str]:
+    found = (results.difference(ours, other, name) for name in names)
+    return [one.text("+.4f") if one else NOTHING for one in found]
 
 
 def drift() -> Iterator[str]:
@@ -164,21 +231,24 @@ def drift() -> Iterator[str]:
     yield from table(title, head, rows)
 
 
-def _mean_difference(ours: dict[int, Losses], other: dict[int, Losses], name: str) -> str:
-    found = results.difference(ours, other, name)
-    return found.text("+.4f") if found else NOTHING
-
-
 def continued() -> Iterator[str]:
+    """Where imported models come from, before and behind the nested training."""
     names = read(SMALL).granularities.names
-    scratch, alone = results.losses(SMALL, BEST), results.alone(SMALL, names)
+    scratch = results.losses(SMALL, BEST + LONG)
+    alone = results.alone(SMALL, names, LONG)
     rows = []
-    for order in ("importance", "none"):
-        ours = results.losses(SMALL, f"continued-{order}")
-        if ours:
-            rows.append([order, *(_mean(results.mean(ours, name)) for name in names)])
+    for name in ("importance", "none", "XL"):
+        run = f"continued-{name}"
+        before, ours = results.losses(SMALL, run, "before"), results.losses(SMALL, run)
+        for when, of in (("before", before), ("after", ours)):
+            if of:
+                rows.append([f"{name}, {when}", _seeds(of), *_differences(of, scratch, names)])
     if rows:
-        for name, of in ((f"from scratch, {BEST}", scratch), ("alone", alone)):
-            rows.append([name, *(_mean(results.mean(of, submodel)) for submodel in names)])
-    title = f"{SMALL}: XL alone, imported and nested for a tenth of the FLOPs, by order of neurons"
-    yield from table(title, ["", *names], rows)
+        means = [_mean(results.mean(scratch, name)) for name in names]
+        rows.insert(0, [f"from scratch, {BEST}{LONG}", _seeds(scratch), *means])
+        rows.append([f"alone{LONG}", _seeds(alone), *_differences(alone, scratch, names)])
+    title = (
+        f"{SMALL}: XL of {TOKENS[LONG]:g} X tokens imported, by the order of its neurons, before "
+        f"and after {CONTINUED:.0%} of the FLOPs of nesting from scratch; less from scratch"
+    )
+    yield from table(title, ["", "seeds", *names], rows)

@@ -18,6 +18,7 @@ from benchmarks.quality.study import BEST, INACTIVE, ON_GPU, Run, parent, step_f
 from matformer_dist.parallel.topology import cpu_environment
 
 _CALIBRATION_FILES = 8
+_BEFORE = "evaluation-before.json"  # of an imported run
 _MATFORMER = (sys.executable, "-m", "matformer_dist.cli")
 
 
@@ -60,8 +61,7 @@ def _each(do: Callable[[Run, int], object], runs: Sequence[Run], jobs: int) -> N
 def _train_and_evaluate(run: Run, jobs: int) -> None:
     command = _train(run, jobs)
     config = run.config()
-    words = ["evaluate", str(run.directory), "--batches", str(validation_batches(config))]
-    _call([*_MATFORMER, *words, *(["--heuristic"] if run.name == BEST else [])], run, jobs)
+    _evaluate(run, jobs, *(["--heuristic"] if run.name == BEST else []))
     training, moved = config.training, run.directory / INACTIVE
     write_result(
         run.result,
@@ -78,14 +78,20 @@ def _train_and_evaluate(run: Run, jobs: int) -> None:
         tokens=config.units(training.total_steps * training.global_batch_size),
         training_flops=3 * step_flops(config) * training.total_steps,
         evaluation=json.loads((run.directory / "evaluation.json").read_text()),
-        **({"inactive": json.loads(moved.read_text())} if moved.exists() else {}),
+        **{
+            key: json.loads(path.read_text())
+            for key, path in (("inactive", moved), ("before", run.directory / _BEFORE))
+            if path.exists()
+        },
     )
 
 
 def _train(run: Run, jobs: int) -> list[str]:
     """To its last step, which a run that is there already says itself; the command."""
-    if run.imported and not run.directory.exists():
-        _import(run, jobs)
+    if run.imported and not (run.directory / _BEFORE).exists():
+        if not run.directory.exists():
+            _import(run, jobs)
+        _evaluate(run, jobs, "--output", str(run.directory / _BEFORE))
     words = [*run.program, "--config", f"benchmarks/quality/configs/{run.size}.yaml"]
     words += run.settings()
     _call([sys.executable, *words], run, jobs)
@@ -107,6 +113,12 @@ def _import(run: Run, jobs: int) -> None:
         for file in files[:: len(files) // _CALIBRATION_FILES]:
             words += ["--calibration", str(file)]
     _call([*_MATFORMER, *words], run, jobs)
+
+
+def _evaluate(run: Run, jobs: int, *options: str) -> None:
+    batches = str(validation_batches(run.config()))
+    command = [*_MATFORMER, "evaluate", str(run.directory), "--batches", batches, *options]
+    _call(command, run, jobs)
 
 
 def _call(command: list[str], run: Run, jobs: int) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
+
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.quality import results, study
 from benchmarks.quality.measures import DRAFTED, rounds
-from benchmarks.quality.scaling import Point, fit
+from benchmarks.quality.scaling import APART, PAPER, Form, Point, fit
 from matformer_dist.inference.generation import Drafting, Sampling, generate
 from matformer_dist.inference.speculative import Statistics
 from tests.unit.submodels.synthetic_run import NESTING, model_config, random_model
@@ -26,24 +32,45 @@ def test_every_model_has_a_valid_configuration_and_a_place_of_its_own(
     assert len({run.result for run in runs}) == len(runs)
 
 
-def test_universal_models_spend_what_their_granularities_alone_do(runs: list[study.Run]) -> None:
-    """Or the share of it that their name tells."""
+def test_universal_models_spend_what_their_granularities_alone_do() -> None:
+    """By hand: two FLOPs a weight, and the scores of attention, which are not cut by causality."""
+    vocab_size, d, layers, context, batch = 4096, 64, 4, 256, 8 * 256
+    attention = 2 * 4 * d * d + 4 * d * context
+    tokens = {
+        width: layers * (attention + 2 * 3 * d * width) + 2 * d * vocab_size
+        for width in (32, 64, 128, 256)
+    }
+    whole = math.ceil(2_000_000 / batch) * sum(tokens.values())  # of a batch's token
+    # All granularities of a batch have the first layer's attention in common.
+    joint = sum(tokens.values()) - 3 * attention
+    sandwich = tokens[32] + tokens[256] + fmean((tokens[64], tokens[128])) - 2 * attention
+    for objective, step in (
+        ("per_sequence", fmean(tokens.values())),
+        ("sampled", fmean(tokens.values())),
+        ("joint", joint),
+        ("sandwich", sandwich),
+    ):
+        run = study.universal(study.SMALL, 1, "any", study.OBJECTIVES[objective])
+        # What is drawn differs from what is expected.
+        assert run.config().training.total_steps == pytest.approx(whole / step, rel=0.005)
+    alone = study.all_in_one(study.SMALL, 1).config().training
+    assert alone.total_steps == round(whole / tokens[256])
 
-    def flops(run: study.Run) -> float:
-        config = run.config()
-        return study.step_flops(config) * config.training.total_steps
 
-    seed = study.SEEDS[0]
-    sizes = {run.size for run in runs}
-    alone = {size: sum(flops(run) for run in study.all_alone(size, seed)) for size in sizes}
-    for run in runs:
-        if run.family == "universal" and run.seed == seed:
-            suffix = run.name[run.name.rfind("-") :]
-            share = study.TOKENS.get(suffix, 1.0)
-            if run.imported:
-                share = study.CONTINUED * study.TOKENS[study.LONG]
-            # What is drawn differs by the seed.
-            assert flops(run) == pytest.approx(share * alone[run.size], rel=0.005), run
+def test_runs_for_more_tokens_take_as_many_more_steps(runs: list[study.Run]) -> None:
+    steps = {
+        run.name: run.config().training.total_steps
+        for run in runs
+        if run.size == study.SMALL and run.seed == 1
+    }
+    for suffix, share in study.TOKENS.items():
+        longer = [name for name in steps if name.endswith(suffix) and "drift" not in name]
+        assert study.BEST + suffix in longer and len(longer) >= 5
+        for name in longer:
+            expected = share * steps[name.removesuffix(suffix)]
+            assert steps[name] == pytest.approx(expected, abs=2)
+    share = study.CONTINUED * study.TOKENS[study.LONG]
+    assert steps["continued-none"] == pytest.approx(share * steps[study.BEST], abs=1)
 
 
 def test_models_that_are_trained_apart_begin_apart_and_universal_ones_alike(
@@ -76,18 +103,43 @@ def test_rounds_are_those_of_speculative_decoding(draft: str) -> None:
     assert sum(taken + 1 for _, taken in counted) == seen.verified
 
 
-def test_a_fit_finds_the_numbers_that_made_the_points() -> None:
-    a, b, c = 40.0, -0.16, 1.5
-    points = [
-        Point("any", "any", n, d, (a * float(n * d) ** b + c,))
+FORMS = {PAPER: (3.5, -0.13, 1.2), APART: (4.5, 0.3, 5.0, 0.35, 1.2)}
+
+
+@pytest.mark.parametrize("form", list(FORMS), ids=lambda form: form.text)
+def test_a_fit_finds_the_numbers_that_made_the_points(form: Form) -> None:
+    truth = FORMS[form]
+    widths = []
+    for noise in (0.001, 0.004):
+        found = fit(_noisy_points(form, truth, noise), form, 100)
+        assert found.rms_error == pytest.approx(noise, rel=0.6)
+        assert found.values[-1] == pytest.approx(truth[-1], abs=0.3)
+        shown = form.shown(np.array(truth))
+        ends = [(low, high) for _, low, high in found.intervals()]
+        assert all(low < value < high for value, (low, high) in zip(shown, ends, strict=True))
+        widths.append([high - low for low, high in ends])
+    assert all(more > less for less, more in zip(*widths, strict=True))
+
+
+def _noisy_points(form: Form, values: Sequence[float], noise: float) -> list[Point]:
+    random = np.random.default_rng(1)
+    return [
+        Point(f"{n} {d}", "any", "any", n, d, float(loss + noise * random.standard_normal()))
         for n in (80_000, 260_000, 1_000_000, 4_000_000)
-        for d in (1_000_000, 2_000_000)
+        for d in (1_000_000, 2_000_000, 4_000_000, 8_000_000, 32_000_000)
+        for loss in [form.of((np.log(float(n)), np.log(float(d))), *values)]
     ]
-    found = fit(points)
-    assert found.values == pytest.approx((a, b, c), rel=0.02)
-    assert found.largest_error < 1e-4
-    for value, (low, high) in zip((a, b, c), found.intervals, strict=True):
-        assert min(low, high) - 0.1 * abs(value) <= value <= max(low, high) + 0.1 * abs(value)
+
+
+def test_points_of_one_run_are_drawn_together() -> None:
+    """So many points of few runs tell less than as many of their own."""
+    points = _noisy_points(PAPER, FORMS[PAPER], 0.004)
+    together = [replace(point, run=str(point.tokens)) for point in points]
+    (apart, *_), (of_few, *_) = (
+        [high - low for _, low, high in fit(of, PAPER, 100).intervals()]
+        for of in (points, together)
+    )
+    assert of_few > 1.2 * apart
 
 
 def test_seeds_are_paired_where_models_are_compared() -> None:
