@@ -23,7 +23,8 @@
 #            packaging and ninja; the tests pytest with pytest-timeout and pytest-xdist and what
 #            these need; the test of a whole training step, which is skipped without them,
 #            megatron-core and pydantic and what these need; the part model deepspeed, omegaconf
-#            and rich and what these need besides
+#            and rich and what these need besides; the part quality whatever the package needs, and
+#            scipy
 #   MAX_JOBS, TORCH_CUDA_ARCH_LIST    of the build; default: 16, and the GPU at hand
 #   SECONDS_IN_ALL    default: 570. A step for which no time is left is said to be timed out
 set -euo pipefail
@@ -162,6 +163,11 @@ if has quality; then
             mkdir -p "$out/quality"
             cp -r "benchmarks/results/quality/$size" "$out/quality/"
         fi
+        for log in runs/quality/"$size"/*.log; do
+            if [ -f "$log" ]; then
+                tail -c 100000 "$log" >"$out/quality-$size-$(basename "$log")"
+            fi
+        done
     done
 fi
 

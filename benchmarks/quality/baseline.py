@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.machine import RESULTS, write_result
 from benchmarks.quality.corpus import described, prepare, validation_batches
 from benchmarks.quality.study import SMALL, read
-from matformer_dist.config_language import LanguageConfig
+from matformer_dist.config_language import LanguageConfig, LanguageModelConfig
 from matformer_dist.data.datasets import build_datasets
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.data.tokenizer_files import load_tokenizer
@@ -46,7 +46,7 @@ def train_baseline(seed: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    model = _llama(config)
+    model = llama(config.model)
     optimizer = torch.optim.AdamW(
         _groups(model, config.optimizer.weight_decay),
         betas=config.optimizer.betas,
@@ -55,7 +55,7 @@ def train_baseline(seed: int) -> None:
     steps = config.training.total_steps
     for step, sequences in enumerate(_batches(config, tokenizer, steps)):
         for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(config, step, steps)
+            group["lr"] = learning_rate(config, step, steps)
         model(input_ids=sequences, labels=sequences).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
         optimizer.step()
@@ -71,10 +71,10 @@ def train_baseline(seed: int) -> None:
     )
 
 
-def _llama(config: LanguageConfig) -> torch.nn.Module:
+def llama(of: LanguageModelConfig) -> torch.nn.Module:
+    """transformers' model of that shape."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    of = config.model
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=of.vocab_size,
@@ -99,7 +99,7 @@ def _groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, objec
     ]
 
 
-def _learning_rate(config: LanguageConfig, step: int, steps: int) -> float:
+def learning_rate(config: LanguageConfig, step: int, steps: int) -> float:
     peak, lowest = config.optimizer.lr, config.schedule.min_lr
     warmup = config.schedule.warmup_steps
     if step < warmup:

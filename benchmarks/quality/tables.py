@@ -84,7 +84,7 @@ def against_independent(size: str, suffix: str = "") -> Iterator[str]:
     tokens = TOKENS.get(suffix, 1) * tokens_alone(size)
     config = read(size)
     assert config.model.vocab_size is not None
-    *_, widest = config.granularities.uniforms(config.model.n_layers)
+    widest, *_ = config.granularities.uniforms(config.model.n_layers)
     n = count_parameters(config.model, config.model.vocab_size, widest).non_embedding
     title = (
         f"{size}, X = {tokens / 1e6:g} M tokens ({tokens / n:.1f} a parameter of XL): loss of "
@@ -110,10 +110,10 @@ def _against(
     if found is None or percent is None:
         return NOTHING
     text = f"{found.text('+.4f')} ({percent.value:+.2f}%)"
-    return f"{text} {_verdict(name, found, percent)}" if asks else text
+    return f"{text} {verdict(name, found, percent)}" if asks else text
 
 
-def _verdict(name: str, nats: Mean, percent: Mean) -> str:
+def verdict(name: str, nats: Mean, percent: Mean) -> str:
     """By the ends of the intervals."""
     wanted = [(percent, MOST_PERCENT)]
     if name in MOST_NATS:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from benchmarks.quality import results, study
+from benchmarks.quality import baseline, results, study, tables
+from benchmarks.quality.corpus import Corpus
 from benchmarks.quality.measures import DRAFTED, rounds
 from benchmarks.quality.scaling import APART, PAPER, Form, Point, fit
 from matformer_dist.inference.generation import Drafting, Sampling, generate
 from matformer_dist.inference.speculative import Statistics
-from tests.unit.submodels.synthetic_run import NESTING, model_config, random_model
+from matformer_dist.submodels.extract import extract
+from matformer_dist.training.engine import learning_rate
+from tests.unit.submodels.synthetic_run import NESTING, VOCAB, model_config, random_model, write_run
 
 
 @pytest.fixture(scope="module")
@@ -132,14 +138,16 @@ def _noisy_points(form: Form, values: Sequence[float], noise: float) -> list[Poi
 
 
 def test_points_of_one_run_are_drawn_together() -> None:
-    """So many points of few runs tell less than as many of their own."""
-    points = _noisy_points(PAPER, FORMS[PAPER], 0.004)
+    """What a run has of luck is in all of its points, and no reason to trust them the more."""
+    luck = {1: 0.03, 2: -0.02, 4: 0.01, 8: -0.03, 32: 0.02}  # of the runs, by million tokens
+    points = [
+        replace(point, loss=point.loss + luck[point.tokens // 1_000_000])
+        for point in _noisy_points(PAPER, FORMS[PAPER], 0.001)
+    ]
     together = [replace(point, run=str(point.tokens)) for point in points]
-    (apart, *_), (of_few, *_) = (
-        [high - low for _, low, high in fit(of, PAPER, 100).intervals()]
-        for of in (points, together)
-    )
-    assert of_few > 1.2 * apart
+    at = np.array([80_000 * 32e6])
+    apart, of_runs = (float(np.ptp(fit(of, PAPER, 100).band(at))) for of in (points, together))
+    assert of_runs > 1.2 * apart
 
 
 def test_seeds_are_paired_where_models_are_compared() -> None:
@@ -154,3 +162,81 @@ def test_seeds_are_paired_where_models_are_compared() -> None:
     # 4.303 is Student's t at 97.5% with two degrees of freedom.
     assert apart.half_width == pytest.approx(4.303 * 0.4 / 3**0.5, rel=1e-3)
     assert results.difference(ours, {}, "S") is None
+
+
+def test_the_baseline_follows_the_same_learning_rates() -> None:
+    config = study.read(study.SMALL)
+    steps = config.training.total_steps
+    for step in (0, 17, 39, 40, 41, 500, steps - 1):
+        expected = learning_rate(config.schedule, config.optimizer.lr, step, steps)
+        assert baseline.learning_rate(config, step, steps) == pytest.approx(expected)
+
+
+def test_the_baselines_model_computes_what_ours_does(tmp_path: Path) -> None:
+    shape = study.read(study.SMALL).model.model_dump()
+    changes = {"vocab_size": VOCAB, "d_ff": NESTING.widths[-1], "init_std": 0.2}
+    lm = random_model(model_config(**shape | changes))
+    run = write_run(tmp_path / "run", lm)
+    (exported,) = extract(str(run), ["XL"], output=tmp_path / "out", format="hf")
+    theirs = baseline.llama(lm.model)
+    weights = load_file(exported.path / "model.safetensors")
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}  # tied
+    tokens = torch.randint(0, VOCAB, (2, 60), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = lm.logits(tokens, NESTING.parse("XL", lm.model.n_layers))
+        actual = theirs(input_ids=tokens).logits
+    assert expected.std() > 0.5
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_what_is_held_out_is_neither_known_nor_most_of_the_whole(tmp_path: Path) -> None:
+    def words(name: str, lines: int) -> str:
+        return "".join(f"the {i}th line of {name}, long enough\n" for i in range(lines))
+
+    texts = {f"{i:02d}": words(str(i), 20) for i in range(12)}
+    texts["04"] = words("copied", 12) + words("4", 8)
+    texts["05"] = words("copied", 12)
+    texts["08"] = words("large", 20_000)
+    for name, text in texts.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    (tmp_path / "latin.py").write_bytes(b"# caf\xe9\n")
+    trained_on, held_out = Corpus((tmp_path,), held_out=4).split()
+    assert [file.stem for file in held_out] == ["00"]
+    assert {file.stem for file in trained_on} == {*texts} - {"00", "04", "08"}
+
+
+def test_results_of_other_text_are_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    for name, size, tokens in (("a", "260k", 7), ("b", "1m", 7), ("c", "78m", 9), ("d", "4m", 8)):
+        path = tmp_path / "quality" / size / f"{name}.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"size": size, "data": {"tokens": tokens}}))
+        if name != "d":
+            results.check_data()
+    with pytest.raises(SystemExit, match=r"d.json was measured on .*8.*cannot be compared"):
+        results.check_data()
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "verdict"),
+    [
+        ("XL", [3.01], "held"),  # by 0.33%
+        ("XL", [3.02], "lost"),
+        ("S", [2.99], "lost"),  # 0.01 better, where 0.02 is wanted
+        ("S", [2.97, 2.97, 2.97], "held"),
+        ("S", [2.96, 2.97, 2.99], "open"),
+    ],
+)
+def test_a_goal_is_judged_by_the_ends_of_the_interval(
+    name: str, values: list[float], verdict: str
+) -> None:
+    ours = {seed: {name: value} for seed, value in enumerate(values)}
+    alone = {seed: {name: 3.0} for seed in range(3)}
+    nats, percent = (
+        results.difference(ours, alone, name, in_percent=in_percent) for in_percent in (False, True)
+    )
+    assert nats and percent
+    assert tables.verdict(name, nats, percent) == verdict
