@@ -240,8 +240,8 @@ def larger() -> Iterator[Run]:
 def longer() -> Iterator[Run]:
     """1. The same with more tokens for everyone, where models alone lack them less."""
     for seed in SEEDS:
-        yield from more_tokens(SMALL, seed, LONG)
         yield universal(SMALL, seed, BEST + LONG, OBJECTIVES[BEST], share=TOKENS[LONG])
+        yield from more_tokens(SMALL, seed, LONG)
 
 
 def longer_others() -> Iterator[Run]:
