@@ -85,12 +85,12 @@ def described(config: LanguageConfig) -> dict[str, object]:
 
 def validation_batches(config: LanguageConfig) -> int:
     """As many whole ones as there are."""
-    held_out = json.loads(_validation(config).with_suffix(".json").read_text())
+    held_out = json.loads(_held_out(config).with_suffix(".json").read_text())
     sequences = (int(held_out["tokens"]) - 1) // config.training.seq_len
     return sequences // config.training.global_batch_size
 
 
-def _validation(config: LanguageConfig) -> Path:
+def _held_out(config: LanguageConfig) -> Path:
     return prefix(config).with_name("validation")
 
 
@@ -98,7 +98,7 @@ def prepare(size: str) -> None:
     """Token files for training and validation, where they are not there yet."""
     config = read(size)
     train = prefix(config)
-    validation = _validation(config)
+    validation = _held_out(config)
     if validation.with_suffix(".idx").exists():
         return
     trained_on, held_out = corpus(config).split()

@@ -17,7 +17,7 @@ from benchmarks.quality.corpus import corpus, described, prepare, validation_bat
 from benchmarks.quality.study import BEST, INACTIVE, ON_GPU, Run, parent, step_flops
 from matformer_dist.parallel.topology import cpu_environment
 
-_CALIBRATION_FILES = 8
+_CALIBRATION_FILES, _CALIBRATION_TOKENS = 8, 32_768
 _BEFORE = "evaluation-before.json"  # of an imported run
 _MATFORMER = (sys.executable, "-m", "matformer_dist.cli")
 
@@ -91,6 +91,8 @@ def _train(run: Run, jobs: int) -> list[str]:
     if run.imported and not (run.directory / _BEFORE).exists():
         if not run.directory.exists():
             _import(run, jobs)
+        # An import leaves open what is to be trained on, and how.
+        (run.directory / "config.yaml").write_text(run.config().to_yaml())
         _evaluate(run, jobs, "--output", str(run.directory / _BEFORE))
     words = [*run.program, "--config", f"benchmarks/quality/configs/{run.size}.yaml"]
     words += run.settings()
@@ -112,6 +114,7 @@ def _import(run: Run, jobs: int) -> None:
         files = corpus(of).split()[0]
         for file in files[:: len(files) // _CALIBRATION_FILES]:
             words += ["--calibration", str(file)]
+        words += ["--calibration-tokens", str(_CALIBRATION_TOKENS)]
     _call([*_MATFORMER, *words], run, jobs)
 
 
