@@ -108,7 +108,7 @@ def frontier(seed: int) -> Frontier:
 
 
 def consistency_needs(seed: int) -> list[Run]:
-    return [nested(seed), *more_tokens(SMALL, seed, LONG, (*DRAFTS, "XL"))]
+    return [nested(seed), *more_tokens(SMALL, seed, LONG, names=(*DRAFTS, "XL"))]
 
 
 def consistency(seed: int) -> dict[str, Any]:

@@ -50,7 +50,8 @@ FRACTIONS = {  # granularities of the same name have the same width
     ),
     "even": ("nesting.fractions=[1/4,1/2,3/4,1]", "nesting.names=[M,L,L6,XL]"),
 }
-RATES = {"-lr-0.5": 0.5, "-lr-2": 2.0, "-lr-4": 4.0}  # of the configuration's learning rate
+SLOWER = "-lr-0.5"
+RATES = {SLOWER: 0.5, "-lr-2": 2.0, "-lr-4": 4.0}  # of the configuration's learning rate
 FEWER_STEPS = (("joint", "-lr-2"), ("sandwich", "-lr-2"))  # for which it may be too low
 BATCHES = {"-batch-4": 4, "-batch-2": 2}  # sequences, with sqrt of that of the learning rate
 ENDS = ("S", "XL")
@@ -250,9 +251,12 @@ def longer_others() -> Iterator[Run]:
         yield universal(SMALL, SEEDS[0], name + LONG, OBJECTIVES[name], share=TOKENS[LONG])
 
 
-def more_tokens(size: str, seed: int, suffix: str, names: Sequence[str] = ()) -> list[Run]:
-    settings = f"training.tokens={round(TOKENS[suffix] * tokens_alone(size))}"
-    return all_alone(size, seed, settings, suffix=suffix, names=names)
+def more_tokens(
+    size: str, seed: int, suffix: str, *more: str, names: Sequence[str] = (), label: str = ""
+) -> list[Run]:
+    """All alone, of as many tokens as `suffix` says; and with other settings, called `label`."""
+    tokens = f"training.tokens={round(TOKENS[suffix] * tokens_alone(size))}"
+    return all_alone(size, seed, tokens, *more, suffix=suffix + label, names=names)
 
 
 def on_gpu() -> Iterator[Run]:
@@ -277,7 +281,10 @@ def sensitivity() -> Iterator[Run]:
     for suffix, factor in RATES.items():
         rates = rate(SMALL, factor)
         yield from all_alone(SMALL, seed, *rates, suffix=suffix, names=ENDS)
-    for name, suffix in (*((BEST, suffix) for suffix in ("-lr-0.5", "-lr-2")), *FEWER_STEPS):
+    # Is a rate that suits short runs too high for long ones?
+    slower = rate(SMALL, RATES[SLOWER])
+    yield from more_tokens(SMALL, seed, LONG, *slower, names=ENDS, label=SLOWER)
+    for name, suffix in ((BEST, SLOWER), (BEST, "-lr-2"), *FEWER_STEPS):
         rates = rate(SMALL, RATES[suffix])
         yield universal(SMALL, seed, name + suffix, (*OBJECTIVES[name], *rates))
     # Is it only that a universal model takes more steps of the same batch?
@@ -324,7 +331,7 @@ def continued() -> Iterator[Run]:
 
 def parent(run: Run) -> Run:
     """What an imported one was."""
-    (xl,) = more_tokens(run.size, run.seed, LONG, ENDS[-1:])
+    (xl,) = more_tokens(run.size, run.seed, LONG, names=ENDS[-1:])
     return xl
 
 
@@ -334,7 +341,7 @@ def scaling() -> Iterator[Run]:
     for suffix in (HALF, "-x2"):
         yield from more_tokens(SMALL, seed, suffix)
         yield universal(SMALL, seed, BEST + suffix, OBJECTIVES[BEST], share=TOKENS[suffix])
-    yield from more_tokens(MIDDLE, seed, LONG, ENDS)
+    yield from more_tokens(MIDDLE, seed, LONG, names=ENDS)
 
 
 MODELS = {

@@ -26,6 +26,7 @@ from benchmarks.quality.study import (
     RATES,
     REMEDIES,
     SEEDS,
+    SLOWER,
     SMALL,
     TOKENS,
     read,
@@ -201,11 +202,15 @@ def variants() -> Iterator[str]:
     ]
     title = f"{SMALL}: a universal model with another setting, of as many FLOPs, less that without"
     yield from table(title, ["", "seeds", *names], rows)
-    alone = results.alone(SMALL, ENDS)
+    changes = [("", suffix) for suffix in (*RATES, *BATCHES)] + [(LONG, SLOWER)]
     rows = [
-        [f"alone{suffix}", _seeds(ours), *_differences(ours, alone, ENDS)]
-        for suffix in (*RATES, *BATCHES)
-        if (ours := results.alone(SMALL, ENDS, suffix))
+        [
+            f"alone{length}{suffix}",
+            _seeds(ours),
+            *_differences(ours, results.alone(SMALL, ENDS, length), ENDS),
+        ]
+        for length, suffix in changes
+        if (ours := results.alone(SMALL, ENDS, length + suffix))
     ]
     title = f"{SMALL}: alone with another setting, less alone"
     yield from table(title, ["", "seeds", *ENDS], rows)
