@@ -29,7 +29,8 @@ def draw() -> None:
         for form in (PAPER, APART)
         if len({point.size for point in of}) >= 3
     }
-    text = "\n\n".join([*tables(), *_fits(fits, found)])
+    parts = enumerate([*tables(), *_fits(fits, found)], 1)
+    text = "\n\n".join(f"### Table {i}. {part}" for i, part in parts)
     TABLES.write_text(text + "\n")
     print(text)
     figure = Figure(figsize=(11, 4.5), layout="constrained")

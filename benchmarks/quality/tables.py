@@ -41,7 +41,7 @@ MOST_NATS = {"S": -0.02, "M": -0.02}
 
 
 def tables() -> Iterator[str]:
-    """Those that have results, each a heading and a table in Markdown."""
+    """Those that have results, each a title and a table in Markdown."""
     for size in (SMALL, MIDDLE, LARGE, *ON_GPU):
         yield from against_independent(size)
     for suffix in TOKENS:
@@ -59,7 +59,7 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Ite
         return
     lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
     lines.insert(1, "|---" + "|---:" * (len(head) - 1) + "|")
-    yield f"### {title}\n\n" + "\n".join(lines)
+    yield f"{title}\n\n" + "\n".join(lines)
 
 
 def against_independent(size: str, suffix: str = "") -> Iterator[str]:
