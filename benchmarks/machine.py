@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from matformer_dist.checkpoints.files import replace_file
+
 if TYPE_CHECKING:
     import torch
 
@@ -66,7 +68,5 @@ def write_result(
         **rows,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text(json.dumps(record, indent=1) + "\n")
-    unfinished.replace(path)
+    replace_file(path, (json.dumps(record, indent=1) + "\n").encode())
     print(f"written to {path}")

@@ -28,25 +28,30 @@ class Corpus:
     folders: tuple[Path, ...]
     held_out: int
 
+    def trained_on(self) -> list[Path]:
+        files = self._files()
+        return sorted({*files} - {*files[:: self.held_out]})
+
     def split(self) -> tuple[list[Path], list[Path]]:
         """The files that are trained on, and of the others those that tell something: none that is
         for the most part in the former too, as tables of encodings are, and none so large that it
         would be much of the whole.
         """
-        files = sorted(
-            path
-            for folder in self.folders
-            for path in folder.rglob("*.py")
-            if _PACKAGES not in path.relative_to(folder).parts and _is_utf8(path)
-        )
-        others = files[:: self.held_out]
-        trained_on = sorted({*files} - {*others})
+        trained_on, others = self.trained_on(), self._files()[:: self.held_out]
         known = {line for file in trained_on for line in _lines(file)}
         return trained_on, [
             file
             for file in others
             if file.stat().st_size <= _MOST_BYTES and _share_of(_lines(file), known) < _MOST_KNOWN
         ]
+
+    def _files(self) -> list[Path]:
+        return sorted(
+            path
+            for folder in self.folders
+            for path in folder.rglob("*.py")
+            if _PACKAGES not in path.relative_to(folder).parts and _is_utf8(path)
+        )
 
 
 def _lines(file: Path) -> list[str]:

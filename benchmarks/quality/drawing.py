@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from benchmarks.machine import RESULTS
 from benchmarks.quality import results
 from benchmarks.quality.scaling import APART, PAPER, Fit, Point, fit, points
-from benchmarks.quality.study import BEST, SEEDS, SMALL, tokens_alone
+from benchmarks.quality.study import BEST, LONG, SMALL, TOKENS, tokens_alone
 from benchmarks.quality.tables import table, tables
 
 TABLES = RESULTS / "quality" / "tables.md"
@@ -64,7 +64,7 @@ def _fits(fits: dict[tuple[str, str], Fit], found: dict[str, list[Point]]) -> It
 
 def _draw_sizes(axes: Axes, alone: list[Point]) -> None:
     """SMALL: every submodel of the universal model against models trained alone."""
-    nested = [of for seed in SEEDS if (of := results.result(SMALL, BEST, seed))]
+    nested = results.by_seed(SMALL, BEST).values()
     if nested:
         submodels = [of["evaluation"]["submodels"] for of in nested]
         sizes = [one["non_embedding_parameters"] for one in submodels[0]]
@@ -75,9 +75,10 @@ def _draw_sizes(axes: Axes, alone: list[Point]) -> None:
                 place = (one["non_embedding_parameters"], loss)
                 axes.annotate(one["submodel"], place, xytext=(4, 6), textcoords="offset points")
     x = tokens_alone(SMALL)
+    more = TOKENS[LONG] * x
     for tokens, marker, label in (
         (x, "x", f"each alone on {x / 1e6:g} M tokens"),
-        (4 * x, "+", f"each alone on {4 * x / 1e6:g} M tokens, as the universal model"),
+        (more, "+", f"each alone on {more / 1e6:g} M tokens, as the universal model"),
     ):
         places = [
             (point.parameters, point.loss)

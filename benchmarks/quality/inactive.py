@@ -16,8 +16,8 @@ import json
 import runpy
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from functools import partialmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -31,41 +31,50 @@ from matformer_dist.config_file import load_config
 from matformer_dist.models.forward_pass import Pass
 from matformer_dist.training.engine import Engine
 
-Results = list[tuple[Pass, Tensor]]
 Moved = dict[bool, list[float]]  # each step's, by whether it runs the neurons that were watched
+Around = Callable[[Engine, Sequence[Pass]], AbstractContextManager[None]]
 
 _train_step = Engine.train_step
 
 
-def watched_step(
-    engine: Engine,
-    moved: Moved,
-    micro_batches: Iterator[tuple[Tensor, Tensor]],
-    passes: Iterator[Pass],
-    lr: float,
-) -> Results:
-    plans = list(islice(passes, engine.accumulation))
-    *_, narrower, _ = engine.config.granularities.widths
-    own = [weight.data[narrower:] for _, weight in _weights(engine)]
-    before = [part.clone() for part in own]
-    results = _train_step(engine, micro_batches, iter(plans), lr)
-    squares = [(a - b).square().mean().item() for a, b in zip(own, before, strict=True)]
-    moved[max(_widths(plans)) > narrower].append(fmean(squares) ** 0.5)
-    return results
+def step_within(around: Around) -> Callable[..., list[tuple[Pass, Tensor]]]:
+    """Engine.train_step, within what `around` makes of the engine and the step's passes."""
+
+    def train_step(
+        engine: Engine,
+        micro_batches: Iterator[tuple[Tensor, Tensor]],
+        passes: Iterator[Pass],
+        lr: float,
+    ) -> list[tuple[Pass, Tensor]]:
+        plans = list(islice(passes, engine.accumulation))
+        with around(engine, plans):
+            return _train_step(engine, micro_batches, iter(plans), lr)
+
+    return train_step
 
 
-def skipping_step(
-    engine: Engine,
-    micro_batches: Iterator[tuple[Tensor, Tensor]],
-    passes: Iterator[Pass],
-    lr: float,
-) -> Results:
-    plans = list(islice(passes, engine.accumulation))
+def drift(moved: Moved) -> Around:
+    """Adds to `moved` how far the step moves XL's own neurons."""
+
+    @contextmanager
+    def watched(engine: Engine, plans: Sequence[Pass]) -> Iterator[None]:
+        *_, narrower, _ = engine.config.granularities.widths
+        own = [weight.data[narrower:] for _, weight in _weights(engine)]
+        before = [part.clone() for part in own]
+        yield
+        squares = [(a - b).square().mean().item() for a, b in zip(own, before, strict=True)]
+        moved[max(_widths(plans)) > narrower].append(fmean(squares) ** 0.5)
+
+    return watched
+
+
+@contextmanager
+def skip(engine: Engine, plans: Sequence[Pass]) -> Iterator[None]:
+    """Puts back what the step does not run."""
     kept = [(part, part.clone()) for part in _untouched(engine, plans)]
-    results = _train_step(engine, micro_batches, iter(plans), lr)
+    yield
     for part, before in kept:
         part.copy_(before)
-    return results
 
 
 def _weights(engine: Engine) -> Iterator[tuple[int, Parameter]]:
@@ -96,9 +105,9 @@ def main() -> None:
     if mode not in ("drift", "skip"):
         sys.exit(f"{mode!r} must be drift or skip")
     moved: Moved = defaultdict(list)
-    step = partialmethod(skipping_step) if mode == "skip" else partialmethod(watched_step, moved)
+    around = skip if mode == "skip" else drift(moved)
     sys.argv = ["launch/train.py", *arguments[1:]]
-    with patch.object(Engine, "train_step", step):
+    with patch.object(Engine, "train_step", step_within(around)):
         try:
             runpy.run_path("launch/train.py", run_name="__main__")
         except SystemExit as ended:

@@ -107,13 +107,16 @@ def result(size: str, name: str, seed: int) -> dict[str, Any] | None:
     return found
 
 
+def by_seed(size: str, name: str) -> dict[int, dict[str, Any]]:
+    """Of each seed that has one."""
+    return {seed: of for seed in SEEDS if (of := result(size, name, seed))}
+
+
 def losses(size: str, name: str, when: str = "evaluation") -> dict[int, Losses]:
     """Of each seed that has a result; `when`: or `before`, of an imported model."""
-    found = {seed: result(size, name, seed) for seed in SEEDS}
     return {
         seed: {one["submodel"]: one["loss"] for one in of[when]["submodels"]}
-        for seed, of in found.items()
-        if of
+        for seed, of in by_seed(size, name).items()
     }
 
 

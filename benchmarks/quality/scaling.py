@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from scipy.optimize import curve_fit
 
 from benchmarks.quality import results
-from benchmarks.quality.study import BEST, LARGE, MIDDLE, SMALL, TOKENS, read
-from matformer_dist.counting import count_parameters
+from benchmarks.quality.study import BEST, LARGE, MIDDLE, SMALL, TOKENS, non_embedding, read
 
 Array = NDArray[np.float64]
 
@@ -28,7 +27,6 @@ class Point:
 
     run: str
     size: str
-    submodel: str
     parameters: int  # N
     tokens: int  # D
     loss: float  # nats a token
@@ -123,17 +121,13 @@ def points(kind: str) -> list[Point]:
 
 def _points(kind: str, size: str, suffix: str) -> Iterator[Point]:
     config = read(size)
-    outputs, nesting = config.model.vocab_size, config.granularities
-    assert outputs is not None
-    for submodel in nesting.uniforms(config.model.n_layers):
-        name = str(submodel)
-        n = count_parameters(config.model, outputs, submodel).non_embedding
+    for submodel in config.granularities.uniforms(config.model.n_layers):
+        name, n = str(submodel), non_embedding(size, submodel)
         run = (f"alone-{name}" if kind == "alone" else BEST) + suffix
+        found = results.by_seed(size, run)
         for seed, loss in results.losses(size, run).items():
-            found = results.result(size, run, seed)
-            assert found
             label = f"{size} {run} {seed}"
-            yield Point(label, size, name, n, int(found["tokens"]), loss[name])
+            yield Point(label, size, n, int(found[seed]["tokens"]), loss[name])
 
 
 def fit(found: Sequence[Point], form: Form, resamples: int = 500) -> Fit:

@@ -19,7 +19,8 @@ from zlib import crc32
 from benchmarks.machine import RESULTS
 from matformer_dist.config_file import load_config
 from matformer_dist.config_language import LanguageConfig, as_language
-from matformer_dist.counting import forward_flops
+from matformer_dist.counting import count_parameters, forward_flops
+from matformer_dist.nesting import Submodel
 from matformer_dist.training.objective import Objective
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -35,7 +36,7 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "sandwich": ("objective.kind=sandwich",),
     "sandwich-kd": ("objective.kind=sandwich", "objective.distillation=1.0"),
 }
-# Part 1's best at SMALL, which the other parts ask about.
+# Part 1's best at SMALL, with sampled, which the other parts ask about.
 BEST = "per_sequence"
 BETWEEN = (96, 192)  # neurons at SMALL, half-way between M and L, L and XL
 PAPER_PROBABILITIES = {  # its table T6
@@ -125,6 +126,13 @@ def tokens_alone(size: str) -> int:
     tokens = read(size).training.tokens
     assert tokens is not None
     return tokens
+
+
+def non_embedding(size: str, submodel: Submodel) -> int:
+    """N, the parameters of a submodel of that size without the embedding."""
+    model = read(size).model
+    assert model.vocab_size is not None
+    return count_parameters(model, model.vocab_size, submodel).non_embedding
 
 
 # What is trained.
@@ -331,7 +339,7 @@ def continued() -> Iterator[Run]:
 
 def parent(run: Run) -> Run:
     """What an imported one was."""
-    (xl,) = more_tokens(run.size, run.seed, LONG, names=ENDS[-1:])
+    (xl,) = more_tokens(run.size, run.seed, LONG, names=["XL"])
     return xl
 
 

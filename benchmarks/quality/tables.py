@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from benchmarks.quality import results
 from benchmarks.quality.baseline import NAME as BASELINE
@@ -29,10 +28,10 @@ from benchmarks.quality.study import (
     SLOWER,
     SMALL,
     TOKENS,
+    non_embedding,
     read,
     tokens_alone,
 )
-from matformer_dist.counting import count_parameters
 
 NOTHING = "–"
 # What we want of a universal model against models alone, at equal FLOPs.
@@ -82,11 +81,15 @@ def against_independent(size: str, suffix: str = "") -> Iterator[str]:
     if rows:
         means = (_mean(results.mean(alone, name)) for name in names)
         rows.insert(0, ["alone", _seeds(alone), *means])
+    if not suffix:
+        ours, other = results.losses(size, BEST), results.alone(size, names, LONG)
+        if ours and other:
+            cells = (_against(ours, other, name) for name in names)
+            rows.append([f"{BEST}, less alone of as many tokens", _seeds(other), *cells])
     tokens = TOKENS.get(suffix, 1) * tokens_alone(size)
     config = read(size)
-    assert config.model.vocab_size is not None
     widest, *_ = config.granularities.uniforms(config.model.n_layers)
-    n = count_parameters(config.model, config.model.vocab_size, widest).non_embedding
+    n = non_embedding(size, widest)
     title = (
         f"{size}, X = {tokens / 1e6:g} M tokens ({tokens / n:.1f} a parameter of XL): loss of "
         "models trained alone; others' less that"
@@ -139,7 +142,7 @@ def baseline() -> Iterator[str]:
 
 
 def consistency() -> Iterator[str]:
-    found = _of_seeds("consistency")
+    found = list(results.by_seed(SMALL, "consistency").values())
     keys = {
         "agreement": "agreement",
         "kl": "KL",
@@ -163,7 +166,7 @@ def _mean_text(values: Sequence[float]) -> str:
 
 def frontier() -> Iterator[str]:
     """At the sizes of models trained alone, which are budgets of the search."""
-    found = [Frontier.of(of) for of in _of_seeds("frontier")]
+    found = [Frontier.of(of) for of in results.by_seed(SMALL, "frontier").values()]
     rows = []
     for places in zip(*(of.alone for of in found), strict=True):
         parameters = places[0].parameters
@@ -184,10 +187,6 @@ def frontier() -> Iterator[str]:
     head = ["parameters", "line", "heuristic - line", "search - heuristic", "search - alone"]
     title = f"{SMALL}, {BEST}: Mix'n'Match against the line between uniform submodels"
     yield from table(f"{title} ({len(found)} seeds)", head, rows)
-
-
-def _of_seeds(measured: str) -> list[dict[str, Any]]:
-    return [of for seed in SEEDS if (of := results.result(SMALL, measured, seed))]
 
 
 def variants() -> Iterator[str]:
@@ -224,8 +223,8 @@ def _differences(
 
 
 def drift() -> Iterator[str]:
-    name = f"sampled-drift{HALF}"
-    found = [of["inactive"] for seed in SEEDS if (of := results.result(SMALL, name, seed))]
+    measured = results.by_seed(SMALL, f"sampled-drift{HALF}").values()
+    found = [of["inactive"] for of in measured]
     rows = []
     if found:
         run, not_run = (Mean.of([of[key] for of in found]) for key in ("run", "not_run"))

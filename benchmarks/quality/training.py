@@ -111,7 +111,7 @@ def _import(run: Run, jobs: int) -> None:
     words += ["--widths", ",".join(map(str, of.granularities.widths))]
     words += ["--names", ",".join(of.granularities.names)]
     if run.imported == "importance":
-        files = corpus(of).split()[0]
+        files = corpus(of).trained_on()
         for file in files[:: len(files) // _CALIBRATION_FILES]:
             words += ["--calibration", str(file)]
         words += ["--calibration-tokens", str(_CALIBRATION_TOKENS)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.quality import inactive
 from matformer_dist.config_language import LanguageConfig
+from matformer_dist.models.forward_pass import Pass
 from matformer_dist.parallel.topology import initialize
 from matformer_dist.training.engine import Engine, build_model
 from matformer_dist.training.objective import Objective
@@ -28,19 +30,26 @@ def sampled(**sections: Any) -> LanguageConfig:
     )
 
 
-def moved_rows(is_skipping: bool) -> list[tuple[int, list[int]]]:
-    """Of each step, its width, and how many rows of weights and moments changed."""
-    config = sampled()
+def train(
+    config: LanguageConfig, step: Callable[..., object]
+) -> Iterator[tuple[Engine, list[Pass], Callable[[], object]]]:
+    """The engine, and of each step its passes and what takes it."""
     topology = initialize(1)
     engine = Engine(config, build_model(config, VOCAB, topology), topology)
     objective = Objective(config.objective, config.granularities, config.model.n_layers, 5)
     batches = synthetic_batches(config, topology)
-    step: Callable[..., object] = inactive.skipping_step if is_skipping else Engine.train_step
-    found = []
     for number in range(STEPS):
         plans = [objective.plan(number, i, 2, 1) for i in range(2)]
+        yield engine, plans, partial(step, engine, batches, iter(plans), 1e-2)
+
+
+def moved_rows(is_skipping: bool) -> list[tuple[int, list[int]]]:
+    """Of each step, its width, and how many rows of weights and moments changed."""
+    step = inactive.step_within(inactive.skip) if is_skipping else Engine.train_step
+    found = []
+    for engine, plans, take in train(sampled(), step):
         before = [tensor.clone() for tensor in _rows(engine)]
-        step(engine, batches, iter(plans), 1e-2)
+        take()
         after = _rows(engine)
         if len(before) == len(after):  # the first step makes the moments
             changed = [int((a != b).any(dim=1).sum()) for a, b in zip(before, after, strict=True)]
@@ -68,15 +77,10 @@ def test_only_the_prefix_that_was_run_moves() -> None:
 
 def moved_far(optimizer: dict[str, object]) -> inactive.Moved:
     """How far XL's own neurons move in steps that run them, and in steps that do not."""
-    config = sampled(optimizer=optimizer)
-    topology = initialize(1)
-    engine = Engine(config, build_model(config, VOCAB, topology), topology)
-    objective = Objective(config.objective, config.granularities, config.model.n_layers, 5)
-    batches = synthetic_batches(config, topology)
     moved: inactive.Moved = {True: [], False: []}
-    for number in range(STEPS):
-        plans = [objective.plan(number, i, 2, 1) for i in range(2)]
-        inactive.watched_step(engine, moved, batches, iter(plans), 1e-2)
+    step = inactive.step_within(inactive.drift(moved))
+    for _, _, take in train(sampled(optimizer=optimizer), step):
+        take()
     return moved
 
 

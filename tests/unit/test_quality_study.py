@@ -63,6 +63,25 @@ def test_universal_models_spend_what_their_granularities_alone_do() -> None:
     assert alone.total_steps == round(whole / tokens[256])
 
 
+def test_every_universal_model_spends_its_share(runs: list[study.Run]) -> None:
+    """At every size and with every setting; that FLOPs are counted rightly is tested above."""
+
+    def flops(run: study.Run) -> float:
+        config = run.config()
+        return study.step_flops(config) * config.training.total_steps
+
+    seed = study.SEEDS[0]
+    sizes = {run.size for run in runs}
+    alone = {size: sum(flops(run) for run in study.all_alone(size, seed)) for size in sizes}
+    for run in runs:
+        share = study.TOKENS.get(run.name[run.name.rfind("-") :], 1.0)
+        if run.imported:
+            share = study.CONTINUED * study.TOKENS[study.LONG]
+        if run.family == "universal" and run.seed == seed:
+            # What is drawn differs by the seed.
+            assert flops(run) == pytest.approx(share * alone[run.size], rel=0.005), run
+
+
 def test_runs_for_more_tokens_take_as_many_more_steps(runs: list[study.Run]) -> None:
     steps = {
         run.name: run.config().training.total_steps
@@ -127,10 +146,20 @@ def test_a_fit_finds_the_numbers_that_made_the_points(form: Form) -> None:
     assert all(more > less for less, more in zip(*widths, strict=True))
 
 
+def test_a_fit_of_exact_points_is_exact() -> None:
+    a, b, c = 40.0, -0.16, 1.5
+    points = _noisy_points(PAPER, (math.log(a), b, c), 0.0)
+    found = fit(points, PAPER, 20)
+    assert PAPER.shown(found.values) == pytest.approx((a, b, c), rel=0.02)
+    assert found.largest_error < 1e-4
+    for value, (_, low, high) in zip((a, b, c), found.intervals(), strict=True):
+        assert min(low, high) - 0.1 * abs(value) <= value <= max(low, high) + 0.1 * abs(value)
+
+
 def _noisy_points(form: Form, values: Sequence[float], noise: float) -> list[Point]:
     random = np.random.default_rng(1)
     return [
-        Point(f"{n} {d}", "any", "any", n, d, float(loss + noise * random.standard_normal()))
+        Point(f"{n} {d}", "any", n, d, float(loss + noise * random.standard_normal()))
         for n in (80_000, 260_000, 1_000_000, 4_000_000)
         for d in (1_000_000, 2_000_000, 4_000_000, 8_000_000, 32_000_000)
         for loss in [form.of((np.log(float(n)), np.log(float(d))), *values)]
