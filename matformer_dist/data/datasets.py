@@ -5,7 +5,8 @@ Which samples make up global batch n depends on data.seed and n alone, not on th
 depends on how many samples are asked for, in one way: below one pass over the data it does not,
 but Megatron shuffles all passes of a longer run together. So a run of more than one pass that is
 resumed with other training.steps goes on in another order, and may meet a sample once more, or
-once less, than the rest.
+once less, than the rest. Validation samples are the same whatever the seed, so that losses of
+runs with different seeds can be compared.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from matformer_dist.parallel.agreement import on_main
 from matformer_dist.parallel.topology import MEGATRON_LOGGERS
 
 _COMPLETE = "complete"
+_VALIDATION_SEED = 1234
 _OF_THE_CLUSTER = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -126,30 +128,36 @@ def _build(
     config: LanguageConfig, tokenizer: Tokenizer, samples: tuple[int, int], cache: Path | None
 ) -> tuple[Dataset[Any], Dataset[Any] | None]:
     """The datasets by Megatron-Core's builder, which lets rank 0 write `cache` first."""
-    builder, dataset, settings = _megatron()
     data, train_share = config.data, split_share(config)
-    wants_validation = samples[1] > 0
+    train_samples, validation_samples = samples
+    builder, dataset, settings = _megatron()
+
+    def build(blend: Blend, part: tuple[float, float], count: int, seed: int) -> Dataset[Any]:
+        built = settings(
+            blend=_blend(blend),
+            split="1",
+            random_seed=seed,
+            sequence_length=config.training.seq_len,
+            tokenizer=tokenizer,
+            path_to_cache=str(cache) if cache else "",  # "": keep the indices in memory
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        # Set here, so that it is what was checked, to the last bit.
+        built.split_matrix = [part, None, None]
+        found: Dataset[Any] = builder(dataset, [count, 0, 0], lambda: True, built).build()[0]
+        return found
+
+    train = build(data.train, (0.0, train_share), train_samples, data.seed)
+    if validation_samples == 0:
+        return train, None
     if data.validation is None:
-        source: dict[str, Any] = {"blend": _blend(data.train), "split": "1"}
+        held_out, part = data.train, (train_share, 1.0)
     else:
-        validation = _blend(data.validation) if wants_validation else None
-        source = {"blend_per_split": [_blend(data.train), validation, None]}
-    built = settings(
-        random_seed=data.seed,
-        sequence_length=config.training.seq_len,
-        tokenizer=tokenizer,
-        path_to_cache=str(cache) if cache else "",  # "": keep the indices in memory
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-        **source,
-    )
-    if data.validation is None:  # set here, so that it is what was checked, to the last bit
-        rest = (train_share, 1.0) if wants_validation else None
-        built.split_matrix = [(0.0, train_share), rest, None]
-    datasets = builder(dataset, [*samples, 0], lambda: True, built).build()
-    return datasets[0], datasets[1]
+        held_out, part = data.validation, (0.0, 1.0)
+    return train, build(held_out, part, validation_samples, _VALIDATION_SEED)
 
 
 def _megatron() -> tuple[Any, Any, Any]:

@@ -200,6 +200,19 @@ def test_more_samples_than_there_are_pass_over_the_data_again(config: LanguageCo
     assert seen.total() > 2.9 * once * SEQ_LEN
 
 
+@pytest.mark.parametrize("has_its_own", [True, False])
+def test_validation_is_the_same_for_every_seed(
+    tmp_path: Path, tokenizer_path: Path, has_its_own: bool
+) -> None:
+    blend = blend_case(tmp_path)
+    parts = {"train": blend[:1], "validation": blend[1:]} if has_its_own else {"train": blend}
+    config = make_config(tmp_path, tokenizer_path, **parts)
+    other = config.model_copy(update={"data": config.data.model_copy(update={"seed": 5})})
+    train, validation = (rows(batches(one)) for one in build(config, 40, 20))
+    other_train, other_validation = (rows(batches(one)) for one in build(other, 40, 20))
+    assert other_train != train and other_validation == validation
+
+
 def test_validation_is_not_passed_over_again(config: LanguageConfig) -> None:
     """All samples it holds are given once each; who asks for more is told how many there are."""
     tokenizer = load_tokenizer(config.data.tokenizer)
