@@ -14,8 +14,9 @@ import torch
 from benchmarks.quality import __doc__ as told
 from benchmarks.quality.baseline import train_baselines
 from benchmarks.quality.measures import measure_all
+from benchmarks.quality.processes import FailedError
 from benchmarks.quality.study import MODELS, RUNS, SEEDS
-from benchmarks.quality.training import FailedError, train_all
+from benchmarks.quality.training import train_all
 
 Part = Callable[[Sequence[int], int], None]  # told the seeds, and processes at a time
 LOG = RUNS / "log.txt"
@@ -43,9 +44,10 @@ def _parts() -> dict[str, Part]:
         "consistency": measured("consistency"),
         "frontier": frontier,
         "continued": trained("continued"),
+        "defaults": trained("defaults"),
         "larger": trained("larger"),
-        "longer-others": trained("longer-others"),
         "sensitivity": trained("sensitivity"),
+        "longer-others": trained("longer-others"),
         "scaling": trained("scaling"),
         "gpu": trained("gpu"),  # where it is named
     }

@@ -3,15 +3,17 @@
 A plain loop of torch over LlamaForCausalLM: its initialisation, its forward pass, torch's AdamW.
 It shares with the study's models the tokens in their order, the batch, the learning rates and the
 validation data, and no code that learns. Its first weights are drawn as transformers draws them:
-all alike, where ours are smaller for what is added to the residual stream.
+all alike, where ours are smaller for what is added to the residual stream. That both learn alike
+from equal first weights is a test's, tests/end_to_end/test_baseline.py.
+
+    python -m benchmarks.quality.baseline SEED
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,34 +21,61 @@ from torch import Tensor
 
 from benchmarks.machine import RESULTS, write_result
 from benchmarks.quality.corpus import described, prepare, validation_batches
-from benchmarks.quality.study import SMALL, read
+from benchmarks.quality.processes import call, each
+from benchmarks.quality.study import BASELINE, RUNS, SMALL, alone_xl, step_flops
 from matformer_dist.config_language import LanguageConfig, LanguageModelConfig
 from matformer_dist.data.datasets import build_datasets
 from matformer_dist.data.tokenizer import Tokenizer
 from matformer_dist.data.tokenizer_files import load_tokenizer
 from matformer_dist.evaluation.validation import Tokens
 
-NAME = "transformers-XL"
-
 
 def train_baselines(seeds: Sequence[int], jobs: int) -> None:
     """Of every seed that has no result yet, `jobs` at a time."""
     waiting = [seed for seed in seeds if not _result(seed).exists()]
     prepare(SMALL)
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        list(pool.map(train_baseline, waiting))
+
+    def train_one(seed: int) -> None:
+        log = RUNS / SMALL / f"{BASELINE}-{seed}.log"
+        call([sys.executable, "-m", "benchmarks.quality.baseline", str(seed)], log, jobs)
+
+    each(train_one, waiting, jobs, lambda seed: f"{BASELINE}-{seed}")
 
 
 def _result(seed: int) -> Path:
-    return RESULTS / "quality" / SMALL / f"{NAME}-{seed}.json"
+    return RESULTS / "quality" / SMALL / f"{BASELINE}-{seed}.json"
 
 
-def train_baseline(seed: int) -> None:
-    config = read(SMALL, [f"data.seed={seed}"])
-    torch.set_num_threads(1)
+def main(seed: int) -> None:
+    config = alone_xl(seed).config()
     torch.manual_seed(seed)
     tokenizer = load_tokenizer(config.data.tokenizer)
     model = llama(config.model)
+    for _ in plain_loop(model, config, tokenizer):
+        pass
+    training = config.training
+    write_result(
+        _result(seed),
+        "cpu",
+        ("torch", "transformers"),
+        {
+            "run": BASELINE,
+            "size": SMALL,
+            "seed": seed,
+            "config": config.model_dump(mode="json"),  # of ours, which it follows
+            "data": described(config),
+        },
+        tokens=config.units(training.total_steps * training.global_batch_size),
+        training_flops=3 * step_flops(config) * training.total_steps,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        evaluation=_evaluation(model, config, tokenizer),
+    )
+
+
+def plain_loop(
+    model: torch.nn.Module, config: LanguageConfig, tokenizer: Tokenizer
+) -> Iterator[float]:
+    """Train it; the loss of each step, in nats a token."""
     optimizer = torch.optim.AdamW(
         _groups(model, config.optimizer.weight_decay),
         betas=config.optimizer.betas,
@@ -56,19 +85,12 @@ def train_baseline(seed: int) -> None:
     for step, sequences in enumerate(_batches(config, tokenizer, steps)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step, steps)
-        model(input_ids=sequences, labels=sequences).loss.backward()
+        loss = model(input_ids=sequences, labels=sequences).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-    write_result(
-        _result(seed),
-        "cpu",
-        ("torch", "transformers"),
-        {"run": NAME, "size": SMALL, "seed": seed, "data": described(config)},
-        tokens=config.units(steps * config.training.global_batch_size),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        evaluation={"submodels": [{"submodel": "XL", "loss": _loss(model, config, tokenizer)}]},
-    )
+        yield loss.item()
 
 
 def llama(of: LanguageModelConfig) -> torch.nn.Module:
@@ -120,7 +142,9 @@ def _batches(config: LanguageConfig, tokenizer: Tokenizer, steps: int) -> list[T
 
 
 @torch.no_grad()
-def _loss(model: torch.nn.Module, config: LanguageConfig, tokenizer: Tokenizer) -> float:
+def _evaluation(
+    model: torch.nn.Module, config: LanguageConfig, tokenizer: Tokenizer
+) -> dict[str, object]:
     """Nats a token, on the data that the study's models are evaluated on."""
     model.eval()
     validation = Tokens.of(config, tokenizer, validation_batches(config))
@@ -131,4 +155,9 @@ def _loss(model: torch.nn.Module, config: LanguageConfig, tokenizer: Tokenizer) 
             logits.flatten(0, 1), targets.flatten(), reduction="sum"
         )
         total += losses.item()
-    return total / validation.predictions
+    loss = total / validation.predictions
+    return {"data_sha256": validation.digest, "submodels": [{"submodel": "XL", "loss": loss}]}
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.quality.study import read
+from matformer_dist.checkpoints.files import replace_file
 from matformer_dist.config_language import LanguageConfig
 from matformer_dist.data.prepare import prepare_data
 
@@ -19,6 +20,8 @@ _PACKAGES = "site-packages"
 _LINE = 25  # characters
 _MOST_KNOWN = 0.5
 _MOST_BYTES = 200_000
+_SEQUENCES = 8  # of validation data, a multiple of it
+_CALIBRATION_FILES = 8
 
 
 @dataclass(frozen=True)
@@ -83,16 +86,31 @@ def corpus(config: LanguageConfig) -> Corpus:
 
 
 def described(config: LanguageConfig) -> dict[str, object]:
-    """What it trains on."""
+    """What it trains on, and how much is held out."""
     data = json.loads(prefix(config).with_suffix(".json").read_text())
-    return {key: data[key] for key in ("tokens", "documents", "tokenizer_sha256")}
+    said = {key: data[key] for key in ("tokens", "documents", "tokenizer_sha256")}
+    return {**said, "held_out_tokens": _held_out_tokens(config)}
+
+
+def calibration(config: LanguageConfig) -> Path:
+    """Some of what it trains on, as text."""
+    path = prefix(config).with_name("calibration.txt")
+    if not path.exists():
+        files = corpus(config).trained_on()
+        some = files[:: len(files) // _CALIBRATION_FILES]
+        text = "\n".join(file.read_text(encoding="utf-8") for file in some)
+        replace_file(path, text.encode())
+    return path
 
 
 def validation_batches(config: LanguageConfig) -> int:
-    """As many whole ones as there are."""
-    held_out = json.loads(_held_out(config).with_suffix(".json").read_text())
-    sequences = (int(held_out["tokens"]) - 1) // config.training.seq_len
-    return sequences // config.training.global_batch_size
+    """All that is held out but what fills no batch, and as many sequences whatever the batch."""
+    sequences = (_held_out_tokens(config) - 1) // config.training.seq_len
+    return sequences // _SEQUENCES * _SEQUENCES // config.training.global_batch_size
+
+
+def _held_out_tokens(config: LanguageConfig) -> int:
+    return int(json.loads(_held_out(config).with_suffix(".json").read_text())["tokens"])
 
 
 def _held_out(config: LanguageConfig) -> Path:

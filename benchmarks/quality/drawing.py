@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.machine import RESULTS
 from benchmarks.quality import results
-from benchmarks.quality.scaling import APART, PAPER, Fit, Point, fit, points
-from benchmarks.quality.study import BEST, LONG, SMALL, TOKENS, tokens_alone
+from benchmarks.quality.scaling import APART, PAPER, Fit, Point, fit, points, seeds_apart
+from benchmarks.quality.study import BEST, BETWEEN, LONG, SMALL, TOKENS, read, tokens_alone
 from benchmarks.quality.tables import table, tables
 
 TABLES = RESULTS / "quality" / "tables.md"
@@ -20,14 +21,16 @@ PICTURE = Path("docs/quality.png")
 _COLOURS = {"alone": "tab:red", "nested": "tab:blue"}
 
 
-def draw() -> None:
-    results.check_data()
+def draw(resamples: int = 500) -> None:
+    results.check()
     found = {kind: points(kind) for kind in _COLOURS}
+    luck = seeds_apart(SMALL)
     fits = {
-        (kind, form.text): fit(of, form)
+        (kind, form.text): fit(of, form, luck, resamples)
         for kind, of in found.items()
         for form in (PAPER, APART)
         if len({point.size for point in of}) >= 3
+        and len({(point.parameters, point.tokens) for point in of}) > len(form.names)
     }
     parts = enumerate([*tables(), *_fits(fits, found)], 1)
     text = "\n\n".join(f"### Table {i}. {part}" for i, part in parts)
@@ -35,7 +38,7 @@ def draw() -> None:
     print(text)
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _draw_sizes(left, found["alone"])
+    _draw_sizes(left)
     papers = {kind: of for (kind, form), of in fits.items() if form == PAPER.text}
     _draw_scaling(right, found, papers)
     PICTURE.parent.mkdir(exist_ok=True)
@@ -50,47 +53,76 @@ def _fits(fits: dict[tuple[str, str], Fit], found: dict[str, list[Point]]) -> It
             f"{len({point.run for point in found[kind]})}, {len(found[kind])}",
             form,
             ", ".join(
-                f"{name} {value:.3g} ({low:.3g} to {high:.3g})"
-                for name, (value, low, high) in zip(of.form.names, of.intervals(), strict=True)
+                f"{name} {value:.3g}{'*' if is_at_end else ''} ({low:.3g} to {high:.3g})"
+                for name, is_at_end, (value, low, high) in zip(
+                    of.form.names, of.form.at_an_end(of.values), of.intervals(), strict=True
+                )
             ),
-            f"{of.rms_error:.3f}",
-            f"{of.largest_error:.3f}",
+            *(f"{error:.3f}" for error in (of.luck, of.rms_error, of.largest_error)),
         ]
         for (kind, form), of in fits.items()
     ]
-    head = ["", "runs, points", "loss", "values, 95% intervals", "rms error", "largest error"]
-    yield from table("Loss against parameters N and tokens D, c from 0 up", head, rows)
+    head = [
+        "",
+        "runs, points",
+        "loss",
+        "values, 95% intervals",
+        "luck",
+        "rms error",
+        "largest error",
+    ]
+    title = "Loss against parameters N and tokens D; *: at the end of its range, not determined"
+    yield from table(title, head, rows)
 
 
-def _draw_sizes(axes: Axes, alone: list[Point]) -> None:
-    """SMALL: every submodel of the universal model against models trained alone."""
-    nested = results.by_seed(SMALL, BEST).values()
-    if nested:
-        submodels = [of["evaluation"]["submodels"] for of in nested]
-        sizes = [one["non_embedding_parameters"] for one in submodels[0]]
-        means = [np.mean([of[i]["loss"] for of in submodels]) for i in range(len(sizes))]
-        axes.plot(sizes, means, "o-", ms=3, color=_COLOURS["nested"], label="one universal model")
-        for one, loss in zip(submodels[0], means, strict=True):
-            if one["kind"] == "uniform":
-                place = (one["non_embedding_parameters"], loss)
-                axes.annotate(one["submodel"], place, xytext=(4, 6), textcoords="offset points")
-    x = tokens_alone(SMALL)
-    more = TOKENS[LONG] * x
-    for tokens, marker, label in (
-        (x, "x", f"each alone on {x / 1e6:g} M tokens"),
-        (more, "+", f"each alone on {more / 1e6:g} M tokens, as the universal model"),
-    ):
-        places = [
-            (point.parameters, point.loss)
-            for point in alone
-            if point.size == SMALL and abs(point.tokens / tokens - 1) < 0.01
-        ]
+def _draw_sizes(axes: Axes) -> None:
+    """SMALL: every submodel of a universal model, and models trained alone with its FLOPs."""
+    for suffix, is_faint in ((LONG, False), ("", True)):
+        x = TOKENS.get(suffix, 1) * tokens_alone(SMALL) / 1e6
+        alpha = 0.4 if is_faint else 1.0
+        nested = results.by_seed(SMALL, BEST + suffix)
+        if nested:
+            first, *_ = (of["evaluation"]["submodels"] for of in nested.values())
+            of_seeds = results.losses(SMALL, BEST + suffix)
+            points = [
+                (one["non_embedding_parameters"], found.value, found.half_width or 0.0, one)
+                for one in first
+                if (found := results.mean(SMALL, of_seeds, one["submodel"]))
+            ]
+            sizes, losses, around, submodels = zip(*sorted(points, key=itemgetter(0)), strict=True)
+            label = f"one universal model ({len(nested)} seeds), X = {x:g} M tokens"
+            axes.errorbar(
+                sizes, losses, around, fmt="o-", ms=3, capsize=2, lw=1,
+                color=_COLOURS["nested"], alpha=alpha, label=label,
+            )  # fmt: skip
+            for size, loss, one in zip(sizes, losses, submodels, strict=True):
+                if one["kind"] == "uniform" and not is_faint:
+                    axes.annotate(
+                        one["submodel"], (size, loss), xytext=(0, -14), textcoords="offset points"
+                    )
+        places = list(_alone(suffix))
         if places:
-            axes.plot(*zip(*places, strict=True), marker, color="tab:red", label=label)
+            sizes, losses, around = zip(*places, strict=True)
+            axes.errorbar(
+                sizes, losses, around, fmt="x", capsize=2, lw=1, color=_COLOURS["alone"],
+                alpha=alpha, label=f"each alone, X = {x:g} M tokens",
+            )  # fmt: skip
     axes.set_xlabel("parameters without the embedding")
     axes.set_ylabel("validation loss, nats a token")
     axes.legend()
     axes.grid(alpha=0.2)
+
+
+def _alone(suffix: str) -> Iterator[tuple[int, float, float]]:
+    """Parameters, loss and half the width of its interval, of SMALL's models trained alone."""
+    names = read(SMALL).granularities.names
+    for name in (*names, *(f"W{neurons}" for neurons in BETWEEN)):
+        of_seeds = results.losses(SMALL, f"alone-{name}{suffix}")
+        found = results.mean(SMALL, of_seeds, name)
+        if found:
+            of = results.by_seed(SMALL, f"alone-{name}{suffix}")
+            one, *_ = (next(iter(seed["evaluation"]["submodels"])) for seed in of.values())
+            yield one["non_embedding_parameters"], found.value, found.half_width or 0.0
 
 
 def _draw_scaling(axes: Axes, found: dict[str, list[Point]], fits: dict[str, Fit]) -> None:

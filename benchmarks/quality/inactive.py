@@ -6,8 +6,9 @@ momentum of earlier ones, and weight decay.
     python -m benchmarks.quality.inactive drift|skip --config FILE [section.key=value ...]
 
 drift trains as always, and writes into RUN/inactive.json how far a step moves XL's own neurons: the
-root of the mean square over their weights, by whether the step runs them. skip leaves weights and
-moments of what a step does not run as they were. Both are for one process.
+root of the mean square over their weights, by whether the step runs them. It has to see all steps,
+so that it goes on with no run that was cut off. skip leaves weights and moments of what a step does
+not run as they were. Both are for one process.
 """
 
 from __future__ import annotations
@@ -113,10 +114,13 @@ def main() -> None:
         except SystemExit as ended:
             if ended.code:
                 raise
-    if moved:
+    if mode == "drift":
+        config = load_config(Path(configuration), overrides)
+        seen = len(moved[True]) + len(moved[False])
+        if seen != config.training.total_steps:
+            sys.exit(f"{seen} steps were seen, not all; remove {config.run.dir} and begin anew")
         means = {"run": fmean(moved[True]), "not_run": fmean(moved[False])}
-        directory = load_config(Path(configuration), overrides).run.dir
-        (directory / INACTIVE).write_text(json.dumps(means))
+        (config.run.dir / INACTIVE).write_text(json.dumps(means))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,16 @@
-"""What is measured of several trained models together: parts 2 and 3 of the study."""
+"""What is measured of several trained models together: parts 2 and 3 of the study.
+
+    python -m benchmarks.quality.measures frontier|consistency SEED
+
+measures one seed, of models that are trained already.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,19 +19,21 @@ from torch import Tensor
 from benchmarks.frontier import measure, unseen_half
 from benchmarks.machine import RESULTS, write_result
 from benchmarks.quality.corpus import described, validation_batches
+from benchmarks.quality.processes import call, each
 from benchmarks.quality.results import Chosen, Frontier, Point
 from benchmarks.quality.study import (
     BEST,
-    BETWEEN,
     DRAFTS,
     LONG,
     OBJECTIVES,
+    RUNS,
     SMALL,
     Run,
-    alone,
+    between,
     more_tokens,
     read,
     universal,
+    universal_of,
 )
 from benchmarks.quality.training import have_weights
 from matformer_dist.evaluation.validation import Tokens
@@ -37,6 +46,8 @@ from matformer_dist.search.budget import Budget
 from matformer_dist.search.search import Options, search
 
 DRAFTED = 4  # tokens a round
+REPEATED = 9  # neighbouring tokens
+TEMPERATURES = (1.0, 0.0)
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 64, 32, 128
 
 
@@ -56,15 +67,11 @@ class Model:
         return self.of.model.logits(tokens, self.submodel)
 
 
-def nested(seed: int) -> Run:
-    return universal(SMALL, seed, BEST, OBJECTIVES[BEST])
-
-
 # 2. The frontier.
 
 
 def frontier_needs(seed: int) -> list[Run]:
-    return [nested(seed), *(alone(SMALL, seed, neurons) for neurons in BETWEEN)]
+    return [universal_of(SMALL, seed, BEST, LONG), *between(seed)]
 
 
 def frontier(seed: int) -> Frontier:
@@ -108,7 +115,8 @@ def frontier(seed: int) -> Frontier:
 
 
 def consistency_needs(seed: int) -> list[Run]:
-    return [nested(seed), *more_tokens(SMALL, seed, LONG, names=(*DRAFTS, "XL"))]
+    together = universal(SMALL, seed, BEST, OBJECTIVES[BEST])
+    return [together, *more_tokens(SMALL, seed, LONG, names=(*DRAFTS, "XL"))]
 
 
 def consistency(seed: int) -> dict[str, Any]:
@@ -123,9 +131,14 @@ def consistency(seed: int) -> dict[str, Any]:
     }
     tokenizer = models["nested"][0].of.tokenizer
     validation = Tokens.of(read(SMALL), tokenizer, validation_batches(read(SMALL)))
+    prompts = validation.tokens[:_PROMPTS, :_PROMPT_TOKENS].tolist()
     return {
         kind: {
-            name: _likeness(draft, verifier, validation) | _drafting(draft, verifier, validation)
+            name: _likeness(draft, verifier, validation)
+            | {
+                f"temperature-{temperature:g}": drafting(draft, verifier, prompts, temperature)
+                for temperature in TEMPERATURES
+            }
             for name, draft in zip(DRAFTS, drafts, strict=True)
         }
         for kind, (*drafts, verifier) in models.items()
@@ -134,44 +147,83 @@ def consistency(seed: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def _likeness(draft: Model, verifier: Model, validation: Tokens) -> dict[str, float]:
-    """A token: share of equal best ones, KL(verifier || draft) in nats, and what share of the
-    draft's samples at temperature 1 the verifier would accept (the mass that both have).
-    """
-    agreed = divergence = common = 0.0
+    """A token of the validation data: share of equal best ones, and KL(verifier || draft), nats."""
+    agreed = divergence = 0.0
     for tokens, _ in validation.micro_batches(torch.device("cpu")):
         p, q = (model.logits(tokens).log_softmax(dim=-1) for model in (verifier, draft))
         agreed += float((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
         divergence += float((p.exp() * (p - q)).sum())
-        common += float(torch.minimum(p, q).exp().sum())
     count = validation.predictions
-    return {"agreement": agreed / count, "kl": divergence / count, "overlap": common / count}
+    return {"agreement": agreed / count, "kl": divergence / count}
 
 
 @torch.no_grad()
-def _drafting(draft: Model, verifier: Model, validation: Tokens) -> dict[str, float]:
-    """Of greedy decoding behind the beginnings of validation sequences."""
-    prompts = validation.tokens[:_PROMPTS, :_PROMPT_TOKENS].tolist()
+def drafting(
+    draft: Model,
+    verifier: Model,
+    prompts: Sequence[Sequence[int]],
+    temperature: float,
+    new_tokens: int = _NEW_TOKENS,
+) -> dict[str, float]:
+    """Of speculative decoding behind prompts of one length: the share of drafted tokens that are
+    accepted, tokens a verification yields, and how much of the text repeats what it said before.
+    """
     texts = generate(
-        verifier.of.model, verifier.submodel, prompts, max_new_tokens=_NEW_TOKENS,
-        sampling=Sampling(0.0),
+        verifier.of.model, verifier.submodel, prompts, max_new_tokens=new_tokens,
+        sampling=Sampling(temperature),
     )  # fmt: skip
     whole = torch.tensor([[*p, *text] for p, text in zip(prompts, texts, strict=True)])
-    guesses = draft.logits(whole[:, :-1]).argmax(dim=-1)
-    right = (guesses == whole[:, 1:])[:, _PROMPT_TOKENS - 1 :]
+    would = would_be_accepted(draft, verifier, whole, temperature)[:, len(prompts[0]) - 1 :]
     drafted = accepted = verifies = verified = 0
-    for row in right.tolist():
+    for row in would.tolist():
         for asked, taken in rounds(row, DRAFTED):
             drafted, accepted = drafted + asked, accepted + taken
             verifies, verified = verifies + 1, verified + taken + 1
-    return {"acceptance": accepted / drafted, "tokens_per_verify": verified / verifies}
+    return {
+        "acceptance": accepted / drafted,
+        "tokens_per_verify": verified / verifies,
+        "repeated": repeated(texts, REPEATED),
+    }
+
+
+def would_be_accepted(draft: Model, verifier: Model, whole: Tensor, temperature: float) -> Tensor:
+    """Of each token [B, n - 1] of what the verifier wrote, but the first: would it have come from
+    an accepted draft? A greedy one, if it is the same token. A draft that is drawn from q is x, and
+    accepted, with probability min(p(x), q(x)), and x comes with probability p(x) (Leviathan et al.,
+    2211.17192): of what is x, min(1, q(x) / p(x)) was accepted, which is drawn here.
+    """
+    logits = draft.logits(whole[:, :-1])
+    if temperature == 0:
+        return logits.argmax(dim=-1) == whole[:, 1:]
+    sampling, index = Sampling(temperature), whole[:, 1:, None]
+    p, q = (
+        sampling.probabilities(of).gather(-1, index).squeeze(-1)
+        for of in (verifier.logits(whole[:, :-1]), logits)
+    )
+    drawn = torch.rand(p.shape, generator=torch.Generator().manual_seed(0))
+    return drawn * p < q
+
+
+def repeated(texts: Sequence[Sequence[int]], length: int) -> float:
+    """Share of tokens that end `length` neighbours which their text has had before."""
+    again = count = 0
+    for text in texts:
+        seen = set()
+        for end in range(length, len(text) + 1):
+            part = tuple(text[end - length : end])
+            again += part in seen
+            seen.add(part)
+        count += len(text)
+    return again / count
 
 
 def rounds(right: Sequence[bool], most: int) -> Iterator[tuple[int, int]]:
-    """(drafted, accepted) of each round of greedy speculative decoding, `most` drafted in one.
+    """(drafted, accepted) of each round of speculative decoding, `most` drafted in one.
 
-    right: whether the draft, behind what the verifier writes, goes on with the same token. Whatever
-    is accepted is what the verifier writes, so this is all there is to know: the rounds are those
-    that decoding would go through, with a cache of the draft's own, whichever model drafts.
+    right: of each token that the verifier writes, whether it would have come from an accepted
+    draft. Whatever is accepted is what the verifier writes, so this is all there is to know: the
+    rounds are those that decoding would go through, with a cache of the draft's own, whichever
+    model drafts.
     """
     done = 1  # the prompt's pass gives the first
     while done < len(right):
@@ -182,7 +234,8 @@ def rounds(right: Sequence[bool], most: int) -> Iterator[tuple[int, int]]:
         done += taken + 1
 
 
-MEASURES = {
+Measured = Callable[[int], dict[str, Any]]
+MEASURES: dict[str, tuple[Measured, Callable[[int], list[Run]]]] = {
     "frontier": (lambda seed: asdict(frontier(seed)), frontier_needs),
     "consistency": (consistency, consistency_needs),
 }
@@ -190,17 +243,32 @@ MEASURES = {
 
 def measure_all(name: str, seeds: Sequence[int], jobs: int) -> None:
     """Of every seed that has no result yet; models that are not there any more are trained anew."""
+    _, needs = MEASURES[name]
+    waiting = [seed for seed in seeds if not result(name, seed).exists()]
+    have_weights([run for seed in waiting for run in needs(seed)], jobs)
+    program = [sys.executable, "-m", "benchmarks.quality.measures", name]
+
+    def measure_one(seed: int) -> None:
+        call([*program, str(seed)], RUNS / SMALL / f"{name}-{seed}.log", jobs)
+
+    each(measure_one, waiting, jobs, lambda seed: f"{name}-{seed}")
+
+
+def result(name: str, seed: int) -> Path:
+    return RESULTS / "quality" / SMALL / f"{name}-{seed}.json"
+
+
+def main(name: str, seed: int) -> None:
     measured, needs = MEASURES[name]
-    for seed in seeds:
-        path = RESULTS / "quality" / SMALL / f"{name}-{seed}.json"
-        if path.exists():
-            continue
-        have_weights(needs(seed), jobs)
-        settings = {
-            "measured": name,
-            "size": SMALL,
-            "seed": seed,
-            "data": described(read(SMALL)),
-            "models": [run.name for run in needs(seed)],
-        }
-        write_result(path, "cpu", ("torch",), settings, **measured(seed))
+    settings = {
+        "measured": name,
+        "size": SMALL,
+        "seed": seed,
+        "data": described(read(SMALL)),
+        "models": [run.name for run in needs(seed)],
+    }
+    write_result(result(name, seed), "cpu", ("torch",), settings, **measured(seed))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

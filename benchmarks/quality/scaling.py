@@ -51,6 +51,11 @@ class Form:
         result: Array = np.where(logs, np.exp(np.where(logs, values, 0.0)), values)
         return result
 
+    def at_an_end(self, values: Array) -> list[bool]:
+        """Which of them the data do not determine: they go as far as they may."""
+        ends = (np.array(self.lowest), np.array(self.highest))
+        return [bool(one) for one in np.min([np.abs(values - end) for end in ends], axis=0) < 1e-3]
+
 
 _LOGS = ("a", "A", "B")
 
@@ -79,13 +84,14 @@ APART = Form(
 
 @dataclass(frozen=True)
 class Fit:
-    """By least squares in nats, points weighing the same. Intervals are 95%'s, by drawing runs
-    anew: all points of a run come, or none.
+    """By least squares in nats, points weighing the same. Intervals are 95%'s, of fits of what the
+    form says of the points and luck, which is drawn for each run, the same for all of its points.
     """
 
     form: Form
     values: Array
     resampled: Array  # [resamples, values]
+    luck: float  # standard deviation of that luck, nats
     rms_error: float  # nats, over the points
     largest_error: float
 
@@ -109,6 +115,13 @@ class Fit:
         yield from zip(self.form.shown(self.values), low, high, strict=True)
 
 
+def seeds_apart(size: str) -> float:
+    """Standard deviation of the losses of runs that differ in the seed alone, nats."""
+    found = [results.luck(size, name) for name in read(size).granularities.names]
+    squares = [one.deviation**2 for one in found if one]
+    return float(np.sqrt(np.mean(squares))) if squares else 0.0
+
+
 def points(kind: str) -> list[Point]:
     """kind: alone, or nested. Every size, seed and number of tokens that has results."""
     return [
@@ -130,20 +143,28 @@ def _points(kind: str, size: str, suffix: str) -> Iterator[Point]:
             yield Point(label, size, n, int(found[seed]["tokens"]), loss[name])
 
 
-def fit(found: Sequence[Point], form: Form, resamples: int = 500) -> Fit:
-    best = _fit(found, form, form.first)
+def fit(found: Sequence[Point], form: Form, least_luck: float, resamples: int) -> Fit:
+    """A run's luck is estimated by what the fit leaves, and taken to be `least_luck` at least."""
+    losses = np.array([point.loss for point in found])
+    best = _fit(found, losses, form, form.first)
+    expected = form.of(_at(found), *best)
+    errors = losses - expected
+    runs, run_of = np.unique([point.run for point in found], return_inverse=True)
+    luck = max(least_luck, _of_runs(errors, run_of, len(form.names)))
     random = np.random.default_rng(0)
-    runs = list(dict.fromkeys(point.run for point in found))
-    by_run = {run: [point for point in found if point.run == run] for run in runs}
-    resampled = []
-    for _ in range(resamples):
-        drawn = random.integers(len(runs), size=len(runs))
-        chosen = [point for i in drawn for point in by_run[runs[i]]]
-        if len({(point.parameters, point.tokens) for point in chosen}) > len(form.names):
-            resampled.append(_fit(chosen, form, best))
-    errors = form.of(_at(found), *best) - np.array([point.loss for point in found])
+    resampled = [
+        _fit(found, expected + luck * random.standard_normal(len(runs))[run_of], form, best)
+        for _ in range(resamples)
+    ]
     rms, largest = float(np.sqrt((errors**2).mean())), float(np.abs(errors).max())
-    return Fit(form, best, np.array(resampled), rms, largest)
+    return Fit(form, best, np.array(resampled), luck, rms, largest)
+
+
+def _of_runs(errors: Array, run_of: NDArray[np.intp], fitted: int) -> float:
+    """The standard deviation of the runs' mean errors, less the degrees of freedom of the fit."""
+    counts = np.bincount(run_of)
+    means = np.bincount(run_of, weights=errors) / counts
+    return float(np.sqrt((means**2).sum() / max(1, len(means) - fitted)))
 
 
 def _at(found: Sequence[Point]) -> tuple[Array, Array]:
@@ -151,8 +172,9 @@ def _at(found: Sequence[Point]) -> tuple[Array, Array]:
     return np.log(n), np.log(d)
 
 
-def _fit(found: Sequence[Point], form: Form, first: Sequence[float] | Array) -> Array:
-    losses = [point.loss for point in found]
+def _fit(
+    found: Sequence[Point], losses: Array, form: Form, first: Sequence[float] | Array
+) -> Array:
     limits = (np.array(form.lowest), np.array(form.highest))
     inside = np.clip(first, limits[0] + 1e-6, limits[1] - 1e-6)
     values, _ = curve_fit(form.of, _at(found), losses, p0=inside, bounds=limits, max_nfev=20_000)

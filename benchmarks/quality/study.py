@@ -51,9 +51,10 @@ FRACTIONS = {  # granularities of the same name have the same width
     ),
     "even": ("nesting.fractions=[1/4,1/2,3/4,1]", "nesting.names=[M,L,L6,XL]"),
 }
-SLOWER = "-lr-0.5"
-RATES = {SLOWER: 0.5, "-lr-2": 2.0, "-lr-4": 4.0}  # of the configuration's learning rate
-FEWER_STEPS = (("joint", "-lr-2"), ("sandwich", "-lr-2"))  # for which it may be too low
+SLOWER, FASTER = "-lr-0.5", "-lr-2"
+RATES = {SLOWER: 0.5, FASTER: 2.0, "-lr-4": 4.0}  # of the configuration's learning rate
+DEFAULT_RATES = (SLOWER, FASTER)
+FEWER_STEPS = (("joint", FASTER), ("sandwich", FASTER))  # for which it may be too low
 BATCHES = {"-batch-4": 4, "-batch-2": 2}  # sequences, with sqrt of that of the learning rate
 ENDS = ("S", "XL")
 DRAFTS = ("S", "M")
@@ -67,9 +68,11 @@ REMEDIES = {  # where distillation costs XL more than it gives the others
         "objective.weights={S: 0.2, M: 0.2, L: 0.2, XL: 0.4}",
     ),
 }
+BASELINE = "transformers-XL"  # what baseline.py trains
 INACTIVE = "inactive.json"  # what inactive.py measures, in a run
 CONTINUED = 0.1  # of a universal model's tokens
 TRAIN = ("launch/train.py",)
+SKIP, DRIFT = (("-m", "benchmarks.quality.inactive", mode) for mode in ("skip", "drift"))
 Order: TypeAlias = Literal["importance", "none"]
 _STEPS_AVERAGED = 4096  # of an objective that draws
 
@@ -90,6 +93,9 @@ class Run:
     # Begins as XL that was trained alone, imported with its neurons in this order.
     imported: Order | None = None
 
+    def __str__(self) -> str:
+        return str(self.directory)
+
     @property
     def directory(self) -> Path:
         return RUNS / self.size / f"{self.name}-{self.seed}"
@@ -97,6 +103,11 @@ class Run:
     @property
     def result(self) -> Path:
         return RESULTS / "quality" / self.size / f"{self.name}-{self.seed}.json"
+
+    @property
+    def watches(self) -> bool:
+        """Whether it leaves INACTIVE in its directory."""
+        return self.program == DRIFT
 
     def settings(self) -> list[str]:
         """All overrides of the configuration of its size."""
@@ -147,6 +158,10 @@ def alone(size: str, seed: int, neurons: int, name: str = "", *more: str) -> Run
     return Run(size, f"alone-{name or width}", seed, width, (*settings, *more))
 
 
+def alone_xl(seed: int) -> Run:
+    return alone(SMALL, seed, read(SMALL).model.d_ff)
+
+
 def all_alone(
     size: str, seed: int, *more: str, suffix: str = "", names: Sequence[str] = ()
 ) -> list[Run]:
@@ -182,6 +197,12 @@ def universal(
     steps = round(share * _steps_for_all(size, overrides))
     settings = (*overrides, "training.tokens=null", f"training.steps={steps}")
     return Run(size, name, seed, "universal", settings, program, imported)
+
+
+def universal_of(size: str, seed: int, objective: str, suffix: str) -> Run:
+    """With FLOPs for as many tokens as `suffix` says."""
+    overrides, share = OBJECTIVES[objective], TOKENS[suffix]
+    return universal(size, seed, objective + suffix, overrides, share=share)
 
 
 @cache
@@ -240,31 +261,37 @@ def independent() -> Iterator[Run]:
 
 def larger() -> Iterator[Run]:
     """1. The same for models of more parameters."""
-    for size, names in ((MIDDLE, ("per_sequence", "joint", "joint-kd")), (LARGE, (BEST,))):
+    for size, names in ((MIDDLE, (BEST, "joint")), (LARGE, (BEST,))):
         yield from all_alone(size, SEEDS[0])
         for name in names:
             yield universal(size, SEEDS[0], name, OBJECTIVES[name])
+    yield from more_tokens(MIDDLE, SEEDS[0], LONG)
+    yield universal_of(MIDDLE, SEEDS[0], BEST, LONG)
 
 
 def longer() -> Iterator[Run]:
     """1. The same with more tokens for everyone, where models alone lack them less."""
     for seed in SEEDS:
-        yield universal(SMALL, seed, BEST + LONG, OBJECTIVES[BEST], share=TOKENS[LONG])
+        yield universal_of(SMALL, seed, BEST, LONG)
         yield from more_tokens(SMALL, seed, LONG)
 
 
 def longer_others() -> Iterator[Run]:
     """1. Does the order of the objectives hold with more tokens?"""
     for name in ("sampled", "sandwich", "joint"):
-        yield universal(SMALL, SEEDS[0], name + LONG, OBJECTIVES[name], share=TOKENS[LONG])
+        yield universal_of(SMALL, SEEDS[0], name, LONG)
 
 
 def more_tokens(
     size: str, seed: int, suffix: str, *more: str, names: Sequence[str] = (), label: str = ""
 ) -> list[Run]:
     """All alone, of as many tokens as `suffix` says; and with other settings, called `label`."""
-    tokens = f"training.tokens={round(TOKENS[suffix] * tokens_alone(size))}"
+    tokens = _tokens(size, suffix)
     return all_alone(size, seed, tokens, *more, suffix=suffix + label, names=names)
+
+
+def _tokens(size: str, suffix: str) -> str:
+    return f"training.tokens={round(TOKENS[suffix] * tokens_alone(size))}"
 
 
 def on_gpu() -> Iterator[Run]:
@@ -278,8 +305,24 @@ def on_gpu() -> Iterator[Run]:
 def frontier() -> Iterator[Run]:
     """2. Models of sizes between the granularities'."""
     for seed in SEEDS:
-        for neurons in BETWEEN:
-            yield alone(SMALL, seed, neurons)
+        yield from between(seed)
+
+
+def between(seed: int) -> list[Run]:
+    tokens = _tokens(SMALL, LONG)
+    return [alone(SMALL, seed, neurons, f"W{neurons}{LONG}", tokens) for neurons in BETWEEN]
+
+
+def defaults() -> Iterator[Run]:
+    """4. What the shipped configurations leave as it is."""
+    for seed in SEEDS:
+        for suffix in DEFAULT_RATES:
+            overrides = (*OBJECTIVES[BEST], *rate(SMALL, RATES[suffix]))
+            yield universal(SMALL, seed, BEST + suffix, overrides)
+        for name, probabilities in PAPER_PROBABILITIES.items():
+            overrides = (*OBJECTIVES[BEST], f"objective.probabilities={probabilities}")
+            yield universal(SMALL, seed, f"{BEST}-{name}", overrides)
+        yield universal(SMALL, seed, "sampled-skipping", OBJECTIVES["sampled"], program=SKIP)
 
 
 def sensitivity() -> Iterator[Run]:
@@ -292,7 +335,7 @@ def sensitivity() -> Iterator[Run]:
     # Is a rate that suits short runs too high for long ones?
     slower = rate(SMALL, RATES[SLOWER])
     yield from more_tokens(SMALL, seed, LONG, *slower, names=ENDS, label=SLOWER)
-    for name, suffix in ((BEST, SLOWER), (BEST, "-lr-2"), *FEWER_STEPS):
+    for name, suffix in FEWER_STEPS:
         rates = rate(SMALL, RATES[suffix])
         yield universal(SMALL, seed, name + suffix, (*OBJECTIVES[name], *rates))
     # Is it only that a universal model takes more steps of the same batch?
@@ -306,15 +349,10 @@ def sensitivity() -> Iterator[Run]:
         yield from all_alone(SMALL, seed, *smaller, suffix=suffix, names=ENDS)
     for name, fractions in FRACTIONS.items():
         yield universal(SMALL, seed, f"{BEST}-{name}", (*base, *fractions))
-    for name, probabilities in PAPER_PROBABILITIES.items():
-        overrides = (*base, f"objective.probabilities={probabilities}")
-        yield universal(SMALL, seed, f"{BEST}-{name}", overrides)
     for name, remedy in REMEDIES.items():
         yield universal(SMALL, seed, name, (*joint, *remedy))
-    skip, drift = (("-m", "benchmarks.quality.inactive", mode) for mode in ("skip", "drift"))
-    yield universal(SMALL, seed, "sampled-skipping", sampled, program=skip)
     share = TOKENS[HALF]
-    yield universal(SMALL, seed, f"sampled-drift{HALF}", sampled, share=share, program=drift)
+    yield universal(SMALL, seed, f"sampled-drift{HALF}", sampled, share=share, program=DRIFT)
 
 
 def continued() -> Iterator[Run]:
@@ -348,8 +386,7 @@ def scaling() -> Iterator[Run]:
     seed = SEEDS[0]
     for suffix in (HALF, "-x2"):
         yield from more_tokens(SMALL, seed, suffix)
-        yield universal(SMALL, seed, BEST + suffix, OBJECTIVES[BEST], share=TOKENS[suffix])
-    yield from more_tokens(MIDDLE, seed, LONG, names=ENDS)
+        yield universal_of(SMALL, seed, BEST, suffix)
 
 
 MODELS = {
@@ -359,6 +396,7 @@ MODELS = {
     "larger": larger,
     "gpu": on_gpu,
     "frontier": frontier,
+    "defaults": defaults,
     "sensitivity": sensitivity,
     "continued": continued,
     "scaling": scaling,

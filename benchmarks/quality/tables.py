@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from benchmarks.quality import results
-from benchmarks.quality.baseline import NAME as BASELINE
-from benchmarks.quality.results import Frontier, Losses, Mean
+from benchmarks.quality.measures import DRAFTED, TEMPERATURES
+from benchmarks.quality.results import Estimate, Frontier, Losses, Luck
 from benchmarks.quality.study import (
+    BASELINE,
     BATCHES,
     BEST,
     CONTINUED,
+    DEFAULT_RATES,
     DRAFTS,
     ENDS,
     FEWER_STEPS,
@@ -43,8 +46,10 @@ def tables() -> Iterator[str]:
     """Those that have results, each a title and a table in Markdown."""
     for size in (SMALL, MIDDLE, LARGE, *ON_GPU):
         yield from against_independent(size)
-    for suffix in TOKENS:
-        yield from against_independent(SMALL, suffix)
+    for size in (SMALL, MIDDLE):
+        for suffix in TOKENS:
+            yield from against_independent(size, suffix)
+    yield from luck()
     yield from baseline()
     yield from consistency()
     yield from frontier()
@@ -69,7 +74,7 @@ def against_independent(size: str, suffix: str = "") -> Iterator[str]:
     for label in (*OBJECTIVES, *REMEDIES):
         ours = results.losses(size, label + suffix)
         if ours and alone:
-            cells = (_against(ours, alone, name, asks=True) for name in names)
+            cells = (_against(size, ours, alone, name, asks=True) for name in names)
             rows.append([label, _seeds(ours), *cells])
     controls = {"XL alone, all FLOPs": results.losses(size, f"alone-XL-all{suffix}")}
     if not suffix:
@@ -77,15 +82,16 @@ def against_independent(size: str, suffix: str = "") -> Iterator[str]:
         controls |= {f"alone, {TOKENS[other]:g} X tokens": of for other, of in more.items()}
     for label, ours in controls.items():
         if ours:
-            rows.append([label, _seeds(ours), *(_against(ours, alone, name) for name in names)])
+            cells = (_against(size, ours, alone, name) for name in names)
+            rows.append([label, _seeds(ours), *cells])
     if rows:
-        means = (_mean(results.mean(alone, name)) for name in names)
+        means = (_text(results.mean(size, alone, name)) for name in names)
         rows.insert(0, ["alone", _seeds(alone), *means])
     if not suffix:
         ours, other = results.losses(size, BEST), results.alone(size, names, LONG)
         if ours and other:
-            cells = (_against(ours, other, name) for name in names)
-            rows.append([f"{BEST}, less alone of as many tokens", _seeds(other), *cells])
+            cells = (_against(size, ours, other, name) for name in names)
+            rows.append([f"{BEST}, less alone of as many tokens", _seeds(ours), *cells])
     tokens = TOKENS.get(suffix, 1) * tokens_alone(size)
     config = read(size)
     widest, *_ = config.granularities.uniforms(config.model.n_layers)
@@ -97,44 +103,77 @@ def against_independent(size: str, suffix: str = "") -> Iterator[str]:
     yield from table(title, ["", "seeds", *names], rows)
 
 
-def _seeds(of: Mapping[int, object]) -> str:
-    return str(len(of))
+def _seeds(of: Mapping[int, Losses]) -> str:
+    """How many there are of each submodel; the fewest and the most where they differ."""
+    counts = Counter(name for losses in of.values() for name in losses).values()
+    return "–".join(map(str, sorted({min(counts), max(counts)})))
 
 
-def _mean(found: Mean | None) -> str:
-    return found.text() if found else NOTHING
+def _text(found: Estimate | None, form: str = ".4f") -> str:
+    return found.text(form) if found else NOTHING
 
 
 def _against(
-    ours: dict[int, Losses], other: dict[int, Losses], name: str, *, asks: bool = False
+    size: str,
+    ours: dict[int, Losses],
+    other: dict[int, Losses],
+    name: str,
+    *,
+    asks: bool = False,
 ) -> str:
     """The difference in nats and in percent; `asks`: and whether that is what we want."""
-    found = results.difference(ours, other, name)
-    percent = results.difference(ours, other, name, in_percent=True)
-    if found is None or percent is None:
+    found, base = results.difference(size, ours, other, name), results.mean(size, other, name)
+    if found is None or base is None:
         return NOTHING
+    percent = found.per(base.value)
     text = f"{found.text('+.4f')} ({percent.value:+.2f}%)"
     return f"{text} {verdict(name, found, percent)}" if asks else text
 
 
-def verdict(name: str, nats: Mean, percent: Mean) -> str:
-    """By the ends of the intervals."""
+def verdict(name: str, nats: Estimate, percent: Estimate) -> str:
+    """Where even the worse end of the interval is what we want, or not even the better one."""
     wanted = [(percent, MOST_PERCENT)]
     if name in MOST_NATS:
         wanted.append((nats, MOST_NATS[name]))
-    if all(found.ends[1] <= most for found, most in wanted):
-        return "held"
-    return "lost" if any(found.ends[0] > most for found, most in wanted) else "open"
+    if nats.half_width is None:
+        return "open"
+    best, worst = (
+        [found.value + sign * (found.half_width or 0.0) - most for found, most in wanted]
+        for sign in (-1, 1)
+    )
+    return "held" if max(worst) <= 0 else "lost" if max(best) > 0 else "open"
+
+
+def luck() -> Iterator[str]:
+    """What all intervals of losses rest on; and each model's own, which tells whether one number
+    may stand for all.
+    """
+    names = read(SMALL).granularities.names
+    pooled = [results.luck(SMALL, name) for name in names]
+    rows = []
+    for model in results.models(SMALL):
+        of = results.losses(SMALL, model)
+        own = [
+            Luck.of([[losses[name] for losses in of.values() if name in losses]]) for name in names
+        ]
+        if any(own):
+            rows.append([model, *(f"{one.deviation:.4f}" if one else NOTHING for one in own)])
+    if rows:
+        rows.append(["all", *(f"{one.deviation:.4f}" if one else NOTHING for one in pooled)])
+        freedom = [str(one.freedom) if one else NOTHING for one in pooled]
+        rows.append(["degrees of freedom", *freedom])
+    title = f"{SMALL}: standard deviation of the loss over seeds"
+    yield from table(title, ["", *names], rows)
 
 
 def baseline() -> Iterator[str]:
     ours, theirs = results.losses(SMALL, "alone-XL"), results.losses(SMALL, BASELINE)
     rows = [
-        [name, *(f"{of[seed]['XL']:.4f}" if seed in of else NOTHING for seed in SEEDS), _mean(mean)]
+        [name, *(f"{of[seed]['XL']:.4f}" if seed in of else NOTHING for seed in SEEDS), _text(mean)]
         for name, of in (("alone-XL", ours), (BASELINE, theirs))
-        if (mean := results.mean(of, "XL"))
+        if (mean := results.mean(SMALL, of, "XL"))
     ]
-    between = results.difference(theirs, ours, "XL")
+    between = results.difference(SMALL, theirs, ours, "XL")
     if between:
         rows.append(["theirs less ours", *[""] * len(SEEDS), between.text("+.4f")])
         title = f"{SMALL}: XL alone, and transformers' Llama by a plain loop"
@@ -143,55 +182,72 @@ def baseline() -> Iterator[str]:
 
 def consistency() -> Iterator[str]:
     found = list(results.by_seed(SMALL, "consistency").values())
-    keys = {
-        "agreement": "agreement",
-        "kl": "KL",
-        "overlap": "accepted at temperature 1",
-        "acceptance": "accepted, greedy",
-        "tokens_per_verify": "tokens a verify",
-    }
-    rows = [
-        [f"{name}, {kind}", *(_mean_text([of[kind][name][key] for of in found]) for key in keys)]
+    kinds = [
+        (name, kind, [of[kind][name] for of in found])
         for kind in ("nested", "alone")
         for name in DRAFTS
         if found
     ]
-    title = f"{SMALL}: drafts against XL, {BEST} and models alone of as many tokens"
-    yield from table(f"{title} ({len(found)} seeds)", ["", *keys.values()], rows)
+    keys = {"agreement": "same best token", "kl": "KL(XL, draft)"}
+    rows = [
+        [f"{name}, {kind}", *(_mean([one[key] for one in of], ".3f") for key in keys)]
+        for name, kind, of in kinds
+    ]
+    of = f"{SMALL}: S and M against XL, {BEST} and models alone of as many tokens"
+    yield from table(f"{of}; on held-out text ({len(found)} seeds)", ["", *keys.values()], rows)
+    keys = {
+        "acceptance": "accepted",
+        "tokens_per_verify": "tokens a verification",
+        "repeated": "of the text repeats itself",
+    }
+    for temperature in TEMPERATURES:
+        rows = [
+            [
+                f"{name}, {kind}",
+                *(
+                    _mean([one[f"temperature-{temperature:g}"][key] for one in of], ".3f")
+                    for key in keys
+                ),
+            ]
+            for name, kind, of in kinds
+        ]
+        title = f"{SMALL}: the same as drafts of {DRAFTED} tokens, at temperature {temperature:g}"
+        yield from table(f"{title} ({len(found)} seeds)", ["", *keys.values()], rows)
 
 
-def _mean_text(values: Sequence[float]) -> str:
-    return Mean.of(values).text(".3f")
+def _mean(values: Sequence[float], form: str) -> str:
+    return Estimate.of(values).text(form)
 
 
 def frontier() -> Iterator[str]:
-    """At the sizes of models trained alone, which are budgets of the search."""
+    """At all budgets of the search, which the sizes of models trained alone are among."""
     found = [Frontier.of(of) for of in results.by_seed(SMALL, "frontier").values()]
     rows = []
-    for places in zip(*(of.alone for of in found), strict=True):
-        parameters = places[0].parameters
-        within = [of.within(parameters) for of in found]
-        line = Mean.of([of.line(parameters) for of in found])
-        less_line = Mean.of(
-            [
-                one.heuristic.loss - of.line(parameters)
-                for one, of in zip(within, found, strict=True)
-            ]
-        )
-        gain = Mean.of([one.search.loss - one.heuristic.loss for one in within])
-        less_alone = Mean.of(
-            [one.search.loss - place.loss for one, place in zip(within, places, strict=True)]
-        )
-        differences = (one.text("+.4f") for one in (less_line, gain, less_alone))
-        rows.append([f"{parameters:,}", line.text(), *differences])
-    head = ["parameters", "line", "heuristic - line", "search - heuristic", "search - alone"]
-    title = f"{SMALL}, {BEST}: Mix'n'Match against the line between uniform submodels"
+    for budget in sorted({one.budget for of in found for one in of.chosen}):
+        at = [(of, of.within(budget)) for of in found]
+        heuristic = [one.heuristic.loss - of.line(one.heuristic.parameters) for of, one in at]
+        search = [one.search.loss - of.line(one.search.parameters) for of, one in at]
+        gain = [one.search.loss - one.heuristic.loss for _, one in at]
+        alone = [
+            one.search.loss - place.loss
+            for of, one in at
+            for place in of.alone
+            if place.parameters == budget
+        ]
+        columns = (heuristic, search, gain, alone)
+        cells = (_mean(values, "+.4f") if values else NOTHING for values in columns)
+        rows.append([f"{budget:,}", *cells])
+    head = ["budget", "heuristic - line", "search - line", "search - heuristic", "search - alone"]
+    title = (
+        f"{SMALL}, {BEST}{LONG}: Mix'n'Match within budgets of parameters, against the line "
+        "between uniform submodels and against models alone; on text that the search has not seen"
+    )
     yield from table(f"{title} ({len(found)} seeds)", head, rows)
 
 
 def variants() -> Iterator[str]:
     names = read(SMALL).granularities.names
-    changes = [(BEST, suffix) for suffix in RATES]
+    changes = [(BEST, suffix) for suffix in DEFAULT_RATES]
     changes += [(BEST, f"-{label}") for label in (*FRACTIONS, *PAPER_PROBABILITIES)]
     changes += [*FEWER_STEPS, ("sampled", "-skipping")]
     rows = [
@@ -218,8 +274,7 @@ def variants() -> Iterator[str]:
 def _differences(
     ours: dict[int, Losses], other: dict[int, Losses], names: Sequence[str]
 ) -> list[str]:
-    found = (results.difference(ours, other, name) for name in names)
-    return [one.text("+.4f") if one else NOTHING for one in found]
+    return [_text(results.difference(SMALL, ours, other, name), "+.4f") for name in names]
 
 
 def drift() -> Iterator[str]:
@@ -227,9 +282,9 @@ def drift() -> Iterator[str]:
     found = [of["inactive"] for of in measured]
     rows = []
     if found:
-        run, not_run = (Mean.of([of[key] for of in found]) for key in ("run", "not_run"))
-        share = Mean.of([of["not_run"] / of["run"] for of in found])
-        rows.append([run.text(".2e"), not_run.text(".2e"), share.text(".3f")])
+        columns = [[of[key] for of in found] for key in ("run", "not_run")]
+        share = [of["not_run"] / of["run"] for of in found]
+        rows.append([*(_mean(values, ".2e") for values in columns), _mean(share, ".3f")])
     head = ["steps that run them", "steps that do not", "share"]
     title = f"{SMALL}, sampled: how far a step moves XL's own neurons, root mean square of weights"
     yield from table(title, head, rows)
@@ -248,9 +303,14 @@ def continued() -> Iterator[str]:
             if of:
                 rows.append([f"{name}, {when}", _seeds(of), *_differences(of, scratch, names)])
     if rows:
-        means = [_mean(results.mean(scratch, name)) for name in names]
+        means = [_text(results.mean(SMALL, scratch, name)) for name in names]
         rows.insert(0, [f"from scratch, {BEST}{LONG}", _seeds(scratch), *means])
-        rows.append([f"alone{LONG}", _seeds(alone), *_differences(alone, scratch, names)])
+        for name, of in (
+            (f"from scratch, {BEST}", results.losses(SMALL, BEST)),
+            (f"alone{LONG}", alone),
+        ):
+            if of:
+                rows.append([name, _seeds(of), *_differences(of, scratch, names)])
     title = (
         f"{SMALL}: XL of {TOKENS[LONG]:g} X tokens imported, by the order of its neurons, before "
         f"and after {CONTINUED:.0%} of the FLOPs of nesting from scratch; less from scratch"

@@ -5,70 +5,54 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 from benchmarks.machine import write_result
-from benchmarks.quality.corpus import corpus, described, prepare, validation_batches
-from benchmarks.quality.study import BEST, INACTIVE, ON_GPU, Run, parent, step_flops
-from matformer_dist.parallel.topology import cpu_environment
+from benchmarks.quality.corpus import calibration, described, prepare, validation_batches
+from benchmarks.quality.processes import FailedError, call, each
+from benchmarks.quality.study import BEST, INACTIVE, LONG, ON_GPU, Run, parent, step_flops
+from matformer_dist.config_file import load_config
 
-_CALIBRATION_FILES, _CALIBRATION_TOKENS = 8, 32_768
-_BEFORE = "evaluation-before.json"  # of an imported run
-_MATFORMER = (sys.executable, "-m", "matformer_dist.cli")
-
-
-class FailedError(Exception):
-    """What was said of each that failed; the others were gone on with."""
+_CALIBRATION_TOKENS = 32_768
+# Of an imported run: what it was imported by, and its evaluation before it was trained on.
+_IMPORTED, _BEFORE = "imported.txt", "evaluation-before.json"
+_HEURISTIC = (BEST, BEST + LONG)  # whose Mix'n'Match submodels are evaluated, too
 
 
 def train_all(runs: Iterable[Run], jobs: int) -> None:
     """Those that have no result yet, `jobs` at a time; each goes on from its last checkpoint."""
     waiting = [run for run in runs if not run.result.exists()]
     have_weights((parent(run) for run in waiting if run.imported), jobs)
-    _each(_train_and_evaluate, waiting, jobs)
+    _prepare(waiting)
+    each(lambda run: _train_and_evaluate(run, jobs), waiting, jobs)
 
 
 def have_weights(runs: Iterable[Run], jobs: int) -> None:
     """Train those that are not there, whether they have a result or not."""
-    _each(_train, list(dict.fromkeys(runs)), jobs)
+    wanted = list(dict.fromkeys(runs))
+    _prepare(wanted)
+    each(lambda run: _train(run, jobs), wanted, jobs)
 
 
-def _each(do: Callable[[Run, int], object], runs: Sequence[Run], jobs: int) -> None:
-    """FailedError, at the end, of those that failed."""
+def _prepare(runs: Sequence[Run]) -> None:
     for size in dict.fromkeys(run.size for run in runs):
         prepare(size)
 
-    def attempt(run: Run) -> str | None:
-        begun = time.monotonic()
-        try:
-            do(run, jobs)
-        except subprocess.CalledProcessError as error:
-            return f"{shlex.join(error.cmd)} ended with {error.returncode}: see {_log(run)}"
-        print(f"{run.directory}: {time.monotonic() - begun:.0f} s", flush=True)
-        return None
-
-    with ThreadPoolExecutor(jobs) as pool:
-        failed = [told for told in pool.map(attempt, runs) if told]
-    if failed:
-        raise FailedError("\n".join(failed))
-
 
 def _train_and_evaluate(run: Run, jobs: int) -> None:
-    command = _train(run, jobs)
+    commands = _train(run, jobs)
     config = run.config()
-    _evaluate(run, jobs, *(["--heuristic"] if run.name == BEST else []))
-    training, moved = config.training, run.directory / INACTIVE
+    _evaluate(run, jobs, *(["--heuristic"] if run.name in _HEURISTIC else []))
+    training = config.training
+    more = {"inactive": INACTIVE} if run.watches else {}
+    more |= {"before": _BEFORE} if run.imported else {}
     write_result(
         run.result,
         "cuda" if run.size in ON_GPU else "cpu",
         ("torch",),
         {
-            "command": shlex.join(command),
+            "command": " && ".join(commands),
             "run": run.name,
             "size": run.size,
             "seed": run.seed,
@@ -78,60 +62,68 @@ def _train_and_evaluate(run: Run, jobs: int) -> None:
         tokens=config.units(training.total_steps * training.global_batch_size),
         training_flops=3 * step_flops(config) * training.total_steps,
         evaluation=json.loads((run.directory / "evaluation.json").read_text()),
-        **{
-            key: json.loads(path.read_text())
-            for key, path in (("inactive", moved), ("before", run.directory / _BEFORE))
-            if path.exists()
-        },
+        **{key: json.loads((run.directory / name).read_text()) for key, name in more.items()},
     )
 
 
 def _train(run: Run, jobs: int) -> list[str]:
-    """To its last step, which a run that is there already says itself; the command."""
-    if run.imported and not (run.directory / _BEFORE).exists():
-        if not run.directory.exists():
-            _import(run, jobs)
-        # An import leaves open what is to be trained on, and how.
-        (run.directory / "config.yaml").write_text(run.config().to_yaml())
-        _evaluate(run, jobs, "--output", str(run.directory / _BEFORE))
+    """To its last step, which a run that is there already says itself; the commands."""
+    if run.watches and not (run.directory / INACTIVE).exists():
+        shutil.rmtree(run.directory, ignore_errors=True)  # it wants to see all steps
+    commands = _import(run, jobs) if run.imported else []
+    _check_configuration(run)
     words = [*run.program, "--config", f"benchmarks/quality/configs/{run.size}.yaml"]
     words += run.settings()
     _call([sys.executable, *words], run, jobs)
-    return ["python", *words]
+    return [*commands, shlex.join(["python", *words])]
 
 
-def _import(run: Run, jobs: int) -> None:
+def _check_configuration(run: Run) -> None:
+    """A run of other settings would be gone on with, and be taken for this one."""
+    path = run.directory / "config.yaml"
+    if path.exists() and load_config(path) != run.config():
+        raise FailedError(
+            f"{run.directory} was begun with another configuration than the study's; move it away"
+        )
+
+
+def _import(run: Run, jobs: int) -> list[str]:
     """Begin as XL that was trained alone: taken out, and imported as any checkpoint is."""
     of, exported = run.config(), run.directory.with_name(f"{run.directory.name}-parent")
-    shutil.rmtree(exported, ignore_errors=True)
-    words = ["extract", str(parent(run).directory), "--submodel", "XL", "--format", "hf"]
-    _call([*_MATFORMER, *words, "--output", str(exported)], run, jobs)
-    assert run.imported
-    words = ["import", str(exported), "--output", str(run.directory), "--order", run.imported]
-    words += ["--widths", ",".join(map(str, of.granularities.widths))]
-    words += ["--names", ",".join(of.granularities.names)]
+    extract = ["extract", str(parent(run).directory), "--submodel", "XL", "--format", "hf"]
+    extract += ["--output", str(exported)]
+    take = ["import", str(exported), "--output", str(run.directory), "--order", str(run.imported)]
+    take += ["--widths", ",".join(map(str, of.granularities.widths))]
+    take += ["--names", ",".join(of.granularities.names)]
     if run.imported == "importance":
-        files = corpus(of).trained_on()
-        for file in files[:: len(files) // _CALIBRATION_FILES]:
-            words += ["--calibration", str(file)]
-        words += ["--calibration-tokens", str(_CALIBRATION_TOKENS)]
-    _call([*_MATFORMER, *words], run, jobs)
+        take += ["--calibration", str(calibration(of))]
+        take += ["--calibration-tokens", str(_CALIBRATION_TOKENS)]
+    commands = [shlex.join(["matformer", *words]) for words in (extract, take)]
+    imported, before = run.directory / _IMPORTED, run.directory / _BEFORE
+    text = "\n".join(commands)
+    if before.exists() and imported.read_text() != text:
+        raise FailedError(f"{run.directory} was not imported by {commands[-1]}; move it away")
+    if not before.exists():  # or it was cut off on its way
+        for directory in (exported, run.directory):
+            shutil.rmtree(directory, ignore_errors=True)
+        for words in (extract, take):
+            _matformer(words, run, jobs)
+        # An import leaves open what is to be trained on, and how.
+        (run.directory / "config.yaml").write_text(of.to_yaml())
+        imported.write_text(text)
+        _evaluate(run, jobs, "--output", str(before))
+    return commands
 
 
 def _evaluate(run: Run, jobs: int, *options: str) -> None:
     batches = str(validation_batches(run.config()))
-    command = [*_MATFORMER, "evaluate", str(run.directory), "--batches", batches, *options]
-    _call(command, run, jobs)
+    _matformer(["evaluate", str(run.directory), "--batches", batches, *options], run, jobs)
 
 
-def _call(command: list[str], run: Run, jobs: int) -> None:
-    """CalledProcessError where it fails; what it says is in the log."""
-    log = _log(run)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    environment = None if run.size in ON_GPU else cpu_environment(jobs)
-    with log.open("ab") as file:
-        subprocess.run(command, stdout=file, stderr=file, env=environment, check=True)
+def _matformer(words: Sequence[str], run: Run, jobs: int) -> None:
+    _call([sys.executable, "-m", "matformer_dist.cli", *words], run, jobs)
 
 
-def _log(run: Run) -> Path:
-    return run.directory.with_name(f"{run.directory.name}.log")
+def _call(command: Sequence[str], run: Run, jobs: int) -> None:
+    log = run.directory.with_name(f"{run.directory.name}.log")
+    call(command, log, jobs, on_gpu=run.size in ON_GPU)
