@@ -97,8 +97,8 @@ def against_independent(size: str, suffix: str = "") -> Iterator[str]:
     widest, *_ = config.granularities.uniforms(config.model.n_layers)
     n = non_embedding(size, widest)
     title = (
-        f"{size}, X = {tokens / 1e6:g} M tokens ({tokens / n:.1f} a parameter of XL): loss of "
-        "models trained alone; others' less that"
+        f"{size}, X = {tokens / 1e6:g} M tokens, {tokens / n:.1f} for each of XL's {n / 1e6:.2f} M "
+        "parameters without the embedding: loss of models trained alone; others' less that"
     )
     yield from table(title, ["", "seeds", *names], rows)
 
