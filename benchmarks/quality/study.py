@@ -323,6 +323,9 @@ def defaults() -> Iterator[Run]:
             overrides = (*OBJECTIVES[BEST], f"objective.probabilities={probabilities}")
             yield universal(SMALL, seed, f"{BEST}-{name}", overrides)
         yield universal(SMALL, seed, "sampled-skipping", OBJECTIVES["sampled"], program=SKIP)
+    for suffix in DEFAULT_RATES:
+        overrides = (*OBJECTIVES[BEST], *rate(MIDDLE, RATES[suffix]))
+        yield universal(MIDDLE, SEEDS[0], BEST + suffix, overrides)
 
 
 def sensitivity() -> Iterator[Run]:

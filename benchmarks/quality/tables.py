@@ -246,35 +246,34 @@ def frontier() -> Iterator[str]:
 
 
 def variants() -> Iterator[str]:
-    names = read(SMALL).granularities.names
     changes = [(BEST, suffix) for suffix in DEFAULT_RATES]
     changes += [(BEST, f"-{label}") for label in (*FRACTIONS, *PAPER_PROBABILITIES)]
     changes += [*FEWER_STEPS, ("sampled", "-skipping")]
-    rows = [
-        [name + suffix, _seeds(ours), *_differences(ours, results.losses(SMALL, name), names)]
-        for name, suffix in changes
-        if (ours := results.losses(SMALL, name + suffix))
-    ]
-    title = f"{SMALL}: a universal model with another setting, of as many FLOPs, less that without"
-    yield from table(title, ["", "seeds", *names], rows)
-    changes = [("", suffix) for suffix in (*RATES, *BATCHES)] + [(LONG, SLOWER)]
-    rows = [
-        [
-            f"alone{length}{suffix}",
-            _seeds(ours),
-            *_differences(ours, results.alone(SMALL, ENDS, length), ENDS),
-        ]
-        for length, suffix in changes
-        if (ours := results.alone(SMALL, ENDS, length + suffix))
-    ]
+    for size in (SMALL, MIDDLE):
+        names = read(size).granularities.names
+        rows = []
+        for name, suffix in changes:
+            ours, other = (results.losses(size, name + of) for of in (suffix, ""))
+            if ours:
+                rows.append([name + suffix, _seeds(ours), *_differences(size, ours, other, names)])
+        title = (
+            f"{size}: a universal model with another setting, of as many FLOPs, less that without"
+        )
+        yield from table(title, ["", "seeds", *names], rows)
+    rows = []
+    for length, suffix in [("", suffix) for suffix in (*RATES, *BATCHES)] + [(LONG, SLOWER)]:
+        ours, other = (results.alone(SMALL, ENDS, length + of) for of in (suffix, ""))
+        if ours:
+            cells = _differences(SMALL, ours, other, ENDS)
+            rows.append([f"alone{length}{suffix}", _seeds(ours), *cells])
     title = f"{SMALL}: alone with another setting, less alone"
     yield from table(title, ["", "seeds", *ENDS], rows)
 
 
 def _differences(
-    ours: dict[int, Losses], other: dict[int, Losses], names: Sequence[str]
+    size: str, ours: dict[int, Losses], other: dict[int, Losses], names: Sequence[str]
 ) -> list[str]:
-    return [_text(results.difference(SMALL, ours, other, name), "+.4f") for name in names]
+    return [_text(results.difference(size, ours, other, name), "+.4f") for name in names]
 
 
 def drift() -> Iterator[str]:
@@ -301,7 +300,9 @@ def continued() -> Iterator[str]:
         before, ours = results.losses(SMALL, run, "before"), results.losses(SMALL, run)
         for when, of in (("before", before), ("after", ours)):
             if of:
-                rows.append([f"{name}, {when}", _seeds(of), *_differences(of, scratch, names)])
+                rows.append(
+                    [f"{name}, {when}", _seeds(of), *_differences(SMALL, of, scratch, names)]
+                )
     if rows:
         means = [_text(results.mean(SMALL, scratch, name)) for name in names]
         rows.insert(0, [f"from scratch, {BEST}{LONG}", _seeds(scratch), *means])
@@ -310,7 +311,7 @@ def continued() -> Iterator[str]:
             (f"alone{LONG}", alone),
         ):
             if of:
-                rows.append([name, _seeds(of), *_differences(of, scratch, names)])
+                rows.append([name, _seeds(of), *_differences(SMALL, of, scratch, names)])
     title = (
         f"{SMALL}: XL of {TOKENS[LONG]:g} X tokens imported, by the order of its neurons, before "
         f"and after {CONTINUED:.0%} of the FLOPs of nesting from scratch; less from scratch"
