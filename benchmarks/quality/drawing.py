@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -82,24 +83,8 @@ def _draw_sizes(axes: Axes) -> None:
         alpha = 0.4 if is_faint else 1.0
         nested = results.by_seed(SMALL, BEST + suffix)
         if nested:
-            first, *_ = (of["evaluation"]["submodels"] for of in nested.values())
-            of_seeds = results.losses(SMALL, BEST + suffix)
-            points = [
-                (one["non_embedding_parameters"], found.value, found.half_width or 0.0, one)
-                for one in first
-                if (found := results.mean(SMALL, of_seeds, one["submodel"]))
-            ]
-            sizes, losses, around, submodels = zip(*sorted(points, key=itemgetter(0)), strict=True)
-            label = f"one universal model ({len(nested)} seeds), X = {x:g} M tokens"
-            axes.errorbar(
-                sizes, losses, around, fmt="o-", ms=3, capsize=2, lw=1,
-                color=_COLOURS["nested"], alpha=alpha, label=label,
-            )  # fmt: skip
-            for size, loss, one in zip(sizes, losses, submodels, strict=True):
-                if one["kind"] == "uniform" and not is_faint:
-                    axes.annotate(
-                        one["submodel"], (size, loss), xytext=(0, -14), textcoords="offset points"
-                    )
+            label = f"one universal model (seeds: {len(nested)}), X = {x:g} M tokens"
+            _draw_nested(axes, suffix, alpha, label)
         places = list(_alone(suffix))
         if places:
             sizes, losses, around = zip(*places, strict=True)
@@ -111,6 +96,29 @@ def _draw_sizes(axes: Axes) -> None:
     axes.set_ylabel("validation loss, nats a token")
     axes.legend()
     axes.grid(alpha=0.2)
+
+
+def _draw_nested(axes: Axes, suffix: str, alpha: float, label: str) -> None:
+    """A line through all submodels, and intervals of those that have them: the uniform ones."""
+    seeds = results.losses(SMALL, BEST + suffix)
+    submodels = next(iter(results.by_seed(SMALL, BEST + suffix).values()))["evaluation"][
+        "submodels"
+    ]
+    found = [
+        (one["non_embedding_parameters"], of, one)
+        for one in sorted(submodels, key=itemgetter("non_embedding_parameters"))
+        if (of := results.mean(SMALL, seeds, one["submodel"]))
+    ]
+    style: dict[str, Any] = {"color": _COLOURS["nested"], "alpha": alpha}
+    axes.plot([size for size, *_ in found], [of.value for _, of, _ in found], ".-", ms=4, **style)
+    uniform = [(size, of, one["submodel"]) for size, of, one in found if one["kind"] == "uniform"]
+    sizes, estimates, names = zip(*uniform, strict=True)
+    losses = [of.value for of in estimates]
+    around = [of.half_width or 0.0 for of in estimates]
+    axes.errorbar(sizes, losses, around, fmt="o", ms=5, capsize=2, lw=1, label=label, **style)
+    if alpha == 1:
+        for size, loss, name in zip(sizes, losses, names, strict=True):
+            axes.annotate(name, (size, loss), xytext=(5, -13), textcoords="offset points")
 
 
 def _alone(suffix: str) -> Iterator[tuple[int, float, float]]:
