@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -460,6 +461,19 @@ def test_a_result_that_is_cut_off_is_named(written: Path) -> None:
     path.write_text(path.read_text()[:50])
     with pytest.raises(SystemExit, match=r"joint-2.json is no result of the study"):
         results.check()
+
+
+def test_rows_that_defaults_point_to_are_there() -> None:
+    root = Path(study.__file__).parents[2]
+    pointed = [
+        (config, *found)
+        for config in sorted(root.glob("launch/configs/**/*.yaml"))
+        for found in re.findall(r'(\S+tables\.md), "(.+?)", (\S+)', config.read_text())
+    ]
+    assert len({config for config, *_ in pointed}) > 5
+    for config, file, title, row in pointed:
+        parts = (root / file).read_text().split("### Table")
+        assert any(title in one and f"\n| {row} |" in one for one in parts), (config, title, row)
 
 
 @pytest.mark.parametrize(
